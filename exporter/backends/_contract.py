@@ -1,0 +1,105 @@
+"""What a backend is: it builds an engine from a graph (loader) and runs it (runner)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Smallest, typical and largest size of a dynamic dimension."""
+
+    min: int
+    opt: int
+    max: int
+
+
+@dataclass(frozen=True)
+class ShapeProfile:
+    """One optimization profile: input name → a `Range` or fixed size per axis. Fixed inputs need no entry."""
+
+    name: str
+    inputs: Mapping[str, Sequence[Range | int]]
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One built engine. `roles`: what it serves; `file`: relative to the output folder."""
+
+    roles: tuple[str, ...]
+    file: str
+    sha256: str
+    bytes: int
+    build_s: float
+    peak_rss_mib: float
+    backend: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Runner(ABC):
+    """Runs one engine. A context manager: nothing is loaded before `__enter__`.
+
+    Values are numpy arrays or the runner's own device values; `run` takes both and returns device values, so that a KV
+    cache goes from one step to the next without a host copy. `numpy` brings a value to the host.
+    """
+
+    @abstractmethod
+    def __enter__(self) -> Runner: ...
+
+    @abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    @property
+    @abstractmethod
+    def inputs(self) -> Mapping[str, np.dtype[Any]]:
+        """Input names and dtypes, in order."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> Sequence[str]: ...
+
+    @abstractmethod
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Run once. Feeds that are no input of the engine are an error."""
+
+    @abstractmethod
+    def numpy(self, value: Any) -> Array:
+        """Bring a value to the host."""
+
+
+class Backend(ABC):
+    """Builds and opens engines. Constructing one imports nothing heavy."""
+
+    name: str
+
+    @abstractmethod
+    def missing(self) -> str | None:
+        """None, or what this machine lacks to *build*, with the command that brings it."""
+
+    @abstractmethod
+    def missing_to_run(self) -> str | None:
+        """None, or what this machine lacks to *run* what was built."""
+
+    @abstractmethod
+    def build(
+        self, graph: Path, roles: tuple[str, ...], profiles: Sequence[ShapeProfile], out: Path,
+        options: Mapping[str, Any], log: Log,
+    ) -> EngineRecord:  # fmt: skip
+        """Build one engine from an ONNX file into folder `out`. Raises ExportError with the parser's own words."""
+
+    @abstractmethod
+    def runner(self, engine: Path, threads: int | None = None) -> Runner:
+        """A runner for a built engine. Raises EnvironmentMismatch where it cannot run here."""

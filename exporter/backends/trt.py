@@ -1,0 +1,280 @@
+"""TensorRT: engines from the plain graphs, by `tensorrt` (10.3 and newer) or `tensorrt_rtx`, in one code path.
+
+Options of `build`:
+
+==================== ================================================================================================
+module               "tensorrt" or "tensorrt_rtx"; without it, whichever is installed (`tensorrt` first)
+compute_capabilities GPUs to build for, e.g. [80, 86, 89, 120]; TensorRT-RTX only, default: portable from Ampere on
+workspace_mib        limit of the builder's scratch memory
+==================== ================================================================================================
+
+`tensorrt_rtx` builds ahead of time on a machine without a GPU, byte for byte the same from the same input (detail
+`repeatable`); it knows neither Jetson Orin (SM 87) nor Hopper (SM 90). `tensorrt` builds on the device itself.
+
+Engines are built here, not yet run: there is no execution path, because none could be tested on a machine without a
+GPU. `missing_to_run` says so; the graphs an engine was built from run with the `ort` backend.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import exporter
+from exporter import errors
+from exporter.backends._contract import Backend, EngineRecord, Log, Range, Runner, ShapeProfile
+from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
+
+MODULES = ("tensorrt", "tensorrt_rtx")
+OPTIONS = ("module", "compute_capabilities", "workspace_mib")
+WORKER: tuple[str, ...] = ("-m", "exporter.backends._trt_worker")
+KEPT_LINES = 12
+"""Log lines shown when the builder's process dies."""
+
+
+@dataclass(frozen=True)
+class Options:
+    module: str
+    compute_capabilities: list[int] | None
+    workspace_mib: int | None
+
+
+class TensorRT(Backend):
+    """Builds engines in a process of their own, because the ONNX parser can crash."""
+
+    name = "trt"
+
+    def missing(self) -> str | None:
+        if any(map(_installed, MODULES)):
+            return None
+        hints = " ".join(map(_how, MODULES))
+        return f"Neither Python module `tensorrt` nor `tensorrt_rtx` is installed. {hints}"
+
+    def missing_to_run(self) -> str:
+        """Always something: this version builds TensorRT engines and does not run them."""
+        gpu = gpu_missing()
+        here = f"This machine has {gpu}, and besides" if gpu else "There is a GPU here, but"
+        return (
+            f"{here} this version of EdgeTrim does not run TensorRT engines yet: it builds them. To check the graphs "
+            "they were built from, run them with `--backend ort`."
+        )
+
+    def build(
+        self, graph: Path, roles: tuple[str, ...], profiles: Sequence[ShapeProfile], out: Path,
+        options: Mapping[str, Any], log: Log,
+    ) -> EngineRecord:  # fmt: skip
+        """Build `out/<graph's stem>.engine`. On failure, and on Ctrl-C, nothing of it stays behind."""
+        chosen = _options(options)
+        if not graph.is_file():
+            raise ExportError(f"There is no graph {graph}. Run export first.")
+        _warn_of_double_weights(profiles, log)
+        out.mkdir(parents=True, exist_ok=True)
+        target = out / f"{graph.stem}.engine"
+        with tempfile.TemporaryDirectory(prefix=f".{graph.stem}-", suffix=".tmp", dir=out) as scratch:
+            facts = _work(graph, profiles, chosen, Path(scratch), log)
+            engine = Path(scratch, "engine")
+            if chosen.module == "tensorrt_rtx":
+                check_rtx_header(engine)
+            digest, size = _sha256(engine), engine.stat().st_size
+            os.replace(engine, target)
+        build_s, peak_rss_mib = facts.pop("build_s"), facts.pop("peak_rss_mib")
+        details = {**facts, "compute_capabilities": chosen.compute_capabilities, "executed": False}
+        return EngineRecord(roles, target.name, digest, size, build_s, peak_rss_mib, self.name, details)
+
+    def runner(self, engine: Path, threads: int | None = None) -> Runner:
+        raise EnvironmentMismatch(f"{engine.name} cannot be run here. {self.missing_to_run()}")
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _how(module: str) -> str:
+    """How to get a module on this machine."""
+    if module == "tensorrt_rtx":
+        return "TensorRT-RTX (x86-64, builds without a GPU): `pip install tensorrt-rtx-cu13`."
+    if platform.machine() == "aarch64":
+        return (
+            "TensorRT comes with JetPack: `sudo apt install python3-libnvinfer`, and a virtual environment made with "
+            "`--system-site-packages`."
+        )
+    return "TensorRT (needs the GPU it builds for): `pip install tensorrt`."
+
+
+def _options(options: Mapping[str, Any]) -> Options:
+    """Check the options, and that the module is there."""
+    for key in options:
+        if key not in OPTIONS:
+            raise UsageError(f"Backend trt has no option '{key}'. {nearest(key, OPTIONS)}")
+    module = options.get("module") or next(filter(_installed, MODULES), MODULES[0])
+    if module not in MODULES:
+        raise UsageError(f"Backend trt has no module '{module}'. {nearest(str(module), MODULES)}")
+    if not _installed(module):
+        raise EnvironmentMismatch(f"Python module `{module}` is not installed. {_how(module)}")
+    capabilities = options.get("compute_capabilities")
+    if capabilities is not None and not (
+        isinstance(capabilities, list | tuple) and capabilities and all(map(_whole, capabilities))
+    ):
+        raise UsageError(f"Option compute_capabilities is {capabilities!r}; expected a list such as [80, 86, 89, 120].")
+    workspace = options.get("workspace_mib")
+    if workspace is not None and not (_whole(workspace) and workspace > 0):
+        raise UsageError(f"Option workspace_mib is {workspace!r}; expected a whole number of MiB, such as 2048.")
+    return Options(module, None if capabilities is None else sorted(set(capabilities)), workspace)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _warn_of_double_weights(profiles: Sequence[ShapeProfile], log: Log) -> None:
+    """A decode profile fixed at one token beside a ranged prefill stores FP16 weights twice (686 → 1232 MB, RTX 1.7.1).
+
+    The token axis is axis 1 of `inputs_embeds`; a fixed past length does no harm.
+    """
+    spans = {}
+    for profile in profiles:
+        axes = profile.inputs.get("inputs_embeds", ())
+        if len(axes) > 1:
+            low, _, high = _triple(axes[1])
+            spans[profile.name] = (low, high)
+    fixed = [name for name, span in spans.items() if span == (1, 1)]
+    if fixed and any(low < high for low, high in spans.values()):
+        log(f"[W] Shape profile '{fixed[0]}' fixes seq at 1: FP16 weights are then stored twice. Use the range 1 to 4.")
+
+
+def _triple(axis: Range | int) -> tuple[int, int, int]:
+    return (axis, axis, axis) if isinstance(axis, int) else (axis.min, axis.opt, axis.max)
+
+
+def _work(graph: Path, profiles: Sequence[ShapeProfile], chosen: Options, scratch: Path, log: Log) -> dict[str, Any]:
+    """Run the worker, which writes `scratch/engine`. Returns its facts, or raises what it reports or died of."""
+    request = {
+        "graph": graph.name,
+        "profiles": [
+            {
+                "name": p.name,
+                "inputs": {
+                    name: [axis if isinstance(axis, int) else list(_triple(axis)) for axis in axes]
+                    for name, axes in p.inputs.items()
+                },
+            }
+            for p in profiles
+        ],
+        "module": chosen.module,
+        "compute_capabilities": chosen.compute_capabilities,
+        "workspace_mib": chosen.workspace_mib,
+    }
+    (scratch / "request.json").write_text(json.dumps(request))
+    (scratch / "graph").symlink_to(graph.parent.resolve(), target_is_directory=True)
+    code, last = _run(scratch, log)
+    result = scratch / "result.json"
+    answer: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {}
+    if "error" in answer:
+        raise getattr(errors, answer["error"])(answer["message"])
+    if code != 0 or not answer:
+        raise ExportError(_death(graph, chosen.module, code, last))
+    return answer
+
+
+def _run(scratch: Path, log: Log) -> tuple[int, list[str]]:
+    """Run the worker, hand its lines to `log`, return its exit code and last lines. It never outlives this call."""
+    last: deque[str] = deque(maxlen=KEPT_LINES)
+    folder = os.open(scratch, os.O_RDONLY)
+    process = subprocess.Popen(
+        [sys.executable, *WORKER, str(folder)], pass_fds=[folder], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, encoding="utf-8", errors="replace",
+        cwd=Path(exporter.__file__).parents[1],  # `-m` finds this very package, whatever folder the user is in
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            last.append(line.rstrip())
+            log(line.rstrip())
+        return process.wait(), list(last)
+    finally:
+        os.close(folder)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _death(graph: Path, module: str, code: int, last: Sequence[str]) -> str:
+    """What to say when the worker left no result."""
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        how = f"was ended by {name} (signal {-code})"
+    else:
+        how = f"stopped with exit code {code} and no result"
+    if code == -signal.SIGKILL:
+        hint = (
+            "The system most likely ran out of memory: a build needs 3 to 3.5 times the weights (INT4: 5 times). "
+            "Free memory, add swap, or export INT4."
+        )
+    elif code < 0:
+        hint = (
+            "Its ONNX parser or builder crashed on this graph. Check the graph with `--backend ort`, or try another "
+            "TensorRT version."
+        )
+    else:
+        hint = f"Try `{sys.executable} -c 'import {module}'` to see whether the module itself loads."
+    lines = "\n".join(f"  {line}" for line in last) or "  (none)"
+    return f"{graph.name}: the process that builds with {module} {how}. {hint}\nIts last lines:\n{lines}"
+
+
+def check_rtx_header(engine: Path) -> None:
+    """Check what TensorRT-RTX 1.x writes first: magic `vtrt`, the file's size at byte 16, its version at byte 24.
+
+    Without a GPU an engine cannot be opened, so this is all that tells a whole engine from a torn one.
+    """
+    with open(engine, "rb") as f:
+        header = f.read(64)
+    size = engine.stat().st_size
+    if len(header) < 64 or header[:4] != b"vtrt":
+        raise ExportError(
+            f"{engine.name} is no TensorRT-RTX engine: it starts with {header[:4]!r}, expected b'vtrt'. Build it again."
+        )
+    if (stated := int.from_bytes(header[16:24], "little")) != size:
+        raise ExportError(
+            f"{engine.name} is torn: its header states {stated} bytes, the file has {size}. Build it again."
+        )
+
+
+def gpu_missing() -> str | None:
+    """None, or what keeps CUDA from coming up, as the object of "this machine has"."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver (libcuda.so.1)"
+    count = ctypes.c_int(0)
+    if (code := cuda.cuInit(0)) or cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return f"an NVIDIA driver but no usable GPU (cuInit returned {code})"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+BACKEND = TensorRT()

@@ -1,0 +1,166 @@
+"""A Hugging Face checkpoint folder: config, tokenizer files and safetensors shards, read tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exporter.errors import CheckpointError, EnvironmentMismatch, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json", "generation_config.json", "config.json",
+)  # fmt: skip
+"""Small files that a runtime needs; copied into the output."""
+
+
+def resolve(name: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: a local path as it is, else a hub id, downloaded (safetensors and JSON only).
+
+    Raises:
+        UsageError: neither a folder nor a hub id. EnvironmentMismatch: the hub could not be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        raise UsageError(
+            f"Checkpoint '{name}' is neither a folder nor a hub id (owner/name). Pass a folder with config.json and *.safetensors."
+        )
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as e:
+        raise EnvironmentMismatch(
+            f"'{name}' is no folder here, and downloading a hub id needs huggingface_hub. Install edgetrim[export]."
+        ) from e
+    try:
+        patterns = ["*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise EnvironmentMismatch(
+            f"Checkpoint '{name}' is no folder here and could not be downloaded ({reason}). Check the name and the network."
+        ) from e
+
+
+class Checkpoint:
+    """A checkpoint folder. Tensors are memory-mapped; nothing is read before it is asked for."""
+
+    def __init__(self, folder: Path, canonical: Callable[[str], str] = lambda key: key) -> None:
+        """`canonical` maps a tensor's name in the file to the name the family uses."""
+        self.folder = folder
+        self._canonical = canonical
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        path = self.folder / "config.json"
+        try:
+            config = json.loads(path.read_text())
+        except FileNotFoundError as e:
+            raise CheckpointError(f"{self.folder} has no config.json: it is not a Hugging Face checkpoint folder.") from e
+        except ValueError as e:
+            raise CheckpointError(f"{path} is not valid JSON ({e}). Download the checkpoint again.") from e
+        if not isinstance(config, dict) or "model_type" not in config:
+            raise CheckpointError(f"{path} names no model_type, so the family is unknown.")
+        return config
+
+    def optional_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder, or {} if there is none."""
+        path = self.folder / name
+        if not path.is_file():
+            return {}
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as e:
+            raise CheckpointError(f"{path} is not valid JSON ({e}). Download the checkpoint again.") from e
+        return found if isinstance(found, dict) else {}
+
+    def named(self, canonical: Callable[[str], str]) -> Checkpoint:
+        return Checkpoint(self.folder, canonical)
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        """The safetensors files, each checked against its own header.
+
+        Raises:
+            CheckpointError: a shard the index names is missing, or a file is shorter than its header says.
+        """
+        index = self.optional_json("model.safetensors.index.json").get("weight_map")
+        names = sorted(set(index.values())) if index else ["model.safetensors"]
+        for name in names:
+            if Path(name).name != name:
+                raise CheckpointError(f"{self.folder}: the index names a shard outside the folder: {name!r}. Do not use this checkpoint.")
+        missing = [n for n in names if not (self.folder / n).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{self.folder} lacks {len(missing)} of {len(names)} weight shards: {', '.join(missing[:4])}"
+                f"{' …' if len(missing) > 4 else ''}. Download the checkpoint again."
+            )
+        paths = [self.folder / n for n in names]
+        for path in paths:
+            _check_shard(path)
+        return paths
+
+    @cached_property
+    def _where(self) -> dict[str, tuple[Path, str]]:
+        where: dict[str, tuple[Path, str]] = {}
+        for path in self.shards:
+            for key in self._open(path).keys():
+                where[self._canonical(key)] = (path, key)
+        return where
+
+    @cached_property
+    def _handles(self) -> dict[Path, Any]:
+        return {}
+
+    def _open(self, path: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if path not in self._handles:
+            try:
+                self._handles[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as e:
+                raise CheckpointError(f"{path} cannot be read as safetensors ({e}). Download this shard again.") from e
+        return self._handles[path]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor with this canonical name, memory-mapped, in the dtype of the file."""
+        if name not in self._where:
+            raise CheckpointError(
+                f"{self.folder} has no tensor for `{name}`. The weights do not match config.json "
+                f"(model_type {self.config['model_type']!r})."
+            )
+        path, key = self._where[name]
+        found: Tensor = self._open(path).get_tensor(key)
+        return found
+
+    @property
+    def bytes(self) -> int:
+        return sum(p.stat().st_size for p in self.shards)
+
+
+def _check_shard(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if not 2 <= length <= min(size - 8, 100_000_000):
+            raise CheckpointError(f"{path} is damaged: {size} bytes, its header cannot be read. Download this shard again.")
+        try:
+            header = json.loads(f.read(length))
+        except ValueError as e:
+            raise CheckpointError(f"{path} is damaged: its header is not JSON. Download this shard again.") from e
+    ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    if size < expected:
+        raise CheckpointError(f"{path} is truncated: {size} bytes, its header asks for {expected}. Download this shard again.")

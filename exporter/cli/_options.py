@@ -1,0 +1,151 @@
+"""Options that several verbs share, so that one word means one thing everywhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from profiles._schema import Profile
+
+F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[F], F]
+
+
+@dataclass
+class Settings:
+    """What holds for the whole invocation. click's `obj`."""
+
+    debug: bool = False
+
+
+def debug_option() -> click.Option:
+    """`--debug`, which every command gets by itself: the traceback with every error."""
+
+    def switch_on(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.ensure_object(Settings).debug = True
+
+    return click.Option(
+        ["--debug"], is_flag=True, is_eager=True, expose_value=False, callback=switch_on,
+        help="Show the traceback with an error.",
+    )  # fmt: skip
+
+
+class ProfileType(click.ParamType["Profile"]):
+    """A profile's name or the path of a TOML file → `Profile`."""
+
+    name = "profile"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Profile:
+        from profiles import _schema
+
+        return value if isinstance(value, _schema.Profile) else _schema.load(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from profiles import _schema
+
+        return [CompletionItem(n) for n in _schema.names() if n.startswith(incomplete)]
+
+
+class ReductionType(click.ParamType[str]):
+    """A reduction spec, left as text; completes the name."""
+
+    name = "spec"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from graphs import _spec
+
+        return [CompletionItem(n) for n in _spec.names() if n.startswith(incomplete)]
+
+
+class ImageSizeType(click.ParamType[tuple[int, int]]):
+    """ "448x672", or "448" for a square → (height, width) in pixels."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"(\d{1,5})(?:[xX×](\d{1,5}))?", value.strip())
+        height, width = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not (height and width):
+            self.fail(f"'{value}' is not an image size; write height and width in pixels, as in 448x672.", param, ctx)
+        return height, width
+
+
+def checkpoint_argument(*, required: bool = True) -> Decorator[F]:
+    """CHECKPOINT: a folder in Hugging Face layout, a hub id, or `embedded`. Passed as text."""
+    return click.argument("checkpoint", required=required, default=None if required else "embedded")
+
+
+def reduce_option(function: F) -> F:
+    """--reduce, repeatable → tuple[str, ...] of specs."""
+    return click.option(
+        "--reduce", "-r", "reductions", multiple=True, type=ReductionType(), metavar="NAME[:knob=value,…]",
+        help="Visual-token reduction; repeat to compose. `edgetrim list reductions` shows them.",
+    )(function)  # fmt: skip
+
+
+def profile_option(default: str | None = "cpu_fp32") -> Decorator[F]:
+    """--profile → Profile, or None where there is no default."""
+    return click.option(
+        "--profile", "-p", type=ProfileType(), default=default, show_default=default is not None, metavar="NAME|TOML",
+        help="Target: device, stack, precision, limits. `edgetrim list profiles` shows them.",
+    )  # fmt: skip
+
+
+def output_option(default: str | None = None) -> Decorator[F]:
+    """--output → Path. Required without a default."""
+    return click.option(
+        "--output", "-o", type=click.Path(file_okay=False, path_type=Path), default=default, required=default is None,
+        show_default=default is not None, metavar="FOLDER", help="Folder to write to.",
+    )  # fmt: skip
+
+
+def json_option(function: F) -> F:
+    """--json → as_json: bool."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+
+
+def threads_option(function: F) -> F:
+    """--threads → int | None."""
+    return click.option(
+        "--threads",
+        type=click.IntRange(1, 1024),
+        metavar="N",
+        help="CPU threads of the runtime. Default: its own choice.",
+    )(function)
+
+
+def frames_option(function: F) -> F:
+    """--frames → int."""
+    return click.option(
+        "--frames", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+        help="Images or clip frames per sample; fixed in the graphs.",
+    )(function)  # fmt: skip
+
+
+def image_size_option(function: F) -> F:
+    """--image-size → (height, width) | None."""
+    return click.option(
+        "--image-size", type=ImageSizeType(), metavar="HxW",
+        help="Image size in pixels, for families without one of their own. Default: the profile's.",
+    )(function)  # fmt: skip
+
+
+def seed_option(function: F) -> F:
+    """--seed → int."""
+    return click.option(
+        "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, metavar="N",
+        help="Seed of everything that is drawn.",
+    )(function)  # fmt: skip

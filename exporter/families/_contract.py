@@ -1,0 +1,200 @@
+"""What a family is: where the visual tokens live in one kind of model, and which signals it can give a reduction."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from exporter.checkpoint import Checkpoint
+from exporter.errors import CheckpointError, UsageError
+from exporter.graphset import ImageSpec
+from graphs._contract import InTower, Site
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from exporter.nn.decoder import DecoderSpec
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user fixes about the input: images or clip frames per sample, and the image size (height, width) for
+    families without a size of their own."""
+
+    frames: int = 1
+    image_size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Everything static about one model and one request. No torch needed to compute it.
+
+    ids: [tokens per placeholder, axes] position ids relative to the placeholder's start; span: what one placeholder
+    advances the positions. `in_tower` is a sentence instead of a Site where the tower cannot be shortened.
+    """
+
+    image: ImageSpec
+    frames: int
+    placeholders: int
+    grid: tuple[int, int]
+    tower: Site
+    in_tower: Site | str
+    ids: tuple[tuple[int, ...], ...]
+    span: int
+    position_axes: int
+    hidden: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    image_token: int
+    eos: tuple[int, ...]
+
+
+class Family(ABC):
+    """One model family. Importing its module imports no torch."""
+
+    model_type: str
+    summary: str
+
+    @abstractmethod
+    def canonical(self, key: str) -> str:
+        """A tensor's name in any of the layouts its checkpoints come in → `vision.…`, `projector.…`, `text.…`, `head.…`."""
+
+    @abstractmethod
+    def geometry(self, checkpoint: Checkpoint, request: Request) -> Geometry:
+        """Shapes and positions. Raises UsageError for a request, CheckpointError for a config that does not fit."""
+
+    @abstractmethod
+    def vision(
+        self, checkpoint: Checkpoint, geometry: Geometry, taps: tuple[str, ...], in_tower: tuple[str, InTower] | None
+    ) -> nn.Module:
+        """pixel_values [batch, frames, 3, h, w] → list of the taps. Parameter names start as in `vision.`"""
+
+    @abstractmethod
+    def projector(self, checkpoint: Checkpoint) -> nn.Module | None:
+        """Tower width → LLM width, token by token, or None where the tower ends at LLM width."""
+
+    @abstractmethod
+    def decoder(self, checkpoint: Checkpoint) -> DecoderSpec: ...
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's config: nested in new checkpoints, flat in old ones."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
+def rope(text: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters, wherever this generation of config keeps them."""
+    found = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    found.setdefault("rope_theta", text.get("rope_theta", 10000.0))
+    found.setdefault("rope_type", found.get("type", "default"))
+    if found["rope_type"] == "mrope":
+        found["rope_type"] = "default"
+    return found
+
+
+def inverse_frequencies(text: dict[str, Any], head_dim: int) -> tuple[tuple[float, ...], float]:
+    """head_dim / 2 rotary frequencies and the factor on cos and sin. Types: default, linear, llama3."""
+    found = rope(text)
+    kind, theta = found["rope_type"], float(found["rope_theta"])
+    base = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    if kind == "default":
+        return tuple(base), 1.0
+    if kind == "linear":
+        return tuple(f / float(found["factor"]) for f in base), 1.0
+    if kind == "llama3":
+        factor, low, high = (float(found[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+        trained = float(found["original_max_position_embeddings"])
+        out = []
+        for f in base:
+            smooth = min(1.0, max(0.0, (trained * f / (2 * math.pi) - low) / (high - low)))
+            out.append((1 - smooth) * f / factor + smooth * f)
+        return tuple(out), 1.0
+    raise CheckpointError(f"Rotary type '{kind}' is not supported. Supported: default, linear, llama3.")
+
+
+DECODERS = {"llama": False, "mistral": False, "qwen2": True, "qwen2_5_vl_text": True, "qwen2_5_vl": True}
+"""Decoder model types we have, and whether their q, k, v projections carry a bias when the config does not say."""
+
+
+def decoder_spec(config: dict[str, Any], mrope_section: tuple[int, ...] | None = None) -> DecoderSpec:
+    """The decoder's shape from a Hugging Face config. Raises CheckpointError for a decoder we do not have."""
+    from exporter.nn.decoder import DecoderSpec
+
+    text = text_config(config)
+    kind = text.get("model_type", "llama")
+    if kind not in DECODERS:
+        raise CheckpointError(f"Decoder '{kind}' is not supported. Supported: {', '.join(sorted(DECODERS))}.")
+    layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
+    hidden = int(text["hidden_size"])
+    head_dim = int(text.get("head_dim") or hidden // heads)
+    inv_freq, scale = inverse_frequencies(text, head_dim)
+    attention_bias = bool(text.get("attention_bias", False))
+    return DecoderSpec(
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=int(text.get("num_key_value_heads") or heads),
+        head_dim=head_dim,
+        intermediate=int(text["intermediate_size"]),
+        vocab=int(text["vocab_size"]),
+        eps=float(text.get("rms_norm_eps", 1e-6)),
+        activation=str(text.get("hidden_act", "silu")),
+        qkv_bias=DECODERS[kind] or attention_bias,
+        output_bias=attention_bias and kind == "llama",
+        inv_freq=inv_freq,
+        rope_scale=scale,
+        mrope_section=mrope_section,
+        windows=sliding_windows(text, kind, layers),
+    )
+
+
+def sliding_windows(text: dict[str, Any], kind: str, layers: int) -> tuple[int | None, ...]:
+    """Sliding attention window per layer, in tokens."""
+    window = text.get("sliding_window")
+    if kind.startswith("qwen2"):
+        if not text.get("use_sliding_window", False) or window is None:
+            return (None,) * layers
+        types = text.get("layer_types")
+        if types:
+            return tuple(int(window) if t == "sliding_attention" else None for t in types)
+        first = int(text.get("max_window_layers", layers))
+        return tuple(int(window) if i >= first else None for i in range(layers))
+    if kind == "mistral" and window is not None:
+        return (int(window),) * layers
+    return (None,) * layers
+
+
+def eos_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """End-of-sequence ids from generation_config.json, else config.json."""
+    config = checkpoint.config
+    for found in (
+        checkpoint.optional_json("generation_config.json").get("eos_token_id"),
+        config.get("eos_token_id"),
+        text_config(config).get("eos_token_id"),
+    ):
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (int(found),)
+    return ()
+
+
+def normalization(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Image processor settings, wherever this generation of processor keeps them."""
+    processor = checkpoint.optional_json("processor_config.json")
+    for found in (checkpoint.optional_json("preprocessor_config.json"), processor.get("image_processor")):
+        if found:
+            return dict(found)
+    return {}
+
+
+def check_multiple(size: tuple[int, int], unit: int) -> None:
+    if any(s % unit or s < unit for s in size):
+        near = tuple(max(unit, round(s / unit) * unit) for s in size)
+        raise UsageError(
+            f"Image size {size[0]}×{size[1]} does not fit: height and width must be multiples of {unit}. "
+            f"The nearest that fits is {near[0]}×{near[1]}."
+        )

@@ -1,0 +1,147 @@
+"""LLaVA and LLaVA-1.5: CLIP or SigLIP tower, two-layer MLP projector, Llama, Mistral or Qwen2 decoder.
+
+One placeholder token per image or clip frame; the raster is fixed by the tower's image size.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from exporter.checkpoint import Checkpoint
+from exporter.errors import CheckpointError, UsageError
+from exporter.families._contract import Family, Geometry, Request, decoder_spec, eos_tokens, normalization, text_config
+from exporter.graphset import ImageSpec
+from graphs._contract import InTower, Site
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from exporter.nn.decoder import DecoderSpec
+    from exporter.nn.vit import VitSpec
+
+RENAMES = (
+    (r"^(?:model\.language_model\.|language_model\.model\.)", "text."),
+    (r"^(?:language_model\.)?lm_head\.", "head."),
+    (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision."),
+    (r"^(?:model\.)?multi_modal_projector\.", "projector."),
+)
+
+
+class Llava(Family):
+    model_type = "llava"
+    summary = "LLaVA-1.5 layout: CLIP or SigLIP tower, MLP projector, Llama, Mistral or Qwen2 decoder"
+
+    def canonical(self, key: str) -> str:
+        for pattern, name in RENAMES:
+            if re.match(pattern, key):
+                return re.sub(pattern, name, key)
+        return key
+
+    def geometry(self, checkpoint: Checkpoint, request: Request) -> Geometry:
+        from exporter.nn.vit import tower_signals
+
+        config = checkpoint.config
+        spec = self._tower(config)
+        if request.image_size not in (None, (spec.image, spec.image)):
+            raise UsageError(
+                f"This tower takes {spec.image}×{spec.image} images only (learned positions); leave --image-size out."
+            )
+        decoder = decoder_spec(config)
+        rows, cols = spec.grid
+        tokens = rows * cols
+        tower = Site(tokens, request.frames, spec.grid, tower_signals(spec) | {"text", "text_mask"})
+        return Geometry(
+            image=self._image(checkpoint, spec.image),
+            frames=request.frames,
+            placeholders=request.frames,
+            grid=spec.grid,
+            tower=tower,
+            in_tower=Site(tokens, request.frames, spec.grid, frozenset({"hidden", "keys", *(("cls",) if spec.cls else ())}), spec.blocks),
+            ids=tuple((i,) for i in range(tokens)),
+            span=tokens,
+            position_axes=1,
+            hidden=decoder.hidden,
+            layers=decoder.layers,
+            kv_heads=decoder.kv_heads,
+            head_dim=decoder.head_dim,
+            vocab=decoder.vocab,
+            image_token=int(config.get("image_token_index", config.get("image_token_id", 32000))),
+            eos=eos_tokens(checkpoint),
+        )
+
+    def vision(
+        self, checkpoint: Checkpoint, geometry: Geometry, taps: tuple[str, ...], in_tower: tuple[str, InTower] | None
+    ) -> nn.Module:
+        from exporter.nn.vit import Vit
+
+        return Vit(self._tower(checkpoint.config), taps, geometry.frames, in_tower)
+
+    def projector(self, checkpoint: Checkpoint) -> nn.Module:
+        from exporter.nn.vit import Projector
+
+        config = checkpoint.config
+        return Projector(
+            int(config["vision_config"]["hidden_size"]),
+            int(text_config(config)["hidden_size"]),
+            str(config.get("projector_hidden_act", "gelu")),
+            bool(config.get("multimodal_projector_bias", True)),
+        )
+
+    def decoder(self, checkpoint: Checkpoint) -> DecoderSpec:
+        return decoder_spec(checkpoint.config)
+
+    def _tower(self, config: dict[str, Any]) -> VitSpec:
+        from exporter.nn.vit import VitSpec
+
+        vision = config.get("vision_config") or {}
+        kind = vision.get("model_type", "clip_vision_model")
+        if kind not in ("clip_vision_model", "siglip_vision_model"):
+            raise CheckpointError(f"Vision tower '{kind}' is not supported. Supported: clip_vision_model, siglip_vision_model.")
+        clip = kind == "clip_vision_model"
+        layers = int(vision["num_hidden_layers"])
+        layer = config.get("vision_feature_layer", -2)
+        if not isinstance(layer, int):
+            raise CheckpointError(f"vision_feature_layer {layer!r}: several feature layers are not supported, only one.")
+        blocks = layer if layer >= 0 else layers + 1 + layer
+        if not 1 <= blocks <= layers:
+            raise CheckpointError(f"vision_feature_layer {layer} is outside the tower's {layers} blocks.")
+        select = config.get("vision_feature_select_strategy", "default")
+        if clip != (select == "default"):
+            raise CheckpointError(
+                f"vision_feature_select_strategy '{select}' with '{kind}' is not supported: a CLIP tower drops its class "
+                "token ('default'), a SigLIP tower has none ('full')."
+            )
+        return VitSpec(
+            hidden=int(vision["hidden_size"]),
+            intermediate=int(vision["intermediate_size"]),
+            blocks=blocks,
+            heads=int(vision["num_attention_heads"]),
+            patch=int(vision["patch_size"]),
+            image=int(vision["image_size"]),
+            eps=float(vision.get("layer_norm_eps", 1e-5 if clip else 1e-6)),
+            activation=str(vision.get("hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh")),
+            cls=clip,
+            pre_norm=clip,
+            patch_bias=not clip,
+        )
+
+    def _image(self, checkpoint: Checkpoint, side: int) -> ImageSpec:
+        found = normalization(checkpoint)
+        size = found.get("size") or {}
+        if isinstance(size, int):
+            size = {"shortest_edge": size}
+        edge = size.get("shortest_edge")
+        return ImageSpec(
+            height=side,
+            width=side,
+            resize="shortest_edge" if edge else "exact",
+            resize_height=int(edge or size.get("height", side)),
+            resize_width=int(edge or size.get("width", side)),
+            resample=int(found.get("resample", 3)),
+            mean=tuple(found.get("image_mean", (0.48145466, 0.4578275, 0.40821073))),
+            std=tuple(found.get("image_std", (0.26862954, 0.26130258, 0.27577711))),
+        )
+
+
+FAMILY = Llava()

@@ -1,0 +1,131 @@
+"""What export leaves behind: the graphs and everything a runtime must know to drive them. No torch here.
+
+Four roles, each an ONNX file (prefill and decode are one file when nothing is pruned inside the language model):
+
+======== ============================================================ ==============================================
+role     inputs                                                       outputs
+======== ============================================================ ==============================================
+vision   pixel_values [batch, frames, 3, height, width]               the signals `reduce` asks for
+reduce   those signals; text_embeds, text_mask if text-guided         visual_embeds [batch, kept, hidden],
+                                                                      index int64 [batch, kept]
+prefill  inputs_embeds [batch, seq, hidden], position_ids, order       logits [batch, vocab], present_key_i,
+                                                                      present_value_i, present_order_g, kept_l
+decode   the same and past_key_i, past_value_i, past_order_g           logits, present_key_i, present_value_i,
+                                                                      present_order_g
+======== ============================================================ ==============================================
+
+*Visual tokens come first in `inputs_embeds`, then the text, whatever the prompt's order*: `order` [batch, seq] holds each
+token's place in the prompt and the attention mask is `order_kv <= order_q`, so the result is the same, and the visual
+tokens are a static slice. Padding sits between the visual tokens and the text and has order `PAD`; the last token is
+always real. `position_ids` [batch, seq] (or [3, batch, seq] with M-RoPE) feed the rotary embedding only.
+
+Layers between two in-LLM reductions form a *KV group* and share a cache length and one `order` tensor per group.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+PAD = 2**31 - 1
+"""`order` of padding: above every real token, so nothing attends to it."""
+
+ROLES = ("vision", "reduce", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How an image becomes `pixel_values`: resize, centre crop, scale to 0..1, normalise. Sizes in pixels."""
+
+    height: int
+    width: int
+    resize: Literal["exact", "shortest_edge"]
+    """"exact" resizes to (resize_height, resize_width); "shortest_edge" scales the shorter side to resize_height."""
+    resize_height: int
+    resize_width: int
+    resample: int
+    """PIL's code: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class VisualLayout:
+    """Visual tokens in the prompt, and their positions.
+
+    The prompt holds `placeholders` image tokens (one per frame for LLaVA-style families, one per clip for Qwen), each
+    standing for `total // placeholders` visual tokens before reduction.
+    """
+
+    frames: int
+    placeholders: int
+    total: int
+    """Visual tokens before any reduction, over all frames."""
+    kept: int
+    """Visual tokens that enter the language model."""
+    grid: tuple[int, int] | None
+    """Rows and columns of one frame's tokens before reduction."""
+    ids: list[list[int]]
+    """[total // placeholders, axes]: position ids of one placeholder's tokens, relative to the placeholder's start."""
+    span: int
+    """How far one placeholder advances the positions of what follows it (unreduced)."""
+    policy: Literal["keep", "compact"]
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """The language model's shapes, for a runtime that holds the cache and the embedding table."""
+
+    hidden: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    position_axes: int
+    """1, or 3 with M-RoPE."""
+    groups: list[int]
+    """KV group of every layer; group 0 is never pruned."""
+    kept: list[int]
+    """Visual tokens per KV group after prefill."""
+    image_token: int
+    eos: list[int]
+
+
+@dataclass(frozen=True)
+class GraphSet:
+    """The exported graphs of one model, one reduction, one precision."""
+
+    family: str
+    compute: Literal["fp32", "fp16"]
+    weights: Literal["none", "int4"]
+    files: dict[str, str]
+    """role → file name, relative to the folder."""
+    reductions: list[dict[str, Any]]
+    """Fitted reductions in order: {"name", "place", "spec", knobs…}."""
+    image: ImageSpec
+    visual: VisualLayout
+    text: TextSpec
+    signals: list[str]
+    """Outputs of `vision` = inputs of `reduce`, in order."""
+    text_guided: bool
+    embedding: str = "embedding.npy"
+    """File of the token embedding table [vocab, hidden], float16 or float32, memory-mapped."""
+
+    def save(self, folder: Path) -> None:
+        (folder / "graphs.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> GraphSet:
+        from exporter.errors import VerificationError
+
+        try:
+            raw = json.loads((folder / "graphs.json").read_text())
+            sub = {"image": ImageSpec, "visual": VisualLayout, "text": TextSpec}
+            values = {f.name: raw[f.name] for f in fields(cls)}
+            for name, kind in sub.items():
+                values[name] = kind(**{k: tuple(v) if k in ("mean", "std", "grid") and v else v for k, v in raw[name].items()})
+            return cls(**values)
+        except (OSError, KeyError, TypeError, ValueError) as e:
+            raise VerificationError(f"{folder}/graphs.json cannot be read ({type(e).__name__}: {e}). Run export again.") from e

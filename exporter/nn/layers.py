@@ -1,0 +1,101 @@
+"""Linear, norms, activations and attention, written for export: small graphs that every parser takes and fuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MASKED = -30000.0
+"""Additive bias of a masked score: exp() is 0 in float32, and it still fits float16."""
+
+
+class Linear(nn.Module):
+    """x @ weight + bias with weight [in, out] (transposed against torch.nn.Linear)."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(outputs), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x @ self.weight
+        return x if self.bias is None else x + self.bias
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; statistics in float32, in the op order that ONNX Runtime fuses (Pow, not Mul)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight
+
+
+class LayerNorm(nn.Module):
+    """Layer norm in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(dim), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), x.shape[-1:], weight, bias, self.eps).to(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": lambda x: F.gelu(x),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+}
+"""Activations by their name in a Hugging Face config."""
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[batch, tokens, heads * head_dim] -> [batch, heads, tokens, head_dim]"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[batch, heads, tokens, head_dim] -> [batch, tokens, heads * head_dim]"""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention, softmax in float32.
+
+    Args:
+        q: [batch, heads, queries, head_dim]. k, v: [batch, heads, keys, head_dim].
+        bias: added to the scores, broadcast to [batch, heads, queries, keys].
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias
+    return torch.softmax(scores.float(), -1).to(v.dtype) @ v
+
+
+def attention_map(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention probabilities averaged over heads, float32 [batch, queries, keys]; recomputed, so that the fused
+    attention of the block stays fused."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias
+    return torch.softmax(scores.float(), -1).mean(1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-split layout. x [batch, heads, tokens, head_dim]; cos, sin broadcast [.., tokens, head_dim / 2]."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

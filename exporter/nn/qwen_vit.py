@@ -1,0 +1,242 @@
+"""The Qwen2.5-VL vision tower on a static grid: window attention as a constant permutation, 2×2 merger at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from exporter.nn.atom import Atom
+from exporter.nn.decoder import Mlp
+from exporter.nn.layers import ACTIVATIONS, MASKED, Linear, RMSNorm, attend, attention_map, merge_heads, rotate, split_heads
+
+Index = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class QwenVitSpec:
+    """`patches`: rows and columns of patches. `window` in pixels. `full`: blocks with full attention."""
+
+    hidden: int
+    intermediate: int
+    blocks: int
+    heads: int
+    patch: int
+    temporal_patch: int
+    merge: int
+    window: int
+    full: tuple[int, ...]
+    out: int
+    activation: str
+    patches: tuple[int, int]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of merged tokens."""
+        return self.patches[0] // self.merge, self.patches[1] // self.merge
+
+    @cached_property
+    def windows(self) -> Index:
+        """[windows, slots] merged-token raster index of every slot; -1 pads windows cut by the border."""
+        rows, cols = self.grid
+        side = self.window // self.merge // self.patch
+        cells = np.full((-(-rows // side) * side, -(-cols // side) * side), -1, dtype=np.int64)
+        cells[:rows, :cols] = np.arange(rows * cols).reshape(rows, cols)
+        tiles = cells.reshape(cells.shape[0] // side, side, cells.shape[1] // side, side)
+        flat = tiles.transpose(0, 2, 1, 3).reshape(-1, side * side)
+        spare = (flat < 0).sum(1).min()
+        order = np.argsort(flat < 0, axis=1, kind="stable")
+        return np.take_along_axis(flat, order, 1)[:, : side * side - spare]
+
+    @cached_property
+    def slots(self) -> Index:
+        """[windows * slots * merge²] patch (merge order: the merge² patches of a token are neighbours), -1 for padding."""
+        unit = self.merge**2
+        patches = self.windows.reshape(-1, 1) * unit + np.arange(unit)
+        return np.where(self.windows.reshape(-1, 1) >= 0, patches, -1).reshape(-1)
+
+    @property
+    def padded(self) -> bool:
+        """Whether any window is cut by the border."""
+        return bool((self.slots < 0).any())
+
+    @cached_property
+    def angles(self) -> npt.NDArray[np.float32]:
+        """[slots, head_dim / 2] rotary angle of every slot: half the frequencies follow the row, half the column."""
+        rows, cols = self.grid
+        row, col, in_row, in_col = np.meshgrid(
+            np.arange(rows), np.arange(cols), np.arange(self.merge), np.arange(self.merge), indexing="ij"
+        )
+        place = np.stack([row * self.merge + in_row, col * self.merge + in_col], -1).reshape(-1, 2)
+        place = place[np.maximum(self.slots, 0)]
+        quarter = self.hidden // self.heads // 4
+        inv_freq = 10000.0 ** -(np.arange(quarter, dtype=np.float32) / quarter)
+        return (place[..., None] * inv_freq).reshape(len(place), -1).astype(np.float32)
+
+    @cached_property
+    def raster(self) -> Index:
+        """[tokens] slot of every merged token, in raster order."""
+        flat = self.windows.reshape(-1)
+        where = np.empty(self.grid[0] * self.grid[1], dtype=np.int64)
+        where[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
+        return where
+
+
+class PatchEmbed(Atom):
+    """[batch, frames, 3, height, width] → [batch * steps, slots, hidden], patches ordered by window; a lone image is doubled."""
+
+    def __init__(self, spec: QwenVitSpec) -> None:
+        super().__init__()
+        kernel = (spec.temporal_patch, spec.patch, spec.patch)
+        self.proj = nn.Conv3d(3, spec.hidden, kernel, kernel, bias=False)
+        self.proj.requires_grad_(False)
+        self.spec = spec
+        self.register_buffer("slots", torch.tensor(np.maximum(spec.slots, 0), device="cpu"), persistent=False)
+
+    def key(self) -> Hashable:
+        return self.spec
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        s = self.spec
+        if pixel_values.shape[1] == 1:
+            pixel_values = pixel_values.repeat(1, s.temporal_patch, 1, 1, 1)
+        clips = pixel_values.unflatten(1, (-1, s.temporal_patch)).flatten(0, 1).transpose(1, 2)
+        rows, cols = s.grid
+        x = self.proj(clips).squeeze(2).reshape(-1, s.hidden, rows, s.merge, cols, s.merge)
+        x = x.permute(0, 2, 4, 3, 5, 1).reshape(-1, rows * cols * s.merge**2, s.hidden)
+        return x.index_select(1, self.get_buffer("slots"))
+
+
+class Attention(nn.Module):
+    """Holds the projections; the block computes."""
+
+    def __init__(self, spec: QwenVitSpec) -> None:
+        super().__init__()
+        self.qkv = Linear(spec.hidden, 3 * spec.hidden)
+        self.proj = Linear(spec.hidden, spec.hidden)
+
+
+class Block(Atom):
+    """One block with full or window attention: x [n, slots, hidden] → x, and the rotated q, k [n, heads, slots, head_dim]."""
+
+    def __init__(self, spec: QwenVitSpec, full: bool) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(spec.hidden, 1e-6)
+        self.norm2 = RMSNorm(spec.hidden, 1e-6)
+        self.attn = Attention(spec)
+        self.mlp = Mlp(spec.hidden, spec.intermediate, spec.activation, bias=True)
+        self.spec, self.full = spec, full
+        angle = torch.tensor(spec.angles, dtype=torch.float32, device="cpu")
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("bias", pad_bias(spec, full), persistent=False)
+
+    def key(self) -> Hashable:
+        return self.spec, self.full
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s = self.spec
+        cos, sin = self.get_buffer("cos").to(x.dtype), self.get_buffer("sin").to(x.dtype)
+        q, k, v = (split_heads(t, s.heads) for t in self.attn.qkv(self.norm1(x)).chunk(3, -1))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        bias = self.get_buffer("bias").to(x.dtype) if s.padded else None
+        if self.full:
+            out = attend(q, k, v, bias)
+        else:
+            windows = len(s.windows)
+            q_, k_, v_ = (t.unflatten(2, (windows, -1)).transpose(1, 2) for t in (q, k, v))
+            out = attend(q_, k_, v_, bias).transpose(1, 2).flatten(2, 3)
+        x = x + self.attn.proj(merge_heads(out))
+        return x + self.mlp(self.norm2(x)), q, k
+
+
+def pad_bias(spec: QwenVitSpec, full: bool) -> Tensor:
+    """Additive mask of padded slots: [1, 1, 1, slots] for full, [1, windows, 1, 1, slots per window] for window attention."""
+    bias = torch.where(torch.tensor(spec.slots < 0, device="cpu"), MASKED, 0.0)
+    return bias[None, None, None] if full else bias.reshape(1, len(spec.windows), 1, 1, -1)
+
+
+class Merger(Atom):
+    """Norm, concatenate merge² patches, two-layer MLP to the language model's width."""
+
+    def __init__(self, spec: QwenVitSpec) -> None:
+        super().__init__()
+        wide = spec.hidden * spec.merge**2
+        self.ln_q = RMSNorm(spec.hidden, 1e-6)
+        self.mlp = nn.ModuleList([Linear(wide, wide), nn.Identity(), Linear(wide, spec.out)])
+        self.wide = wide
+        self.spec = spec
+
+    def key(self) -> Hashable:
+        return self.spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, patches, hidden] -> [n, tokens, out]"""
+        return self.mlp[2](ACTIVATIONS["gelu"](self.mlp[0](self.ln_q(x).reshape(x.shape[0], -1, self.wide))))
+
+
+class Tap(Atom):
+    """A signal in raster order of the merged tokens, leading axes [batch, steps]; per-patch values are averaged."""
+
+    def __init__(self, spec: QwenVitSpec, kind: str, steps: int) -> None:
+        super().__init__()
+        self.spec, self.kind, self.steps = spec, kind, steps
+        self.register_buffer("raster", torch.tensor(spec.raster, device="cpu"), persistent=False)
+        self.register_buffer("bias", pad_bias(spec, full=True), persistent=False)
+
+    def key(self) -> Hashable:
+        return self.spec, self.kind, self.steps
+
+    def forward(self, *values: Tensor) -> Tensor:
+        out: Tensor = getattr(self, self.kind)(*values)
+        return out.index_select(1, self.get_buffer("raster")).unflatten(0, (-1, self.steps))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def keys(self, q: Tensor, k: Tensor) -> Tensor:
+        return k.mean(1).unflatten(1, (-1, self.spec.merge**2)).mean(2)
+
+    def column_attention(self, q: Tensor, k: Tensor) -> Tensor:
+        real = (self.get_buffer("bias")[0, 0, 0] == 0).float()
+        rows = attention_map(q, k, self.get_buffer("bias").to(q.dtype) if self.spec.padded else None)
+        column = (real @ rows) / real.sum() if self.spec.padded else rows.mean(1)
+        return column.unflatten(1, (-1, self.spec.merge**2)).mean(2)
+
+
+class QwenVit(nn.Module):
+    """The tower with its merger; `hidden` is at the language model's width. Taps as in `exporter.nn.vit.Vit`."""
+
+    def __init__(self, spec: QwenVitSpec, taps: tuple[str, ...], steps: int) -> None:
+        super().__init__()
+        self.spec, self.taps = spec, taps
+        self.patch_embed = PatchEmbed(spec)
+        self.blocks = nn.ModuleList(Block(spec, i in spec.full) for i in range(spec.blocks))
+        self.merger = Merger(spec)
+        for name in taps:
+            self.add_module(f"tap_{name}", Tap(spec, name.partition("@")[0], steps))
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """pixel_values [batch, frames, 3, height, width] → the taps in order, leading axes [batch, steps]."""
+        x = self.patch_embed(pixel_values)
+        found: dict[str, Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            x, q, k = block(x)
+            for name in self.taps:
+                _, _, at = name.partition("@")
+                if name != "hidden" and i == (int(at) if at else self.spec.full[-1]):
+                    found[name] = self.get_submodule(f"tap_{name}")(q, k)
+        found["hidden"] = self.get_submodule("tap_hidden")(self.merger(x))
+        return [found[name] for name in self.taps]
+
+
+def tower_signals(spec: QwenVitSpec) -> frozenset[str]:
+    """Keys of any block; attention columns of full-attention blocks only (a window's column is not global)."""
+    keys = {f"keys@{b}" for b in range(spec.blocks)}
+    columns = {f"column_attention@{b}" for b in spec.full}
+    return frozenset({"hidden", "keys", "column_attention"} | keys | columns)

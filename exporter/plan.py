@@ -1,0 +1,220 @@
+"""Where checkpoint, reductions and profile meet: everything is checked here, in words, before anything is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import exporter.families
+from exporter import _discover
+from exporter.checkpoint import Checkpoint
+from exporter.errors import UsageError
+from exporter.families._contract import Family, Geometry, Request
+from graphs import _spec
+from graphs._contract import BeforeLLM, InLLM, InTower, Reduction, ReductionError, Site
+
+if TYPE_CHECKING:
+    from profiles._schema import Profile
+
+TEXT_SIGNALS = frozenset({"text", "text_mask"})
+
+
+@dataclass(frozen=True)
+class Step:
+    """One fitted reduction: its name, the site it acts at, and the visual tokens before and after."""
+
+    name: str
+    method: Reduction
+    site: Site
+    before: int
+    after: int
+
+    @property
+    def summary(self) -> str:
+        """ "visionzip: 576 → 64 tokens (11 % kept, 9.0× fewer)" """
+        return f"{self.name}: {count_change(self.before, self.after)}"
+
+
+def count_change(before: int, after: int) -> str:
+    """Both ways of saying it, since the field mixes them up."""
+    if after == 0:
+        return f"{before} → 0 tokens"
+    return f"{before} → {after} tokens ({100 * after / before:.0f} % kept, {before / after:.1f}× fewer)"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be exported. Build one with `make_plan`.
+
+    taps: signals the vision graph has to output, in order. kept: visual tokens that enter the language model.
+    policy: position policy of those tokens.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    geometry: Geometry
+    request: Request
+    profile: Profile
+    steps: tuple[Step, ...]
+    taps: tuple[str, ...]
+    kept: int
+    policy: Literal["keep", "compact"]
+    sites: dict[str, Site] = field(default_factory=dict)
+
+    def at(self, place: str) -> list[Step]:
+        return [s for s in self.steps if s.method.place == place]
+
+    @property
+    def in_tower(self) -> tuple[str, InTower] | None:
+        found = self.at("in_tower")
+        return (found[0].name, cast(InTower, found[0].method)) if found else None
+
+    @property
+    def before_llm(self) -> list[tuple[str, BeforeLLM, Site]]:
+        return [(s.name, cast(BeforeLLM, s.method), s.site) for s in self.at("before_llm")]
+
+    @property
+    def in_llm(self) -> list[tuple[str, InLLM]]:
+        return [(s.name, cast(InLLM, s.method)) for s in self.at("in_llm")]
+
+    @property
+    def text_guided(self) -> bool:
+        return any(TEXT_SIGNALS & set(m.needs) for _, m, _ in self.before_llm)
+
+    def record(self) -> list[dict[str, Any]]:
+        """The reductions as data, for manifests and reports."""
+        return [
+            {
+                "name": s.name,
+                "place": s.method.place,
+                "spec": _spec.format(s.method),
+                "before": s.before,
+                "after": s.after,
+                "knobs": s.method.knobs(),
+                "paper": s.method.paper,
+            }
+            for s in self.steps
+        ]
+
+
+def make_plan(checkpoint: Checkpoint, reductions: Sequence[str], profile: Profile, request: Request | None = None) -> Plan:
+    """Fit reductions to a model.
+
+    Args:
+        reductions: specs as typed, `NAME[:knob=value,…]`, in the order of composition.
+    Raises:
+        UsageError: unknown family, method or knob; a method whose signal the model cannot give; counts that do not fit.
+    """
+    request = request or Request()
+    family = find_family(checkpoint)
+    checkpoint = checkpoint.named(family.canonical)
+    geometry = family.geometry(checkpoint, request)
+    _check_limits(geometry, request, profile)
+    methods = []
+    for text in reductions:
+        try:
+            methods.append((text, _spec.parse(text)))
+        except ReductionError as e:
+            raise UsageError(f"--reduce {text}: {e}") from e
+    places = ("in_tower", "before_llm", "in_llm")
+    methods.sort(key=lambda item: places.index(item[1].place))
+    return _Fitting(checkpoint, family, geometry, request, profile).run(methods)
+
+
+def find_family(checkpoint: Checkpoint) -> Family:
+    kind = str(checkpoint.config["model_type"])
+    known = _discover.names(exporter.families)
+    if kind not in known:
+        raise UsageError(
+            f"{checkpoint.folder}/config.json says model_type '{kind}', and there is no such family. "
+            f"Known: {', '.join(known)}. A family is one file, see CONTRIBUTING.md."
+        )
+    return cast(Family, _discover.load(exporter.families, "family", kind).FAMILY)
+
+
+def _check_limits(geometry: Geometry, request: Request, profile: Profile) -> None:
+    if request.frames < 1:
+        raise UsageError(f"--frames {request.frames}: at least one frame is needed.")
+    if request.frames > profile.limits.frames:
+        raise UsageError(
+            f"Profile `{profile.name}` allows {profile.limits.frames} frames, --frames asks for {request.frames}. "
+            "Pass fewer frames or raise `frames` under [limits] in a profile of your own."
+        )
+
+
+class _Fitting:
+    """Walks the places in order, handing each method the site its predecessors left."""
+
+    def __init__(self, checkpoint: Checkpoint, family: Family, geometry: Geometry, request: Request, profile: Profile) -> None:
+        self.checkpoint, self.family, self.geometry = checkpoint, family, geometry
+        self.request, self.profile = request, profile
+        self.steps: list[Step] = []
+        self.policies: list[str] = []
+
+    def fit(self, text: str, method: Reduction, site: Site) -> Reduction:
+        try:
+            fitted = method.fit(site)
+            fitted.require(site)
+            return fitted
+        except ReductionError as e:
+            name = text.partition(":")[0]
+            raise UsageError(f"--reduce {text} does not fit {self.family.model_type}: {e}. `edgetrim list reductions` shows what `{name}` needs.") from e
+
+    def run(self, methods: list[tuple[str, Reduction]]) -> Plan:
+        site = self.geometry.tower
+        taps: list[str] = ["hidden"]
+        projected = False
+        llm_site: Site | None = None
+        for text, method in methods:
+            if isinstance(method, InTower):
+                site = self._in_tower(text, method, site)
+                taps.append("anchor")
+            elif isinstance(method, BeforeLLM):
+                fitted = self.fit(text, method, site)
+                assert isinstance(fitted, BeforeLLM)
+                if projected and fitted.space == "tower":
+                    raise UsageError(
+                        f"--reduce {text} works on tower features, but a reduction before it already works behind the projector. "
+                        "Put it first."
+                    )
+                projected = projected or fitted.space == "llm"
+                taps += [n for n in fitted.needs if n not in TEXT_SIGNALS and n not in taps]
+                after = fitted.after(site)
+                self._add(text, fitted, site, site.total, after.total)
+                self.policies.append(fitted.resolved_position(site))
+                site = after
+            else:
+                assert isinstance(method, InLLM)
+                llm_site = llm_site or Site(site.total, 1, None, frozenset({"hidden", "attention_row"}), self.geometry.layers)
+                fitted_llm = self.fit(text, method, llm_site)
+                after = fitted_llm.after(llm_site)
+                self._add(text, fitted_llm, llm_site, llm_site.total, after.total)
+                llm_site = after
+        names = [s.name for s in self.steps]
+        if len(set(names)) < len(names):
+            raise UsageError(f"The same reduction is given twice ({', '.join(names)}). Give each once.")
+        layers = [layer for s in self.steps if isinstance(s.method, InLLM) for layer in s.method.layers]
+        if layers != sorted(set(layers)):
+            raise UsageError(f"Reductions inside the language model must act at ascending layers; found {layers}. Reorder them.")
+        return Plan(
+            self.checkpoint, self.family, self.geometry, self.request, self.profile, tuple(self.steps), tuple(taps),
+            site.total, "compact" if "compact" in self.policies else "keep",
+        )  # fmt: skip
+
+    def _in_tower(self, text: str, method: InTower, site: Site) -> Site:
+        where = self.geometry.in_tower
+        if isinstance(where, str):
+            raise UsageError(f"--reduce {text} does not fit {self.family.model_type}: {where}. Choose a reduction that acts before or inside the LLM.")
+        if any(isinstance(s.method, InTower) for s in self.steps):
+            raise UsageError(f"--reduce {text}: only one reduction can act inside the tower.")
+        fitted = self.fit(text, method, where)
+        assert isinstance(fitted, InTower)
+        after = fitted.after(where)
+        self._add(text, fitted, where, where.total, after.total)
+        self.policies.append(fitted.resolved_position())
+        left = site.signals & {"hidden", "cls", *TEXT_SIGNALS}
+        return replace(site, tokens=after.tokens, grid=None, signals=left)
+
+    def _add(self, text: str, method: Reduction, site: Site, before: int, after: int) -> None:
+        self.steps.append(Step(text.partition(":")[0], method, site, before, after))

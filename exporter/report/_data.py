@@ -1,0 +1,242 @@
+"""What a report is made of: plain values that go to JSON and back.
+
+A number that was not measured is the reason why, as a string: "no GPU here". It is shown as "not measured".
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import types
+from dataclasses import dataclass, field, fields, is_dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Number = Union[float, str]  # noqa: UP007  (evaluated at run time, and Python 3.10's `|` has no get_origin of Union)
+"""A measured number, or the reason why there is none."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One reduction, in the order they act. `before` and `after`: visual tokens."""
+
+    name: str
+    spec: str
+    place: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One graph and what was built from it. `executed`: the engine ran on the machine that wrote the report."""
+
+    name: str
+    nodes: int
+    graph_bytes: int
+    engine_bytes: Number
+    build_s: Number
+    peak_rss_mib: Number
+    executed: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Same mathematics, other runtime. Agreements are fractions. `gate` says the threshold in words: "cosine ≥ 0.9999"."""
+
+    stage: str
+    cosine: Number
+    max_abs: Number
+    index_agreement: Number
+    greedy_agreement: Number
+    gate: str
+    passed: bool | None
+    """None: the gate was not applied."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers out of `n` questions."""
+
+    correct: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        return self.correct / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval: right near 0 and 1 too, where most of our scores are."""
+        z = 1.96
+        centre, spread = self.value + z * z / (2 * self.n), z * sqrt(
+            self.value * (1 - self.value) / self.n + z * z / (4 * self.n**2)
+        )
+        scale = 1 + z * z / self.n
+        return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+Scored = Union[Score, str]  # noqa: UP007
+Variant = Literal["unreduced", "reduced", "engine", "control"]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Accuracy of one variant, by kind of question. Controls are `random` and `uniform` at the same keep."""
+
+    variant: Variant
+    label: str
+    scores: dict[str, Scored]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds."""
+
+    median: float
+    p90: float
+
+
+Timed = Union[Timing, str]  # noqa: UP007
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One stage, four ways."""
+
+    stage: str
+    reference_unreduced: Timed
+    reference_reduced: Timed
+    engine_unreduced: Timed
+    engine_reduced: Timed
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    keep_ratio: float
+    accuracy: dict[str, float]
+    """By kind of question."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method's accuracy against the fraction of visual tokens it keeps."""
+
+    method: str
+    points: list[CurvePoint]
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """Pictures of which tokens were kept, as PNG bytes (`overlay.png`)."""
+
+    caption: str
+    method: str
+    images: list[bytes]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question and what each variant answered: label → answer."""
+
+    kind: str
+    question: str
+    expected: str
+    answers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything a report shows. Lists may be empty: the section then says that it was not measured."""
+
+    title: str
+    checkpoint: str
+    family: str
+    profile: str
+    backend: str
+    precision: str
+    device: str
+    """The machine that measured, in words."""
+    created: str
+    """Date and time, in words."""
+    bundle_bytes: Number
+    unreduced_tokens: int
+    kept_tokens: int
+    reductions: list[Reduction]
+    stages: list[Stage] = field(default_factory=list)
+    fidelity: list[Fidelity] = field(default_factory=list)
+    quality: list[Quality] = field(default_factory=list)
+    latency: list[Latency] = field(default_factory=list)
+    """One per stage."""
+    ttft: Latency | None = None
+    """Time to first token: all stages up to the first logits."""
+    token: Latency | None = None
+    """Time per output token."""
+    curves: list[Curve] = field(default_factory=list)
+    full_accuracy: dict[str, float] = field(default_factory=dict)
+    """Unreduced, by kind, in the curves' setting."""
+    overlays: list[Overlay] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    geometry: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    command: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(_plain(self), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ReportData:
+        return _typed(cls, json.loads(text))
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.to_json(), encoding="utf-8")
+
+
+def tokens_in_words(before: int, after: int) -> str:
+    """The reduction as it is always said.
+
+    >>> tokens_in_words(576, 64)
+    '576 → 64 tokens (11 % kept, 9.0× fewer)'
+    """
+    return f"{before} → {after} tokens ({100 * after / before:.0f} % kept, {before / after:.1f}× fewer)"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def _typed(kind: type[T], raw: Any) -> T:
+    """Rebuild a dataclass from JSON. An unknown or a missing field is an error."""
+    hints = get_type_hints(kind)
+    return kind(**{name: _value(hints[name], value) for name, value in raw.items()})
+
+
+def _value(kind: Any, raw: Any) -> Any:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if isinstance(raw, dict):
+            return _value(next(k for k in inner if is_dataclass(k)), raw)
+        return raw
+    if origin is list:
+        return [_value(inner[0], v) for v in raw]
+    if origin is dict:
+        return {k: _value(inner[1], v) for k, v in raw.items()}
+    if kind is bytes:
+        return base64.b64decode(raw, validate=True)
+    if isinstance(kind, type) and is_dataclass(kind):
+        return _typed(kind, raw)
+    return raw

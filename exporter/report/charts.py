@@ -1,0 +1,163 @@
+"""Charts as inline SVG. Colours are the style sheet's classes, so they follow light, dark and print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import log2
+
+from markupsafe import Markup, escape
+
+from exporter.report._data import Curve, Score
+
+SERIES = 6
+"""Colours of the style sheet, s0 to s5; further series begin again, told apart by their mark."""
+
+_SHAPES = ("circle", "square", "diamond", "triangle")
+
+
+def _svg(width: float, height: float, label: str, body: Sequence[str], kind: str = "chart") -> Markup:
+    return Markup(
+        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" '
+        f'aria-label="{escape(label)}">{"".join(body)}</svg>'
+    )
+
+
+def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
+
+
+def _mark(x: float, y: float, shape: str, kind: str, size: float = 3.4) -> str:
+    if shape == "circle":
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size}" class="{kind}"/>'
+    if shape == "square":
+        return f'<rect x="{x - size:.1f}" y="{y - size:.1f}" width="{2 * size}" height="{2 * size}" class="{kind}"/>'
+    r = size * 1.35
+    points = [(0, -r), (r, 0), (0, r), (-r, 0)] if shape == "diamond" else [(0, -r), (r, r * 0.8), (-r, r * 0.8)]
+    drawn = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in points)
+    return f'<polygon points="{drawn}" class="{kind}"/>'
+
+
+def styles(curves: Sequence[Curve]) -> dict[str, tuple[str, str]]:
+    """Method → (colour class, mark). Controls are grey, told apart by their mark."""
+    given: dict[str, tuple[str, str]] = {}
+    methods = controls = 0
+    for curve in curves:
+        if curve.control:
+            given[curve.method] = ("control", _SHAPES[controls % 4])
+            controls += 1
+        else:
+            given[curve.method] = (f"s{methods % SERIES}", _SHAPES[(methods + methods // SERIES) % 4])
+            methods += 1
+    return given
+
+
+def key(colour: str, shape: str) -> Markup:
+    """A legend's sample: a piece of line with its mark."""
+    dash = " dashed" if colour == "control" else ""
+    body = [_line(1, 7, 25, 7, f"series {colour}{dash}"), _mark(13, 7, shape, f"mark {colour}")]
+    return _svg(26, 14, "", body, "key")
+
+
+def accuracy_curves(curves: Sequence[Curve], kind: str, full: float | None, here: float) -> Markup:
+    """Accuracy of one kind of question against the keep ratio (logarithmic); controls dashed; `here` is this run."""
+    width, height, left, right, top, bottom = 330.0, 236.0, 36.0, 14.0, 14.0, 34.0
+    ratios = sorted({p.keep_ratio for c in curves for p in c.points} | {here})
+    low, high = log2(ratios[0]), log2(max(1.0, ratios[-1]))
+    span = (high - low) or 1.0
+
+    def x(ratio: float) -> float:
+        return left + (log2(ratio) - low) / span * (width - left - right - 10) + 6
+
+    def y(accuracy: float) -> float:
+        return top + (1 - accuracy) * (height - top - bottom)
+
+    body = [_line(x(here), top, x(here), height - bottom, "here")]
+    for percent in (0, 25, 50, 75, 100):
+        body += [
+            _line(left, y(percent / 100), width - right, y(percent / 100), "grid" if percent else "axis"),
+            _text(left - 7, y(percent / 100) + 3.5, f"{percent}", "tick", "end"),
+        ]
+    shown = 2 * width
+    for ratio in sorted({p.keep_ratio for c in curves for p in c.points} | {1.0}, reverse=True):
+        if shown - x(ratio) < 34:
+            continue
+        shown = x(ratio)
+        body += [
+            _line(shown, height - bottom, shown, height - bottom + 4, "axis"),
+            _text(shown, height - bottom + 16, f"{100 * ratio:.3g} %", "tick", "middle"),
+        ]
+    if full is not None:
+        body += [
+            _line(left, y(full), width - right, y(full), "full"),
+            _text(left + 4, y(full) - 5, f"unreduced {100 * full:.0f}", "tick full-label"),
+        ]
+    marks = styles(curves)
+    for curve in sorted(curves, key=lambda c: not c.control):
+        colour, shape = marks[curve.method]
+        points = sorted((p.keep_ratio, p.accuracy[kind]) for p in curve.points if kind in p.accuracy)
+        path = " ".join(f"{x(r):.1f},{y(a):.1f}" for r, a in points)
+        dash = " dashed" if curve.control else ""
+        body.append(f'<polyline points="{path}" class="series {colour}{dash}"/>')
+        for ratio, accuracy in points:
+            said = escape(f"{curve.method}: {100 * accuracy:.1f} % at {100 * ratio:.3g} % kept")
+            body.append(f"<g>{_mark(x(ratio), y(accuracy), shape, f'mark {colour}')}<title>{said}</title></g>")
+    return _svg(width, height, f"Accuracy on {kind} against the share of visual tokens kept", body)
+
+
+def interval(score: Score, low: float, reference: float | None, kind: str) -> Markup:
+    """A score as a dot with its 95 % interval, on an axis from `low` to 1; the tick is the unreduced score."""
+    width, height, middle = 196.0, 16.0, 8.0
+
+    def x(value: float) -> float:
+        return 5 + (max(value, low) - low) / (1 - low) * (width - 10)
+
+    first, last = score.interval
+    body = [_line(x(low), middle, x(1), middle, "rail")]
+    if reference is not None:
+        body.append(_line(x(reference), 1, x(reference), height - 1, "reference"))
+    body += [_line(x(first), middle, x(last), middle, f"range {kind}"), _mark(x(score.value), middle, "circle", f"mark {kind}", 3.6)]
+    said = f"{100 * score.value:.1f} %, 95 % interval {100 * first:.1f} to {100 * last:.1f} %"
+    return _svg(width, height, said, body, "interval")
+
+
+def stacked(rows: Sequence[tuple[str, Mapping[str, float]]], names: Sequence[str], unit: str = "ms") -> Markup:
+    """Horizontal stacked bars, one per row; `names`: all parts, in the order of their colours."""
+    width, left, right, bar, step = 1000.0, 178.0, 84.0, 22.0, 40.0
+    most = max((sum(parts.values()) for _, parts in rows), default=0.0) or 1.0
+    body = []
+    for i, (label, parts) in enumerate(rows):
+        x, y = left, i * step + 6
+        body.append(_text(left - 12, y + bar / 2 + 4, label, "label", "end"))
+        for name, value in parts.items():
+            w = value / most * (width - left - right)
+            colour = f"s{names.index(name) % SERIES}"
+            said = f"{name}: {value:,.1f} {unit}"
+            body.append(
+                f'<g><rect x="{x:.1f}" y="{y:.1f}" width="{max(w - 1.5, 0.8):.1f}" height="{bar:g}" class="bar {colour}"/>'
+                f"<title>{escape(said)}</title></g>"
+            )
+            if w > 7.2 * len(f"{value:,.0f}") + 10:
+                body.append(_text(x + w / 2 - 0.7, y + bar / 2 + 4, f"{value:,.0f}", "inbar", "middle"))
+            x += w
+        body.append(_text(x + 8, y + bar / 2 + 4, f"{sum(parts.values()):,.0f} {unit}", "label strong"))
+    return _svg(width, len(rows) * step, "Time to first token by stage", body, "chart wide")
+
+
+def swatch(i: int) -> Markup:
+    return _svg(12, 12, "", [f'<rect width="12" height="12" rx="2" class="bar s{i % SERIES}"/>'], "key")
+
+
+def tokens(before: int, after: int, most: int) -> Markup:
+    """A bar for the tokens that come in, filled as far as they go on."""
+    width, height = 420.0, 14.0
+    inside, kept = before / most * width, after / most * width
+    return _svg(
+        width, height, f"{after} of {before} tokens",
+        [f'<rect width="{inside:.1f}" height="{height:g}" rx="2" class="dropped"/>',
+         f'<rect width="{max(kept, 2):.1f}" height="{height:g}" rx="2" class="bar s0"/>'],
+        "chart wide",
+    )  # fmt: skip

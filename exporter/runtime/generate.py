@@ -1,0 +1,419 @@
+"""Drive the exported graphs: image and prompt in, tokens out. Numpy on the host, any backend's `Runner`s below it.
+
+    with backend.runner(…) as vision, …:
+        generator = Generator({"vision": vision, …}, graphs, embedding(folder, graphs))
+        result = generator.generate(pixel_values, [prompt.ask("What is this?")], max_new_tokens=64)
+        more = generator.reply(result.cache, [ids of the next turn], max_new_tokens=64)
+
+A `Generator` has no state of its own: what a conversation has so far is in its `Cache`. Keys and values stay the
+runner's device values from one step to the next; only logits, kept indices and visual embeddings come to the host.
+Stage times are taken around `Runner.run`, which returns when its results are there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.backends._contract import Array, Runner
+from exporter.errors import ExportError, UsageError, VerificationError
+from exporter.graphset import PAD, GraphSet
+from exporter.runtime.sequence import Ints, Prompts, Text, arrange, check_ids, pad, split
+
+Logits = npt.NDArray[np.float32]
+Sampler = Callable[[Logits], Ints]
+"""float32 [batch, vocab] → int64 [batch]."""
+OnToken = Callable[[int, int], object]
+"""Called with (row, token) as soon as a token is there."""
+
+
+@dataclass
+class Cache:
+    """Everything a conversation has so far. `step` and `extend` change it in place."""
+
+    past: dict[str, Any]
+    """The decode graph's `past_*` inputs: device values."""
+    next_position: Ints
+    """[batch]"""
+    next_order: Ints
+    """[batch]"""
+    pending: list[list[int]]
+    """Per row: tokens generated but not run yet, so not in `past`. An eos is never among them."""
+
+
+@dataclass(frozen=True)
+class Visual:
+    """What the vision side hands to the language model."""
+
+    embeds: Array
+    """[batch, kept, hidden], on the host."""
+    index: Ints
+    """[batch, kept]"""
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    logits: Logits
+    cache: Cache
+    kept: dict[str, Array]
+    """The prefill graph's `kept_*` outputs: what reductions inside the language model kept."""
+
+
+@dataclass
+class Timings:
+    """Wall time on the host. For `reply`, `prefill_ms` is that of the new text."""
+
+    vision_ms: float = 0.0
+    reduce_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: list[float] = field(default_factory=list)
+    """One per decode step, sampling included; the first token belongs to prefill."""
+    ttft_ms: float = 0.0
+    """From the call to the first token."""
+
+
+@dataclass(frozen=True)
+class Result:
+    tokens: list[list[int]]
+    """Per row, with the eos that ended it, if one did."""
+    index: Ints
+    """[batch, kept]: visual tokens that entered the language model; empty for `reply`."""
+    kept: dict[str, Array]
+    timings: Timings
+    cache: Cache
+
+
+def embedding(folder: Path, graphs: GraphSet) -> Array:
+    """The token embedding table of an export, memory-mapped: [vocab, hidden]."""
+    path = folder / graphs.embedding
+    try:
+        table: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as e:
+        raise VerificationError(f"{path} cannot be read: {e}. Run export again.") from e
+    return table
+
+
+def greedy(logits: Logits) -> Ints:
+    """The most likely token; of equal ones the lower id."""
+    best: Ints = logits.argmax(axis=-1)
+    return best
+
+
+class Sampling:
+    """Draw from the most likely tokens. The same seed gives the same tokens.
+
+    Args:
+        temperature: above 0; below 1 sharpens.
+        top_k: only this many of the most likely; 0 is all.
+        top_p: only the fewest that are together at least this likely.
+        seed: of the random numbers.
+    """
+
+    def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> None:
+        if temperature <= 0 or top_k < 0 or not 0 < top_p <= 1:
+            raise UsageError(
+                f"Sampling with temperature {temperature}, top_k {top_k}, top_p {top_p}: expected a temperature above "
+                "0, top_k 0 or more, top_p above 0 and at most 1. For the most likely token, do not sample."
+            )
+        self._temperature, self._top_k, self._top_p = temperature, top_k, top_p
+        self._random = np.random.default_rng(seed)
+
+    def __call__(self, logits: Logits) -> Ints:
+        scaled = logits.astype(np.float64) / self._temperature
+        ranked = np.argsort(-scaled, axis=-1, kind="stable")
+        if self._top_k:
+            ranked = ranked[:, : self._top_k]
+        best = np.take_along_axis(scaled, ranked, axis=-1)
+        likely = np.exp(best - best[:, :1])
+        likely /= likely.sum(axis=-1, keepdims=True)
+        likely[np.cumsum(likely, axis=-1) - likely >= self._top_p] = 0
+        total = np.cumsum(likely, axis=-1)
+        drawn = (total <= self._random.random((len(total), 1)) * total[:, -1:]).sum(axis=-1, keepdims=True)
+        picked: Ints = np.take_along_axis(ranked, drawn, axis=-1)[:, 0]
+        return picked
+
+
+class Generator:
+    """Runs one model's graphs.
+
+    Args:
+        runners: role → opened runner. Where prefill and decode are one file, either may stand for both.
+        graphs: the exported model.
+        embedding: the token embedding table [vocab, hidden].
+        chunk: most tokens the decode engine takes at once, for `extend`; None is any number.
+    """
+
+    def __init__(
+        self, runners: Mapping[str, Runner], graphs: GraphSet, embedding: Array, chunk: int | None = None
+    ) -> None:
+        text = graphs.text
+        if embedding.shape != (text.vocab, text.hidden):
+            raise VerificationError(
+                f"{graphs.embedding} has shape {list(embedding.shape)}, expected {[text.vocab, text.hidden]}. "
+                "Run export again."
+            )
+        self.graphs, self._chunk = graphs, chunk
+        self._embedding = np.asarray(embedding)
+        runners = _complete(runners, graphs)
+        self._vision, self._reduce = runners["vision"], runners["reduce"]
+        self._prefill, self._decode = runners["prefill"], runners["decode"]
+        self._signals = [name for name in self._reduce.inputs if name not in ("text_embeds", "text_mask")]
+        self._present = {name: "present" + name[4:] for name in self._decode.inputs if name.startswith("past_")}
+        _check(self._vision, "vision", self._signals)
+        _check(self._reduce, "reduce", ["visual_embeds", "index"])
+        for role, runner in (("prefill", self._prefill), ("decode", self._decode)):
+            _check(runner, role, ["logits", *self._present.values()])
+
+    def generate(
+        self,
+        pixel_values: Array,
+        input_ids: Prompts,
+        max_new_tokens: int,
+        on_token: OnToken | None = None,
+        sampler: Sampler = greedy,
+    ) -> Result:
+        """Answer prompts about images.
+
+        Args:
+            pixel_values: float32 [batch, frames, 3, height, width].
+            input_ids: one prompt per row, of any lengths, each with `graphs.visual.placeholders` image tokens.
+            max_new_tokens: most tokens per row, >= 1; a row ends at an eos.
+            on_token: called with (row, token) for every token.
+            sampler: chooses tokens from logits.
+        """
+        _positive(max_new_tokens)
+        if len(pixel_values) != len(input_ids):
+            raise UsageError(
+                f"{len(pixel_values)} images (or clips) and {len(input_ids)} prompts; expected as many of each."
+            )
+        timings, begin = Timings(), time.perf_counter()
+        text = split(input_ids, self.graphs)
+        mark = time.perf_counter()
+        signals = self.vision(pixel_values)
+        timings.vision_ms, mark = _ms(mark), time.perf_counter()
+        visual = self.reduce(signals, text)
+        timings.reduce_ms, mark = _ms(mark), time.perf_counter()
+        prefilled = self.prefill(visual, input_ids, text)
+        timings.prefill_ms = _ms(mark)
+        tokens = self._answer(prefilled.logits, prefilled.cache, max_new_tokens, on_token, sampler, timings, begin)
+        return Result(tokens, visual.index, prefilled.kept, timings, prefilled.cache)
+
+    def reply(
+        self,
+        cache: Cache,
+        input_ids: Prompts,
+        max_new_tokens: int,
+        on_token: OnToken | None = None,
+        sampler: Sampler = greedy,
+    ) -> Result:
+        """Answer the next turn of a conversation: text only, see `extend`."""
+        _positive(max_new_tokens)
+        timings, begin = Timings(), time.perf_counter()
+        logits = self.extend(cache, input_ids)
+        timings.prefill_ms = _ms(begin)
+        tokens = self._answer(logits, cache, max_new_tokens, on_token, sampler, timings, begin)
+        return Result(tokens, np.empty((len(input_ids), 0), np.int64), {}, timings, cache)
+
+    def vision(self, pixel_values: Array) -> dict[str, Any]:
+        """The signals `reduce` asks for, as device values."""
+        image = self.graphs.image
+        if pixel_values.ndim != 5 or pixel_values.shape[2:] != (3, image.height, image.width):
+            raise UsageError(
+                f"pixel_values has shape {list(pixel_values.shape)}; this model was exported for "
+                f"[batch, frames, 3, {image.height}, {image.width}]."
+            )
+        return self._vision.run({"pixel_values": self._as(self._vision, "pixel_values", pixel_values)})
+
+    def reduce(self, signals: Mapping[str, Any], text: Text | None = None) -> Visual:
+        """Keep the visual tokens that the exported reduction keeps. `text` only matters if it is text-guided."""
+        runner = self._reduce
+        feeds = {name: self._hand(signals[name], self._vision, runner) for name in self._signals}
+        if "text_embeds" in runner.inputs:
+            if text is None:
+                raise UsageError("This reduction is guided by the prompt: give `reduce` the text.")
+            feeds["text_embeds"] = self._as(runner, "text_embeds", self._embedding[text.ids])
+            feeds["text_mask"] = self._as(runner, "text_mask", text.mask)
+        found = runner.run(feeds)
+        return Visual(runner.numpy(found["visual_embeds"]), runner.numpy(found["index"]).astype(np.int64, copy=False))
+
+    def prefill(self, visual: Visual, input_ids: Prompts, text: Text | None = None) -> Prefilled:
+        """Run the prompts.
+
+        Args:
+            visual: from `reduce`.
+            input_ids: the prompts with their image tokens.
+            text: `split(input_ids, graphs)`, if at hand.
+        """
+        runner, spec = self._prefill, self.graphs.text
+        text = text or split(input_ids, self.graphs)
+        places = arrange(input_ids, visual.index, self.graphs)
+        words = self._as(runner, "inputs_embeds", self._embedding[text.ids])
+        seen = self._as(runner, "inputs_embeds", visual.embeds)
+        feeds: dict[str, Any] = {
+            "inputs_embeds": np.concatenate([seen, words], axis=1),
+            "position_ids": self._as(runner, "position_ids", places.position_ids),
+            "order": self._as(runner, "order", places.order),
+        }
+        batch = len(input_ids)
+        for name, dtype in runner.inputs.items():
+            if name.startswith("past_order_"):
+                feeds[name] = np.empty((batch, 0), dtype)
+            elif name.startswith("past_"):
+                feeds[name] = np.empty((batch, spec.kv_heads, 0, spec.head_dim), dtype)
+        found = runner.run(feeds)
+        cache = Cache({}, places.next_position, places.next_order, [[] for _ in range(batch)])
+        self._keep(cache, found, runner)
+        kept = {name: runner.numpy(value) for name, value in found.items() if name.startswith("kept_")}
+        return Prefilled(_logits(runner, found), cache, kept)
+
+    def step(self, cache: Cache, tokens: Ints, active: npt.NDArray[np.bool_] | None = None) -> Logits:
+        """Run one token per row.
+
+        Args:
+            cache: the conversation.
+            tokens: int64 [batch].
+            active: [batch]; rows that are False have ended: what they are fed is never attended to.
+        """
+        order = cache.next_order if active is None else np.where(active, cache.next_order, PAD)
+        logits = self._run(cache, tokens[:, None], cache.next_position[:, None], order[:, None])
+        moved = 1 if active is None else active
+        cache.next_position = cache.next_position + moved
+        cache.next_order = cache.next_order + moved
+        return logits
+
+    def extend(self, cache: Cache, input_ids: Prompts) -> Logits:
+        """Run more text, such as the next turn of a conversation.
+
+        Args:
+            cache: the conversation.
+            input_ids: one row each, of any lengths. What was generated last and not run yet is put before it, except an
+                eos: that, the text of the next turn writes itself if it belongs there.
+        Returns:
+            The logits behind the last token of every row.
+        """
+        if len(input_ids) != len(cache.pending):
+            raise UsageError(
+                f"{len(input_ids)} texts for {len(cache.pending)} conversations; expected as many of each."
+            )
+        rows = [[*waiting, *new] for waiting, new in zip(cache.pending, input_ids, strict=True)]
+        for i, row in enumerate(rows):
+            if not row:
+                raise UsageError(f"Text {i} is empty; expected at least one token.")
+            if self.graphs.text.image_token in row:
+                raise UsageError(
+                    f"Text {i} holds an image token; a conversation has its images in the first prompt only."
+                )
+            check_ids(row, self.graphs, i)
+        text = pad(rows)
+        count = np.cumsum(text.mask, axis=1) - 1
+        positions = np.where(text.mask, cache.next_position[:, None] + count, 0)
+        order = np.where(text.mask, cache.next_order[:, None] + count, PAD)
+        width = text.ids.shape[1]
+        for first in range(0, width, self._chunk or width):
+            part = slice(first, first + (self._chunk or width))
+            logits = self._run(cache, text.ids[:, part], positions[:, part], order[:, part])
+        lengths = text.mask.sum(axis=1)
+        cache.next_position, cache.next_order = cache.next_position + lengths, cache.next_order + lengths
+        cache.pending = [[] for _ in rows]
+        return logits
+
+    def _answer(
+        self, logits: Logits, cache: Cache, max_new_tokens: int, on_token: OnToken | None, sampler: Sampler,
+        timings: Timings, begin: float,
+    ) -> list[list[int]]:  # fmt: skip
+        """Decode until every row has ended."""
+        tokens: list[list[int]] = [[] for _ in cache.pending]
+        active, eos = np.ones(len(tokens), np.bool_), np.asarray(self.graphs.text.eos, np.int64)
+        picked = _pick(sampler, logits)
+        timings.ttft_ms = _ms(begin)
+        for left in range(max_new_tokens - 1, -1, -1):
+            for row in np.flatnonzero(active).tolist():
+                tokens[row].append(int(picked[row]))
+                if on_token is not None:
+                    on_token(row, tokens[row][-1])
+            active &= ~np.isin(picked, eos)
+            if not left or not active.any():
+                break
+            mark = time.perf_counter()
+            picked = _pick(sampler, self.step(cache, picked, active))
+            timings.decode_ms.append(_ms(mark))
+        cache.pending = [[row[-1]] if live else [] for row, live in zip(tokens, active, strict=True)]
+        return tokens
+
+    def _run(self, cache: Cache, ids: Ints, positions: Ints, order: Ints) -> Logits:
+        """The decode graph on [batch, seq] tokens; puts what it returns into the cache."""
+        runner, axes = self._decode, self.graphs.text.position_axes
+        if axes > 1:
+            positions = np.broadcast_to(positions, (axes, *positions.shape))
+        feeds = {
+            "inputs_embeds": self._as(runner, "inputs_embeds", self._embedding[ids]),
+            "position_ids": self._as(runner, "position_ids", positions),
+            "order": self._as(runner, "order", order),
+            **cache.past,
+        }
+        found = runner.run(feeds)
+        self._keep(cache, found, runner)
+        return _logits(runner, found)
+
+    def _keep(self, cache: Cache, found: Mapping[str, Any], runner: Runner) -> None:
+        cache.past = {name: self._hand(found[present], runner, self._decode) for name, present in self._present.items()}
+
+    def _hand(self, value: Any, giver: Runner, taker: Runner) -> Any:
+        """A device value for another runner: as it is between runners of one kind, else by way of the host."""
+        return value if type(giver) is type(taker) else giver.numpy(value)
+
+    def _as(self, runner: Runner, name: str, array: Array) -> Array:
+        """In the type that the engine takes (an input it lacks is reported by the engine)."""
+        dtype = runner.inputs.get(name)
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+
+def _complete(runners: Mapping[str, Runner], graphs: GraphSet) -> dict[str, Runner]:
+    """All four roles."""
+    found = dict(runners)
+    if graphs.files["prefill"] == graphs.files["decode"]:
+        for role, other in (("prefill", "decode"), ("decode", "prefill")):
+            if role not in found and other in found:
+                found[role] = found[other]
+    absent = [role for role in ("vision", "reduce", "prefill", "decode") if role not in found]
+    if absent:
+        raise UsageError(f"No runner for {', '.join(absent)}. Given: {', '.join(runners) or 'none'}.")
+    return found
+
+
+def _check(runner: Runner, role: str, names: Sequence[str]) -> None:
+    absent = [name for name in names if name not in runner.outputs]
+    if absent:
+        raise VerificationError(
+            f"The engine for {role} has no output {', '.join(absent)}. Found: {', '.join(runner.outputs)}. "
+            "Build it again."
+        )
+
+
+def _positive(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
+
+
+def _logits(runner: Runner, found: Mapping[str, Any]) -> Logits:
+    return runner.numpy(found["logits"]).astype(np.float32, copy=False)
+
+
+def _pick(sampler: Sampler, logits: Logits) -> Ints:
+    picked = sampler(logits)
+    # argmax stops at the first NaN, so looking at the chosen logit is enough.
+    if np.isnan(np.take_along_axis(logits, picked[:, None], axis=-1)).any():
+        raise ExportError(
+            "The language model returned NaN. In FP16 that is mostly an overflow: compare with an FP32 export."
+        )
+    return picked
+
+
+def _ms(since: float) -> float:
+    return (time.perf_counter() - since) * 1e3

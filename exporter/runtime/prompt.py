@@ -1,0 +1,295 @@
+"""Questions to token ids and back: `tokenizer.json` and the checkpoint's chat template, without transformers.
+
+A folder is read as transformers reads it: `tokenizer.json`; special tokens from `tokenizer_config.json`, else
+`special_tokens_map.json`; the chat template from the first of `chat_template.jinja`, `chat_template.json`,
+`processor_config.json`, `tokenizer_config.json` that has one. Without any, prompts follow LLaVA-1.5:
+`USER: <image>\n{question} ASSISTANT:`.
+
+Image tokens are *not* expanded: the graphs want one per placeholder.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+from tokenizers import Tokenizer
+
+from exporter.errors import CheckpointError, UsageError
+
+Message = Mapping[str, Any]
+"""{"role": "user", "content": text or [{"type": "image"}, {"type": "text", "text": …}]}"""
+
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' if message['role'] == 'assistant' else '' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}{{ image_token + '\n' }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ eos_token | default('') if message['role'] == 'assistant' else ' ' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+"""For checkpoints without a chat template."""
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+IMAGE_TOKENS = ("<image>", "<|image_pad|>", "<IMG_CONTEXT>", "<image_soft_token>")
+"""What the image token is called where no file says it; the first one in the vocabulary."""
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""What a decoder makes of bytes that are no UTF-8 yet."""
+
+
+class Prompt:
+    """A tokenizer and a chat template."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, template: str | None, special: Mapping[str, str], image_token: str | None
+    ) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.tokenizer, self.special, self.image_token = tokenizer, dict(special), image_token
+        self._template = _compile(LLAVA_TEMPLATE if template is None else template)
+        self._extra = {"image_token": image_token} if template is None and image_token else {}
+
+    @classmethod
+    def load(cls, folder: Path, image_token: str | int | None = None) -> Prompt:
+        """Read a checkpoint's or bundle's folder.
+
+        Args:
+            folder: holds `tokenizer.json`.
+            image_token: the token or id that stands for an image; else what the files say.
+        Raises:
+            CheckpointError: no tokenizer, or a file that cannot be read.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"There is no {path}. Save it with transformers: `AutoTokenizer.from_pretrained(…).save_pretrained(…)`."
+            )
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as e:  # the bindings raise Exception itself
+            raise CheckpointError(f"{path} cannot be read: {e}") from e
+        config = _json(folder / "tokenizer_config.json")
+        special = _special_tokens({**_json(folder / "special_tokens_map.json"), **config})
+        processor = _json(folder / "processor_config.json")
+        if isinstance(image_token, int):
+            name = tokenizer.id_to_token(image_token)
+            if name is None:
+                raise CheckpointError(
+                    f"Image token {image_token} is not in {path} ({tokenizer.get_vocab_size()} tokens)."
+                )
+            image_token = name
+        image_token = image_token or _image_token(tokenizer, config, processor)
+        return cls(tokenizer, _chat_template(folder, config, processor), special, image_token)
+
+    def render(self, messages: Sequence[Message], answer: bool = True) -> str:
+        """The text of a conversation; with `answer`, up to where the assistant's next answer begins.
+
+        Raises:
+            UsageError: the template refuses the messages.
+        """
+        # A template is foreign code: it sees JSON, nothing that has methods. An image's value is never read.
+        plain = json.loads(
+            json.dumps([dict(message) for message in messages], default=lambda value: type(value).__name__)
+        )
+        try:
+            return self._template.render(
+                messages=plain, tools=None, documents=None, add_generation_prompt=answer, **self._extra, **self.special
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as e:
+            raise UsageError(f"The chat template does not take these messages: {e}") from e
+
+    def encode(self, messages: Sequence[Message], answer: bool = True) -> list[int]:
+        """Token ids of a conversation, one image token per image.
+
+        As transformers' processors do it: the tokenizer adds its own special tokens unless the template wrote BOS.
+        """
+        return self._ids(self.render(messages, answer))
+
+    def question(self, text: str, placeholders: int = 1, kind: Literal["image", "video"] = "image") -> list[Message]:
+        """One user message asking `text` about `placeholders` images, in the form this template understands."""
+        parts = [*({"type": kind} for _ in range(placeholders)), {"type": "text", "text": text}]
+        message = {"role": "user", "content": parts}
+        if self._images([message]) == placeholders:
+            return [message]
+        plain = {"role": "user", "content": f"{self.image_token}\n" * placeholders + text}
+        if self.image_token is not None and self._images([plain]) == placeholders:
+            return [plain]
+        raise UsageError(
+            f"The chat template does not make {placeholders} image tokens ({self.image_token}) of a question about "
+            "that many images. Does it belong to this tokenizer, and is the question free of image tokens?"
+        )
+
+    def ask(self, text: str, placeholders: int = 1, kind: Literal["image", "video"] = "image") -> list[int]:
+        """Token ids of a question about `placeholders` images (`VisualLayout.placeholders`)."""
+        return self.encode(self.question(text, placeholders, kind))
+
+    def follow(self, messages: Sequence[Message], reply: str, text: str) -> tuple[list[Message], list[int]]:
+        """The next turn: the conversation with `reply` and a new question, and the token ids that are new in it.
+
+        The ids begin behind the reply, with what the template writes to end it.
+
+        Raises:
+            UsageError: the template writes earlier turns differently once there are later ones.
+        """
+        longer = [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": text}]
+        if not isinstance(messages[-1]["content"], str):
+            longer[-2:] = [
+                {"role": role, "content": [{"type": "text", "text": words}]}
+                for role, words in (("assistant", reply), ("user", text))
+            ]
+        before, after = self.render(messages), self.render(longer)
+        reply = reply.strip()
+        cut = after.find(reply, len(before))
+        if not after.startswith(before) or cut < 0 or after[len(before) : cut].strip():
+            raise UsageError("This chat template rewrites earlier turns: ask the whole conversation anew.")
+        return longer, self.tokenizer.encode(after[cut + len(reply) :], add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> Stream:
+        """A decoder for tokens that come one by one."""
+        return Stream(self.decode)
+
+    def _ids(self, text: str) -> list[int]:
+        bos = self.special.get("bos_token")
+        own = not (bos and text.startswith(bos))
+        return self.tokenizer.encode(text, add_special_tokens=own).ids
+
+    def _images(self, messages: Sequence[Message]) -> int:
+        """Image tokens in the rendered messages; -1 if the template refuses them."""
+        try:
+            text = self.render(messages)
+        except UsageError:
+            return -1
+        return text.count(self.image_token) if self.image_token else 0
+
+
+class Stream:
+    """Decodes a growing sequence: what it returned so far, joined, is the text of all tokens.
+
+    A character whose bytes are spread over several tokens comes with its last one.
+    """
+
+    WINDOW = 6
+    """Tokens of context kept: decoders look at a token's neighbours, never far."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._told = 0  # tokens whose text is out
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; may be empty."""
+        self._ids.append(token)
+        return self._new(final=False)
+
+    def finish(self) -> str:
+        """What is left: bytes that never became a character."""
+        return self._new(final=True)
+
+    def _new(self, final: bool) -> str:
+        before, now = self._decode(self._ids[: self._told]), self._decode(self._ids)
+        if len(now) <= len(before) or (now.endswith(REPLACEMENT) and not final):
+            return ""
+        surplus = max(0, self._told - self.WINDOW)
+        self._ids, self._told = self._ids[surplus:], len(self._ids) - surplus
+        return now[len(before) :]
+
+
+def _compile(template: str) -> jinja2.Template:
+    """A chat template in the sandbox, with what transformers offers templates."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as e:
+        raise CheckpointError(f"The chat template cannot be read: {e}") from e
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` marks the assistant's tokens for training; here it is just its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 reads it from the class
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None,
+    separators: tuple[str, str] | None = None, sort_keys: bool = False,
+) -> str:  # fmt: skip
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} cannot be read: {e}") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object.")
+    return value
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token and its kind, each a string or {"content": …}."""
+    found = {name: _content(config.get(name)) for name in NAMED_TOKENS}
+    return {name: token for name, token in found.items() if token is not None}
+
+
+def _content(token: Any) -> str | None:
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _image_token(tokenizer: Tokenizer, config: Mapping[str, Any], processor: Mapping[str, Any]) -> str | None:
+    extra = config.get("extra_special_tokens")
+    places = [config, extra if isinstance(extra, Mapping) else {}, processor]
+    said = [_content(place.get("image_token")) for place in places]
+    return next((name for name in (*said, *IMAGE_TOKENS) if name and tokenizer.token_to_id(name) is not None), None)
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any], processor: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    for place in (_json(folder / "chat_template.json"), processor, config):
+        template = place.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {entry["name"]: entry["template"] for entry in template}
+        if isinstance(template, Mapping):
+            template = template.get("default")
+        if isinstance(template, str):
+            return template
+    return None

@@ -1,0 +1,164 @@
+"""From prompts to what the language-model graphs take: text ids, position ids and order. Pure numpy.
+
+The graphs want the visual tokens first and the text behind them, whatever the prompt's order (see
+`exporter.graphset`), with padding between the two. What the prompt's order was is told by `order`, for the causal mask,
+and by `position_ids`, for the rotary embedding. Both follow the layout's policy:
+
+* "keep": every kept token has the place and position it had in the unreduced prompt, and so has the text.
+* "compact": the kept tokens stand in one block at the first image token, numbered on without gaps; the text moves up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.errors import UsageError, VerificationError
+from exporter.graphset import PAD, GraphSet, VisualLayout
+
+Ints = npt.NDArray[np.int64]
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """The prompts without their image tokens, padded in front to one length."""
+
+    ids: Ints
+    """[batch, text]; 0 where padded."""
+    mask: npt.NDArray[np.bool_]
+    """[batch, text], True for real tokens."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where every token of [visual tokens | padding | text] stands."""
+
+    position_ids: Ints
+    """[batch, seq], or [3, batch, seq] with M-RoPE; 0 where padded."""
+    order: Ints
+    """[batch, seq]; `PAD` where padded."""
+    next_position: Ints
+    """[batch]: position id of the first token after the prompt, on every axis."""
+    next_order: Ints
+    """[batch]: its order."""
+
+
+def pad(prompts: Prompts) -> Text:
+    """Pad in front to the longest prompt."""
+    width = max(map(len, prompts))
+    ids = np.zeros((len(prompts), width), np.int64)
+    mask = np.zeros((len(prompts), width), np.bool_)
+    for row, prompt in enumerate(prompts):
+        if len(prompt):
+            ids[row, width - len(prompt) :] = prompt
+            mask[row, width - len(prompt) :] = True
+    return Text(ids, mask)
+
+
+def split(input_ids: Prompts, graphs: GraphSet) -> Text:
+    """Take the image tokens out of the prompts.
+
+    Args:
+        input_ids: one prompt per row, each with exactly `graphs.visual.placeholders` image tokens, not yet expanded.
+        graphs: the exported model.
+    Raises:
+        UsageError: another number of image tokens, nothing behind the last one, an id outside the vocabulary.
+    """
+    image, wanted = graphs.text.image_token, graphs.visual.placeholders
+    if not len(input_ids):
+        raise UsageError("No prompt was given.")
+    for row, prompt in enumerate(input_ids):
+        found = sum(token == image for token in prompt)
+        if found != wanted:
+            expanded = found == graphs.visual.total
+            hint = " Give the prompt as it is before a processor expands its image tokens." if expanded else ""
+            raise UsageError(
+                f"Prompt {row} holds {found} image tokens (id {image}); this model was exported for {wanted}, one per "
+                f"image or clip.{hint}"
+            )
+        if not len(prompt) or prompt[-1] == image:
+            raise UsageError(f"Prompt {row} ends with an image token; expected text behind it, such as the question.")
+        check_ids(prompt, graphs, row)
+    return pad([[token for token in prompt if token != image] for prompt in input_ids])
+
+
+def check_ids(tokens: Sequence[int], graphs: GraphSet, row: int) -> None:
+    """Raise UsageError for an id that the embedding table does not have."""
+    outside = [token for token in tokens if not 0 <= token < graphs.text.vocab]
+    if outside:
+        raise UsageError(
+            f"Prompt {row} holds token id {outside[0]}; this model's vocabulary is 0 to {graphs.text.vocab - 1}. "
+            "Was another model's tokenizer used?"
+        )
+
+
+def arrange(input_ids: Prompts, index: Ints, graphs: GraphSet) -> Places:
+    """Positions and order of the visual tokens, then the text.
+
+    Args:
+        input_ids: the prompts, as checked by `split`.
+        index: int64 [batch, kept]: each kept token's place among all visual tokens before reduction (frames one after
+            another, each in raster order); -1 for a token that is no patch (CLS): it stands at the first placeholder.
+        graphs: the exported model.
+    """
+    visual, axes = graphs.visual, graphs.text.position_axes
+    expected = (len(input_ids), visual.kept)
+    if index.shape != expected or index.min(initial=0) < -1 or index.max(initial=0) >= visual.total:
+        raise VerificationError(
+            f"`reduce` returned an index of shape {list(index.shape)} and values {index.min(initial=0)} "
+            f"to {index.max(initial=0)}; expected shape {list(expected)} and values -1 to {visual.total - 1}. Run validate."
+        )
+    image, width = graphs.text.image_token, max(map(len, input_ids)) - visual.placeholders
+    seq = visual.kept + width
+    positions = np.zeros((axes, len(input_ids), seq), np.int64)
+    order = np.full((len(input_ids), seq), PAD, np.int64)
+    next_position, next_order = np.empty(len(input_ids), np.int64), np.empty(len(input_ids), np.int64)
+    place = _kept_places if visual.policy == "keep" else _compact_places
+    for row, prompt in enumerate(input_ids):
+        is_image = np.asarray(prompt, np.int64) == image
+        tokens, text, end = place(is_image, index[row], visual, axes)
+        first = seq - text.shape[1]
+        positions[:, row, : visual.kept], order[row, : visual.kept] = tokens[1:], tokens[0]
+        positions[:, row, first:], order[row, first:] = text[1], text[0]
+        next_order[row], next_position[row] = end
+    return Places(positions if axes > 1 else positions[0], order, next_position, next_order)
+
+
+def _kept_places(
+    is_image: npt.NDArray[np.bool_], index: Ints, visual: VisualLayout, axes: int
+) -> tuple[Ints, Ints, tuple[int, int]]:
+    """[1 + axes, kept] and [2, text] (order, then positions), and the (order, position) that come next."""
+    each = visual.total // visual.placeholders
+    # Walk the unreduced prompt: a text token advances by 1, a placeholder by its tokens and by its span of positions.
+    orders = _starts(np.where(is_image, each, 1))
+    starts = _starts(np.where(is_image, visual.span, 1))
+    ids = np.asarray(visual.ids, np.int64).reshape(each, axes)
+    holder, offset = np.divmod(np.maximum(index, 0), each)
+    begin_order, begin = orders[:-1][is_image][holder], starts[:-1][is_image][holder]
+    patch = index >= 0
+    tokens = np.empty((1 + axes, len(index)), np.int64)
+    tokens[0] = begin_order + np.where(patch, offset, 0)
+    tokens[1:] = begin + np.where(patch, ids[offset].T, 0)
+    text = np.stack([orders[:-1][~is_image], starts[:-1][~is_image]])
+    return tokens, text, (int(orders[-1]), int(starts[-1]))
+
+
+def _compact_places(
+    is_image: npt.NDArray[np.bool_], index: Ints, visual: VisualLayout, axes: int
+) -> tuple[Ints, Ints, tuple[int, int]]:
+    """As `_kept_places`; here order and position are one, and all axes are equal."""
+    kept, before = len(index), int(is_image.argmax())
+    tokens = np.broadcast_to(before + np.arange(kept, dtype=np.int64), (1 + axes, kept))
+    text = np.arange(int((~is_image).sum()), dtype=np.int64)
+    text[before:] += kept
+    end = kept + len(text)
+    return tokens, np.broadcast_to(text, (2, len(text))), (end, end)
+
+
+def _starts(steps: Ints) -> Ints:
+    """[n] steps to [n + 1] starts, the last being the end."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(steps, dtype=np.int64)])

@@ -1,0 +1,192 @@
+"""torch → ONNX without weights: modules are traced on the meta device, weights stay names until they are written.
+
+The result is plain opset 21, IR 10, standard operators of the default domain, functions inlined.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.export import Dim
+from torch.onnx._internal.exporter import _registration
+
+from exporter import __version__
+
+OPSET = 21
+
+Axes = Mapping[int, str]
+Inputs = Mapping[str, torch.Tensor | Sequence[torch.Tensor]]
+Dynamic = Mapping[str, Axes | Sequence[Axes]]
+
+
+def trace(
+    module: torch.nn.Module,
+    inputs: Inputs,
+    dynamic: Dynamic,
+    outputs: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+) -> ir.Model:
+    """Trace `module(**inputs)` to an ONNX graph.
+
+    Args:
+        module: parameters on the meta device stay symbolic: they become graph *inputs* named like the parameter and
+            carry no data. Parameters and buffers with data become initializers.
+        inputs: example tensors (meta or real) by argument name. Dynamic axes need sizes above 1, all different.
+        dynamic: input name → axis → dimension name; for a list one mapping per tensor.
+        outputs: names for the flattened outputs, in order.
+        names: names for the flattened inputs, in order, where an input is a list; default: the argument names.
+    Returns:
+        The optimized model. `symbolic(model)` tells weights from inputs.
+    """
+    shapes = {name: _spec(value, dynamic.get(name, {})) for name, value in inputs.items()}
+    weights = _stand_in(module)
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(
+            module, (), kwargs=dict(inputs), dynamic_shapes=shapes, strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )  # fmt: skip
+        from graphs._ops import TRANSLATIONS
+
+        onnx_program = torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, custom_translation_table=dict(TRANSLATIONS),
+            input_names=None if names is None else list(names), output_names=None if outputs is None else list(outputs), optimize=False, verbose=False,
+        )  # fmt: skip
+    assert onnx_program is not None
+    model = onnx_program.model
+    _free_weights(model, weights)
+    _optimize(model)
+    _name_dims(model, inputs, dynamic)
+    _tidy(model)
+    assert set(model.opset_imports) == {""}, f"operators outside the default domain: {model.opset_imports}"
+    return model
+
+
+def symbolic(model: ir.Model) -> list[ir.Value]:
+    """Graph inputs that stand for weights still to be written."""
+    return [v for v in model.graph.inputs if v.metadata_props.get("weight") == "1"]
+
+
+def _spec(value: torch.Tensor | Sequence[torch.Tensor], axes: Axes | Sequence[Axes]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return {axis: Dim.DYNAMIC for axis in axes}  # type: ignore[attr-defined]
+    return [_spec(v, a) for v, a in zip(value, _per_tensor(value, axes), strict=True)]
+
+
+def _per_tensor(value: torch.Tensor | Sequence[torch.Tensor], axes: Axes | Sequence[Axes]) -> list[Axes]:
+    if isinstance(axes, Mapping):
+        return [axes] if isinstance(value, torch.Tensor) else [axes] * len(value)
+    return list(axes)
+
+
+def _stand_in(module: torch.nn.Module) -> set[str]:
+    """Replace meta parameters by CPU tensors of one element, expanded: right shape and device, no memory."""
+    names = {name for name, p in module.named_parameters() if p.device.type == "meta"}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        old = module.get_parameter(name)
+        stand_in = torch.zeros((), dtype=old.dtype).expand(old.shape)
+        setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(stand_in, requires_grad=False))
+    return names
+
+
+def _free_weights(model: ir.Model, names: set[str]) -> None:
+    for name in names & set(model.graph.initializers):
+        value = model.graph.initializers.pop(name)
+        value.const_value = None
+        value.metadata_props["weight"] = "1"
+        model.graph.inputs.append(value)
+
+
+def _optimize(model: ir.Model) -> None:
+    import onnxscript.optimizer
+
+    onnxscript.optimizer.optimize(model)
+    used = {id(v) for node in model.graph for v in node.inputs if v is not None}
+    outputs = {id(v) for v in model.graph.outputs}
+    for value in symbolic(model):
+        if id(value) not in used and id(value) not in outputs:
+            model.graph.inputs.remove(value)
+
+
+def _name_dims(
+    model: ir.Model,
+    inputs: Inputs,
+    dynamic: Dynamic,
+) -> None:
+    """Give symbolic dimensions their names; torch calls them s77. A sum of two keeps its form: "past + seq"."""
+    flat = [axes for name, value in inputs.items() for axes in _per_tensor(value, dynamic.get(name, {}))]
+    renamed: dict[str, str] = {}
+    for value, axes in zip(model.graph.inputs, flat, strict=False):
+        assert value.shape is not None
+        for axis, name in axes.items():
+            old = value.shape[axis]
+            if isinstance(old, ir.SymbolicDim) and old.value is not None:
+                renamed.setdefault(old.value, name)
+    for value in [*model.graph.inputs, *(o for node in model.graph for o in node.outputs)]:
+        if value.shape is not None:
+            for axis, dim in enumerate(value.shape):
+                if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                    new = re.sub(r"\bs\d+\b", lambda m: _term(renamed.get(m.group(), m.group())), dim.value)
+                    value.shape[axis] = ir.SymbolicDim(new)
+
+
+def _term(text: str) -> str:
+    return text if text.isidentifier() else f"({text})"
+
+
+def _tidy(model: ir.Model) -> None:
+    """Name nodes after the module they come from ("visionzip/TopK_3") and drop the tracer's notes, which hold file paths."""
+    counts: dict[str, int] = {}
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        scope = next((s for s in reversed(scopes[:-1]) if s), "")
+        stem = "/".join([*scope.split("."), node.op_type]) if scope else node.op_type
+        counts[stem] = counts.get(stem, 0) + 1
+        node.name = f"{stem}_{counts[stem]}"
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in model.graph.inputs:
+        for key in [k for k in value.metadata_props if k != "weight"]:
+            del value.metadata_props[key]
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.producer_name, model.producer_version = "edgetrim", __version__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter logs about packages we do not use, and rebuilds its operator table (over a second) for every call;
+    keep the user's terminal for what matters, and the table for the next atom."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    registry = _registration.ONNXRegistry
+    built = registry.from_torchlib
+    registry.from_torchlib = staticmethod(_operator_table)  # type: ignore[method-assign, assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        registry.from_torchlib = built  # type: ignore[method-assign]
+        logging.disable(level)
+
+
+_from_torchlib = _registration.ONNXRegistry.from_torchlib
+
+
+@functools.cache
+def _operator_table(opset_version: int = OPSET) -> _registration.ONNXRegistry:
+    return _from_torchlib(opset_version)

@@ -1,0 +1,264 @@
+"""export: checkpoint + reductions → ONNX graphs with the reductions traced in.
+
+Modules are built on the meta device and traced without weights; then the checkpoint's tensors are streamed, one at a
+time, into the external data files. Memory peaks at one tensor, whatever the model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from exporter.checkpoint import TOKENIZER_FILES, Checkpoint
+from exporter.graphset import GraphSet, TextSpec, VisualLayout
+from exporter.nn.decoder import Decoder
+from exporter.nn.reduce import Reduce
+from exporter.plan import Plan
+from exporter.stages._draw import DTYPES as TORCH
+from exporter.stages._draw import Shape, draw
+from exporter.stages._store import WeightFile
+from exporter.weights import Source, load, sources
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The eager modules of a plan: what is traced, and, with weights, the PyTorch reference.
+
+    prefill and decode are the same object unless something is pruned inside the language model.
+    """
+
+    vision: nn.Module
+    reduce: Reduce
+    prefill: Decoder
+    decode: Decoder
+
+    def prefixes(self) -> list[tuple[nn.Module, str]]:
+        """Modules with parameters, and the prefix of their names in the checkpoint."""
+        found: list[tuple[nn.Module, str]] = [(self.vision, "vision")]
+        if self.reduce.projector is not None:
+            found.append((self.reduce.projector, "projector"))
+        found.append((self.decode, "text"))
+        return found
+
+
+def build_modules(plan: Plan) -> Modules:
+    """The plan's modules on the meta device (constants are real)."""
+    spec = plan.family.decoder(plan.checkpoint)
+    with torch.device("meta"):
+        vision = plan.family.vision(plan.checkpoint, plan.geometry, plan.taps, plan.in_tower)
+        projector = plan.family.projector(plan.checkpoint)
+        reduce = Reduce(plan.before_llm, projector, plan.taps, plan.text_guided, plan.geometry.tower.tokens)
+        decode = Decoder(spec, plan.in_llm)
+        prefill = Decoder(spec, plan.in_llm, plan.kept) if plan.in_llm else decode
+    return Modules(vision, reduce, prefill, decode)
+
+
+def load_reference(plan: Plan, dtype: torch.dtype = torch.float32) -> Modules:
+    """The plan's modules with the checkpoint's weights: the PyTorch reference."""
+    modules = build_modules(plan)
+    for module, prefix in modules.prefixes():
+        load(module, prefix, plan.checkpoint, dtype)
+    if modules.prefill is not modules.decode:
+        share(modules.decode, modules.prefill)
+    return modules
+
+
+def share(source: nn.Module, target: nn.Module) -> None:
+    """Give `target` the very parameters of `source`."""
+    for name, parameter in source.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        setattr(target.get_submodule(owner), leaf, parameter)
+    target.eval()
+
+
+def export(plan: Plan, folder: Path, log: Log = lambda text: None, progress: Callable[[int], None] = lambda n: None) -> GraphSet:
+    """Write the plan's graphs into `folder` (which must be empty) and return their description.
+
+    Args:
+        progress: called with the number of checkpoint bytes written since the last call.
+    Raises:
+        CheckpointError: weights that are missing, damaged or of another shape.
+    """
+    precision = plan.profile.precision
+    dtype = DTYPES[precision.compute]
+    modules = build_modules(plan)
+    names = {id(m): sources(m, prefix) for m, prefix in modules.prefixes()}
+    for module, _ in modules.prefixes():
+        _cast(module, dtype)
+    if modules.prefill is not modules.decode:
+        _cast(modules.prefill, dtype)
+
+    log("tracing vision")
+    vision = draw_vision(plan, modules.vision, dtype)
+    log("tracing reduction")
+    reduce = draw_reduce(plan, modules.reduce, vision, dtype)
+    log("tracing decode")
+    decode = draw_llm(plan, modules.decode, dtype)
+    files = {"vision": "vision.onnx", "reduce": "reduce.onnx", "prefill": "decode.onnx", "decode": "decode.onnx"}
+    models = [("vision", vision), ("reduce", reduce), ("decode", decode)]
+    if modules.prefill is not modules.decode:
+        log("tracing prefill")
+        files["prefill"] = "prefill.onnx"
+        models.append(("prefill", draw_llm(plan, modules.prefill, dtype)))
+
+    log("writing weights")
+    projector = names.get(id(modules.reduce.projector), {})
+    blocks = tuple(precision.blocks) if precision.weights == "int4" else ()
+    with ExitStack() as stack:
+
+        def weight_file(name: str, found: dict[str, Source], int4: tuple[int, ...] = ()) -> WeightFile:
+            file = WeightFile(folder / f"{name}.data", plan.checkpoint, found, dtype, int4, progress)
+            return stack.enter_context(file)
+
+        vision_file = weight_file("vision", names[id(modules.vision)])
+        reduce_file = weight_file("reduce", {f"projector.{k}": v for k, v in projector.items()})
+        llm_file = weight_file("llm", names[id(modules.decode)], blocks)
+        for role, model in models:
+            {"vision": vision_file, "reduce": reduce_file}.get(role, llm_file).attach(model)
+            model.graph.name = f"edgetrim_{role}"
+            ir.save(model, folder / files[role])
+    for data in folder.glob("*.data"):
+        if data.stat().st_size == 0:
+            data.unlink()
+    _write_embedding(plan.checkpoint, folder / "embedding.npy", dtype, (plan.geometry.vocab, plan.geometry.hidden), progress)
+    copy_processor(plan.checkpoint, folder / "processor")
+    graphs = describe(plan, files)
+    graphs.save(folder)
+    return graphs
+
+
+def copy_processor(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy the small files a runtime needs: tokenizer, chat template, processor settings."""
+    folder.mkdir(parents=True)
+    for name in TOKENIZER_FILES:
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+
+
+def describe(plan: Plan, files: dict[str, str]) -> GraphSet:
+    """The description that a runtime needs instead of the plan."""
+    g = plan.geometry
+    kept = [plan.kept]
+    for _, method in plan.in_llm:
+        kept += [method.kept(layer) for layer in method.layers]
+    cuts = [layer for _, method in plan.in_llm for layer in method.layers]
+    return GraphSet(
+        family=plan.family.model_type,
+        compute=plan.profile.precision.compute,
+        weights=plan.profile.precision.weights,
+        files=files,
+        reductions=plan.record(),
+        image=g.image,
+        visual=VisualLayout(
+            frames=g.frames,
+            placeholders=g.placeholders,
+            total=g.tower.total,
+            kept=plan.kept,
+            grid=g.grid,
+            ids=[list(i) for i in g.ids],
+            span=g.span,
+            policy=plan.policy,
+        ),
+        text=TextSpec(
+            hidden=g.hidden,
+            layers=g.layers,
+            kv_heads=g.kv_heads,
+            head_dim=g.head_dim,
+            vocab=g.vocab,
+            position_axes=g.position_axes,
+            groups=[sum(cut <= layer for cut in cuts) for layer in range(g.layers)],
+            kept=kept,
+            image_token=g.image_token,
+            eos=list(g.eos),
+        ),
+        signals=list(plan.taps),
+        text_guided=plan.text_guided,
+    )
+
+
+def draw_vision(plan: Plan, module: nn.Module, dtype: torch.dtype) -> ir.Model:
+    image = plan.geometry.image
+    shape = ("batch", plan.geometry.frames, 3, image.height, image.width)
+    return draw(module, {"pixel_values": (shape, dtype)}, lambda v: module(v["pixel_values"]), plan.taps)
+
+
+def draw_reduce(plan: Plan, module: Reduce, vision: ir.Model, dtype: torch.dtype) -> ir.Model:
+    """The reduce graph; its inputs are the outputs of the vision graph, then text_embeds and text_mask if text-guided."""
+    inputs: dict[str, tuple[Shape, torch.dtype]] = {}
+    for value in vision.graph.outputs:
+        assert value.name is not None and value.shape is not None and value.dtype is not None
+        inputs[value.name] = ("batch", *(int(d) for d in value.shape[1:])), TORCH[value.dtype]
+    if plan.text_guided:
+        inputs["text_embeds"] = ("batch", "text", plan.geometry.hidden), dtype
+        inputs["text_mask"] = ("batch", "text"), dtype
+    return draw(module, inputs, lambda v: module(*v.values()), ["visual_embeds", "index"])
+
+
+def draw_llm(plan: Plan, module: Decoder, dtype: torch.dtype) -> ir.Model:
+    """Prefill with a static visual count if the module prunes, else prefill and decode in one, everything dynamic."""
+    g = plan.geometry
+    prefill = bool(module.pruned)
+    groups = module.groups
+    axes = (3,) if g.position_axes == 3 else ()
+    inputs: dict[str, tuple[Shape, torch.dtype]] = {
+        "inputs_embeds": (("batch", "seq", g.hidden), dtype),
+        "position_ids": ((*axes, "batch", "seq"), torch.int64),
+        "order": (("batch", "seq"), torch.int64),
+    }
+    past: dict[str, list[str]] = {"past_keys": [], "past_values": [], "past_orders": []}
+    if not prefill:
+        lengths = [f"past_{group}" if max(groups) else "past" for group in range(max(groups) + 1)]
+        for kind in ("key", "value"):
+            for layer, group in enumerate(groups):
+                name = f"past_{kind}_{layer}"
+                inputs[name] = ("batch", g.kv_heads, lengths[group], g.head_dim), dtype
+                past[f"past_{kind}s"].append(name)
+        for group, length in enumerate(lengths):
+            inputs[f"past_order_{group}"] = ("batch", length), torch.int64
+            past["past_orders"].append(f"past_order_{group}")
+
+    def call(values: dict[str, ir.Value]) -> Sequence[ir.Value]:
+        first = [values[n] for n in ("inputs_embeds", "position_ids", "order")]
+        found: Sequence[ir.Value] = module(*first, **{k: [values[n] for n in names] for k, names in past.items()})
+        return found
+
+    sizes = {"seq": plan.kept + 7} if prefill else {}
+    return draw(module, inputs, call, llm_outputs(g.layers, groups, list(module.pruned)), sizes)
+
+
+def llm_outputs(layers: int, groups: Sequence[int], pruned: Sequence[int]) -> list[str]:
+    """Output names of the language model graphs, in order."""
+    presents = [f"present_{kind}_{i}" for i in range(layers) for kind in ("key", "value")]
+    orders = [f"present_order_{i}" for i in range(max(groups) + 1)]
+    return ["logits", *presents, *orders, *(f"kept_{layer}" for layer in pruned)]
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Float parameters to `dtype`; buffers (rotary frequencies, constants) stay float32."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _write_embedding(
+    checkpoint: Checkpoint, path: Path, dtype: torch.dtype, shape: tuple[int, int], progress: Callable[[int], None]
+) -> None:
+    source = Source("text.embed_tokens.weight", shape, False).read(checkpoint)
+    kind = np.float16 if dtype == torch.float16 else np.float32
+    table = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+    for start in range(0, shape[0], 4096):
+        rows = source[start : start + 4096]
+        table[start : start + 4096] = rows.to(dtype).numpy()
+        progress(rows.numel() * rows.element_size())
+    table.flush()

@@ -1,0 +1,287 @@
+"""What a reduction is.
+
+A reduction is a frozen dataclass whose fields are its knobs. It acts at one of three places:
+
+* `BeforeLLM`: once, on the visual tokens between tower and language model (`PerFrame` when frames are
+  independent).
+* `InTower`: in every tower block, between attention and MLP.
+* `InLLM`: before chosen decoder layers, during prefill.
+
+`fit` resolves the knobs against a `Site` (static counts and the signals there are) before anything is traced.
+`forward` is plain torch with static shapes: run eagerly it is the reference, traced it is the subgraph.
+A method asks for *signals* by name and never learns which family supplies them.
+
+Signals, all with leading axes [batch, frames, tokens] unless said otherwise; `name@7` means tower block 7
+instead of the block that produces the features:
+
+=================== ================================ =====================================================
+signal              shape                            meaning
+=================== ================================ =====================================================
+hidden              [batch, frames, tokens, dim]     patch (or merged) tokens at the site, no CLS
+cls                 [batch, frames, dim]             CLS token at the same layer as `hidden`
+cls_attention       [batch, frames, tokens]          attention of CLS to each token, mean over heads
+column_attention    [batch, frames, tokens]          attention each token receives, mean (heads, queries)
+keys                [batch, frames, tokens, head_dim] keys, mean over heads
+cls_keys            [batch, frames, head_dim]        key of CLS, mean over heads
+text                [batch, text, dim]               embeddings of the prompt's text tokens (LLM width)
+text_mask           [batch, text]                    1 for real text tokens, 0 for padding
+attention_row       [batch, tokens]                  in the LLM: last token's attention to each visual token
+=================== ================================ =====================================================
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeVar, get_type_hints
+
+from graphs._knobs import accepts, expected
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Signals = Mapping[str, "Tensor"]
+Space = Literal["tower", "llm"]
+R = TypeVar("R", bound="Reduction")
+
+
+class ReductionError(ValueError):
+    """The knobs do not fit this model or these shapes. The message says what was found and what would fit."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """The visual tokens at one place of one model, as far as they are known before tracing.
+
+    tokens: per frame, without CLS. frames: images or clip frames in one sample (after temporal merging of the
+        tower).
+    grid: rows and columns of `tokens` in raster order, or None once the raster is lost.
+    depth: tower blocks (InTower) or decoder layers (InLLM) the site offers; 0 for BeforeLLM.
+    signals: names that can be supplied. grid_positions: positions are t/h/w triplets, not a count.
+    """
+
+    tokens: int
+    frames: int = 1
+    grid: tuple[int, int] | None = None
+    signals: frozenset[str] = frozenset()
+    depth: int = 0
+    grid_positions: bool = False
+
+    @property
+    def total(self) -> int:
+        """Visual tokens over all frames."""
+        return self.tokens * self.frames
+
+
+class Reduced(NamedTuple):
+    """What a reduction returns.
+
+    tokens: [batch, kept, dim].
+    index: int64 [batch, kept], position of each kept token (of a merged one: its anchor) among the tokens
+        that came in, frames flattened; -1 for a token that is no patch (CLS).
+    size: float32 [batch, kept] or None, how many tokens each one stands for.
+    """
+
+    tokens: Tensor
+    index: Tensor  # type: ignore[assignment]
+    size: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reduction(ABC):
+    """Base of all three places. Subclasses are frozen dataclasses; fields are knobs, as in the paper."""
+
+    place: ClassVar[str]
+    paper: ClassVar[str]
+    """Where the method comes from: authors, year, arXiv id. Shown by `edgetrim list reductions`."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> tuple[str, ...]:
+        """Signals `forward` reads, with the knobs as they are."""
+
+    @abstractmethod
+    def fit(self: R, site: Site) -> R:
+        """The same method with every knob resolved for this site. Raises ReductionError."""
+
+    @abstractmethod
+    def after(self, site: Site) -> Site:
+        """The site behind this (fitted) method: its token counts, and the signals that still make sense."""
+
+    def check(self) -> None:
+        """Refuse knob values that are not of their annotated type. Every `fit` does this first.
+
+        Raises:
+            ReductionError: names the knob, what was found and what it takes.
+        """
+        hints = get_type_hints(type(self))
+        for name, value in self.knobs().items():
+            if not accepts(hints[name], value):
+                raise ReductionError(f"`{name}` takes {expected(hints[name])}; found {value!r}")
+
+    def require(self, site: Site) -> None:
+        """Refuse a site that cannot supply a needed signal."""
+        missing = [s for s in self.needs if s not in site.signals]
+        if missing:
+            plain = sorted({s.partition("@")[0] for s in site.signals})
+            raise ReductionError(
+                f"it needs {', '.join(f'`{s}`' for s in missing)}, but this model offers only "
+                f"{', '.join(f'`{s}`' for s in plain) or 'nothing'} there"
+            )
+
+    def knobs(self) -> dict[str, object]:
+        """Knob names and values, in the order of definition."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def keep_count(keep: int | None, keep_ratio: float | None, tokens: int, *, what: str = "tokens per image") -> int:
+    """The number of tokens to keep from `keep` (a count) or `keep_ratio` (a fraction, rounded half up).
+
+    Raises:
+        ReductionError: neither or both given, or the count is outside 1..tokens.
+    """
+    if (keep is None) == (keep_ratio is None):
+        raise ReductionError("give exactly one of `keep` (a count) and `keep_ratio` (a fraction that stays)")
+    if keep is None:
+        assert keep_ratio is not None
+        if not 0 < keep_ratio <= 1:
+            raise ReductionError(f"`keep_ratio` is the fraction that stays, in (0, 1]; found {keep_ratio:g}")
+        keep = max(1, math.floor(keep_ratio * tokens + 0.5))
+    if not 1 <= keep <= tokens:
+        raise ReductionError(f"`keep` must be in 1..{tokens}, as there are {tokens} {what}; found {keep}")
+    return keep
+
+
+Position = Literal["auto", "keep", "compact"]
+
+
+@dataclass(frozen=True)
+class BeforeLLM(Reduction):
+    """Acts once on all visual tokens of a sample, between the tower and the language model.
+
+    `space` says on which side of the projector: "tower" (tower width, fewer tokens to project) or "llm".
+    `position` is the policy for the ids of the kept tokens: "keep" their original ids (holes stay; for grid
+    positions the t/h/w triplet) or "compact" (renumbered 0..kept-1). "auto" is the paper's choice, and "keep"
+    on a grid.
+    """
+
+    place: ClassVar[str] = "before_llm"
+    paper_position: ClassVar[Literal["keep", "compact"]] = "keep"
+    position: Position = field(default="auto", kw_only=True)
+
+    @property
+    def space(self) -> Space:
+        return "tower"
+
+    def resolved_position(self, site: Site) -> Literal["keep", "compact"]:
+        if self.position != "auto":
+            return self.position
+        return "keep" if site.grid_positions else self.paper_position
+
+    @abstractmethod
+    def forward(self, signals: Signals) -> Reduced:
+        """Reduce. `signals` holds what `needs` names, with the frames axis."""
+
+
+@dataclass(frozen=True)
+class PerFrame(BeforeLLM):
+    """A `BeforeLLM` method that treats every frame (image, tile) alone: `keep` counts tokens per frame.
+
+    Subclasses write `reduce_frame`, where signals have no frames axis.
+    """
+
+    keep: int | None = None
+    keep_ratio: float | None = None
+
+    def fit(self: R, site: Site) -> R:
+        assert isinstance(self, PerFrame)
+        self.check()
+        keep = keep_count(self.keep, self.keep_ratio, self.capacity(site))
+        fitted = replace(self, keep=keep, keep_ratio=None, position=self.resolved_position(site))
+        fitted.require(site)
+        return fitted
+
+    def capacity(self, site: Site) -> int:
+        """The most tokens a frame can yield: its patches, and CLS for methods that pass it on."""
+        return site.tokens
+
+    def after(self, site: Site) -> Site:
+        assert self.keep is not None
+        return replace(site, tokens=self.keep, grid=None, signals=site.signals & {"hidden", "cls", "text", "text_mask"})
+
+    def forward(self, signals: Signals) -> Reduced:
+        hidden = signals["hidden"]
+        frames, tokens = hidden.shape[1:3]
+        per_sample = {"text", "text_mask"}
+        folded = {k: v if k in per_sample else v.flatten(0, 1) for k, v in signals.items()}
+        out = self.reduce_frame(folded)
+        kept = out.index.shape[1]
+        index = out.index.reshape(-1, frames, kept)
+        offset = (_arange(frames) * tokens)[None, :, None]
+        index = _where(index >= 0, index + offset, index)
+        size = None if out.size is None else out.size.reshape(-1, frames * kept)
+        return Reduced(out.tokens.reshape(-1, frames * kept, hidden.shape[-1]), index.flatten(1), size)
+
+    @abstractmethod
+    def reduce_frame(self, signals: Signals) -> Reduced:
+        """Reduce one frame: leading axes [batch * frames, tokens]; text and text_mask keep [batch, text]."""
+
+
+@dataclass(frozen=True)
+class InTower(Reduction):
+    """Acts in every tower block, between attention and MLP, and so shortens the tower itself.
+
+    The token axis includes CLS at 0 if the tower has one (`cls_tokens` 1, else 0).
+    """
+
+    place: ClassVar[str] = "in_tower"
+    paper_position: ClassVar[Literal["keep", "compact"]] = "compact"
+    position: Position = field(default="auto", kw_only=True)
+
+    @abstractmethod
+    def forward(self, block: int, hidden: Tensor, keys: Tensor, size: Tensor, cls_tokens: int) -> Reduced:
+        """One block's reduction.
+
+        Args:
+            hidden: [batch, tokens, dim]. keys: [batch, tokens, head_dim], mean over heads.
+            size: float32 [batch, tokens], tokens each one stands for.
+        Returns:
+            Reduced with `index` into this block's tokens and the new `size`.
+        """
+
+    def resolved_position(self) -> Literal["keep", "compact"]:
+        return self.paper_position if self.position == "auto" else self.position
+
+
+@dataclass(frozen=True)
+class InLLM(Reduction):
+    """Acts during prefill, before the decoder layers in `layers`; kept tokens keep their position ids."""
+
+    place: ClassVar[str] = "in_llm"
+
+    @property
+    @abstractmethod
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers (0-based) before which tokens are dropped, ascending."""
+
+    @abstractmethod
+    def kept(self, layer: int) -> int:
+        """Visual tokens that enter `layer` (fitted method)."""
+
+    @abstractmethod
+    def forward(self, layer: int, signals: Signals) -> Tensor:
+        """int64 [batch, kept]: which of the visual tokens present stay, ascending."""
+
+
+def _arange(n: int) -> Tensor:
+    from graphs._torch import torch
+
+    return torch.arange(n)
+
+
+def _where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    from graphs._torch import torch
+
+    return torch.where(condition, a, b)

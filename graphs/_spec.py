@@ -1,0 +1,140 @@
+"""Reduction specs, `NAME[:knob=value,…]`: text to method and back, and what there is to write.
+
+A method is a module of this package without a leading underscore; its name is the module's, its object
+`METHOD`. Optional module constant `EXAMPLES`: specs worth showing, which the contract tests run too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import get_type_hints
+
+import graphs
+from graphs._contract import Reduction, ReductionError
+from graphs._knobs import expected, read, write
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One knob: its default as one writes it, "required" if there is none, and what it takes in words."""
+
+    name: str
+    default: str
+    takes: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `describe` tells about a method. `needs`: signals with the knobs at their defaults."""
+
+    name: str
+    summary: str
+    place: str
+    paper: str
+    knobs: tuple[Knob, ...]
+    needs: tuple[str, ...]
+    examples: tuple[str, ...]
+    doc: str
+
+
+def names() -> list[str]:
+    """Names of all methods, sorted. Imports none of them."""
+    return sorted(m.name for m in pkgutil.iter_modules(graphs.__path__) if not m.name.startswith("_"))
+
+
+def load(name: str) -> type[Reduction]:
+    """The method called `name`.
+
+    Raises:
+        ReductionError: there is none; offers the nearest.
+    """
+    if name not in names():
+        raise ReductionError(f"there is no reduction '{name}'. {_nearest(name, names())}")
+    method: type[Reduction] = importlib.import_module(f"graphs.{name}").METHOD
+    return method
+
+
+def parse(text: str) -> Reduction:
+    """The (unfitted) method that `text` spells.
+
+    >>> parse("visionzip:keep=64,order=raster").order
+    'raster'
+
+    Raises:
+        ReductionError: unknown name or knob, a value of the wrong type, a knob given twice, or bad syntax.
+    """
+    name, colon, rest = (part.strip() for part in text.partition(":"))
+    method = load(name)
+    if colon and not rest:
+        raise ReductionError(f"'{text}' ends after the colon; write NAME or NAME:knob=value,…")
+    hints = get_type_hints(method)
+    known = {f.name: f for f in fields(method)}
+    values: dict[str, object] = {}
+    for item in rest.split(",") if rest else ():
+        knob, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not knob or not value:
+            raise ReductionError(f"'{item.strip()}' in '{text}' is not of the form knob=value")
+        if knob not in known:
+            listed = ", ".join(f"{k}={_default(f)}" for k, f in known.items())
+            raise ReductionError(f"{name} has no knob `{knob}`. {_nearest(knob, known, None)}Knobs: {listed}.")
+        if knob in values:
+            raise ReductionError(f"`{knob}` is given twice in '{text}'")
+        try:
+            values[knob] = read(hints[knob], value)
+        except ValueError:
+            raise ReductionError(f"`{knob}` of {name} takes {expected(hints[knob])}; found '{value}'") from None
+    missing = [k for k, f in known.items() if _default(f) == "required" and k not in values]
+    if missing:
+        raise ReductionError(f"{name} needs {', '.join(f'`{k}`' for k in missing)}, as in {name}:{missing[0]}=…")
+    return method(**values)
+
+
+def format(reduction: Reduction) -> str:
+    """The spec of a method, knobs at their defaults left out: `parse(format(x)) == x`."""
+    name = type(reduction).__module__.rpartition(".")[2]
+    given = [
+        f"{f.name}={write(getattr(reduction, f.name))}"
+        for f in fields(reduction)
+        if f.default is MISSING or getattr(reduction, f.name) != f.default
+    ]
+    return f"{name}:{','.join(given)}" if given else name
+
+
+def examples(name: str) -> tuple[str, ...]:
+    """Specs the method's module offers as examples."""
+    load(name)
+    return tuple(getattr(importlib.import_module(f"graphs.{name}"), "EXAMPLES", ()))
+
+
+def describe(name: str) -> Description:
+    """All there is to say about a method without a model. Raises ReductionError like `load`."""
+    method = load(name)
+    hints = get_type_hints(method)
+    doc = importlib.import_module(f"graphs.{name}").__doc__ or ""
+    required = any(_default(f) == "required" for f in fields(method))
+    return Description(
+        name=name,
+        summary=doc.strip().partition("\n")[0],
+        place=method.place,
+        paper=method.paper,
+        knobs=tuple(Knob(f.name, _default(f), expected(hints[f.name])) for f in fields(method)),
+        needs=() if required else method().needs,
+        examples=examples(name),
+        doc=doc,
+    )
+
+
+def _default(field: Field[object]) -> str:
+    return "required" if field.default is MISSING else write(field.default)
+
+
+def _nearest(name: str, known: Iterable[str], listed: str | None = "Known: ") -> str:
+    """Hint for an unknown name. `listed` introduces all known names; None leaves them out."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"Did you mean '{close[0]}'? " if close else ""
+    return hint if listed is None else f"{hint}{listed}{', '.join(names) or 'none'}."

@@ -1,0 +1,78 @@
+"""Drop the visual tokens the last prompt token does not look at, inside the language model.
+
+attention_row [batch, tokens] → int64 [batch, kept], ascending indices into the visual tokens present.
+
+Before decoder layer `layer` (0-based) the visual tokens are ranked by the attention that the last prompt
+token pays them in layer `layer - 1`, averaged over heads; the best stay, in raster order, with their position
+ids. All earlier layers, and their part of the cache, hold every token. Happens once, in prefill.
+
+Source: Chen et al. 2024, "An Image is Worth 1/2 Tokens After Layer 2", arXiv:2403.06764.
+Knobs:
+    layer: the paper's K (2 or 3), at least 1, below the number of layers.
+    keep: visual tokens that stay, over all frames. keep_ratio: the paper's 1 - R, rounded half up; 0.5 if
+        neither is given.
+Differs: K = 0 (random choice; use `random`) is refused; equal scores go to the earlier token; the official
+code first recomputed the choice in every decode step, its cached variant, which is ours, chooses once.
+Position: kept tokens keep their ids, holes stay, as in the paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from graphs._blocks import select, snap
+from graphs._contract import InLLM, ReductionError, Signals, Site, keep_count
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXAMPLES = ("fastv", "fastv:layer=3,keep=64")
+
+
+@dataclass(frozen=True)
+class FastV(InLLM):
+    """Keep the visual tokens with the most attention from the last prompt token."""
+
+    paper: ClassVar[str] = "Chen et al. 2024, arXiv:2403.06764"
+
+    layer: int = 2
+    keep: int | None = None
+    keep_ratio: float | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("attention_row",)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def fit(self, site: Site) -> FastV:
+        self.check()
+        if not 1 <= self.layer < site.depth:
+            raise ReductionError(
+                f"`layer` must be in 1..{site.depth - 1}, as the model has {site.depth} decoder layers and "
+                f"the attention comes from the layer before; found {self.layer}"
+            )
+        ratio = 0.5 if self.keep is None and self.keep_ratio is None else self.keep_ratio
+        keep = keep_count(self.keep, ratio, site.total, what="visual tokens in the language model")
+        fitted = replace(self, keep=keep, keep_ratio=None)
+        fitted.require(site)
+        return fitted
+
+    def after(self, site: Site) -> Site:
+        assert self.keep is not None
+        return replace(site, tokens=self.keep, frames=1, grid=None)
+
+    def kept(self, layer: int) -> int:
+        assert self.keep is not None and layer >= self.layer
+        return self.keep
+
+    def forward(self, layer: int, signals: Signals) -> Tensor:
+        assert self.keep is not None
+        row = signals["attention_row"]
+        return select(snap(row, 1 / row.shape[-1]), self.keep)
+
+
+METHOD = FastV

@@ -1,0 +1,278 @@
+"""What a profile says, and the strict reader of its TOML.
+
+A profile is a flat description of one target: no inheritance, no defaults for what decides a result. Every key a file
+may hold is a field below; an unknown, missing or ill-typed one is an error that names file, section and key. A section
+or key that may be left out means "not known": facts about a device without a source are not guessed.
+
+Profiles are found by file name in this folder; users pass a path to a TOML of their own instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import exporter.backends
+from exporter import _discover
+from exporter.errors import UsageError, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FOLDER = Path(__file__).resolve().parent
+LARGEST_FILE = 64 * 1024
+"""Bytes. A profile is two screens of text; anything longer is not one."""
+
+S = TypeVar("S")
+
+
+def _number(low: float = 1, high: float = float("inf")) -> Any:
+    """A required number in low..high."""
+    return field(metadata={"low": low, "high": high})
+
+
+def _known(low: float = 1) -> Any:
+    """A number, at least `low`, or None where nobody has measured it."""
+    return field(default=None, metadata={"low": low, "high": float("inf")})
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The software that builds and runs the engines.
+
+    backend: a name from exporter/backends, "ort" (ONNX Runtime) or "trt". module: the Python module of a trt stack, else left out.
+    tensorrt: oldest version the graphs must build on, "10.3"; newer ones are accepted. jetpack: likewise, on a Jetson.
+    compute_capabilities: GPUs engines are built for, 87 for SM 8.7; empty for a CPU.
+    """
+
+    backend: str
+    module: Literal["tensorrt", "tensorrt_rtx"] | None = None
+    tensorrt: str | None = None
+    jetpack: str | None = None
+    compute_capabilities: tuple[int, ...] = ()
+
+    @property
+    def builds_on_device(self) -> bool:
+        """Full TensorRT builds for the GPU in the machine only, so graphs travel and the device makes the engine."""
+        return self.module == "tensorrt"
+
+    def accepts_tensorrt(self, version: str) -> bool:
+        """Whether an installed TensorRT is new enough."""
+        return self.tensorrt is None or _release(version) >= _release(self.tensorrt)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """compute: type of activations and of weights left unquantised. weights: "int4" quantises the language model's.
+
+    blocks: weights that share a scale, in order of preference; the first that divides a matrix's input axis is taken.
+    """
+
+    compute: Literal["fp32", "fp16"]
+    weights: Literal["none", "int4"]
+    blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest shapes an engine serves.
+
+    batch: samples. frames: images or clip frames per sample. text: prompt tokens per prefill, without visual ones.
+    new_tokens: generated tokens. image: height and width in pixels, for families without an image size of their own.
+    """
+
+    batch: int = _number()
+    frames: int = _number()
+    text: int = _number()
+    new_tokens: int = _number()
+    image: tuple[int, int] = _number(14, 16384)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The device's memory, as far as there is a source.
+
+    total_mib: all of it. bandwidth_gb_s: peak, in 10^9 bytes. largest_block_mib: largest allocation in one piece.
+    """
+
+    total_mib: int | None = _known()
+    bandwidth_gb_s: float | None = _known()
+    largest_block_mib: int | None = _known()
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a bundle must reach. Fidelity compares with the same reduction run by PyTorch in FP32.
+
+    logits_cosine_min: cosine of the logits, worst step. kept_index_overlap_min: share of kept tokens both agree on.
+    token_agreement_min: share of greedy tokens both agree on. quality_drop_max: points of task accuracy, 0..100, that
+    this precision may lose.
+    """
+
+    logits_cosine_min: float = _number(0, 1)
+    kept_index_overlap_min: float = _number(0, 1)
+    token_agreement_min: float = _number(0, 1)
+    quality_drop_max: float = _number(0, 100)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One target. `name` is the file's stem."""
+
+    name: str
+    device: str
+    description: str
+    stack: Stack
+    precision: Precision
+    limits: Limits
+    gates: Gates
+    memory: Memory = Memory()
+
+
+def names() -> list[str]:
+    """Names of the profiles that ship with EdgeTrim, sorted."""
+    return sorted(p.stem for p in FOLDER.glob("*.toml") if not p.name.startswith("_"))
+
+
+def load(name_or_path: str | Path) -> Profile:
+    """The profile of that name, or the one in that TOML file (anything with a folder or the ending .toml).
+
+    Raises:
+        UsageError: unknown name, or a file that is missing or does not say what a profile says.
+    """
+    text = str(name_or_path)
+    path = Path(text)
+    if path.suffix == ".toml" or path.name != text:
+        return _read(path)
+    known = names()
+    if text not in known:
+        raise UsageError(f"Unknown profile '{text}'. {nearest(text, known)} A path to a .toml file works too.")
+    return _read(FOLDER / f"{text}.toml")
+
+
+def _read(path: Path) -> Profile:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(LARGEST_FILE + 1)
+    except OSError as e:
+        raise UsageError(f"Profile {path} cannot be read: {e.strerror}.") from e
+    if len(raw) > LARGEST_FILE:
+        raise UsageError(f"Profile {path} is longer than {LARGEST_FILE // 1024} KiB. That is not a profile.")
+    try:
+        table = tomllib.loads(raw.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise UsageError(f"Profile {path} is not valid TOML: {e}.") from e
+    if "name" in table:
+        raise UsageError(f"Profile {path}: `name` is the file's name; remove the key.")
+    profile = _section(Profile, {"name": path.stem, **table}, path.name, "")
+    _check(profile, path.name)
+    return profile
+
+
+def _section(kind: type[S], table: dict[str, Any], file: str, section: str) -> S:
+    """A dataclass from a TOML table."""
+    hints = get_type_hints(kind)
+    known: dict[str, Field[Any]] = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    where = f" in [{section}]" if section else ""
+    offered = [k for k in known if section or k != "name"]
+    for key in table:
+        if key not in known:
+            raise UsageError(f"Profile {file}: unknown key '{key}'{where}. {nearest(key, offered)}")
+    values = {}
+    for key, f in known.items():
+        if key in table:
+            values[key] = _value(hints[key], table[key], f, file, f"[{section}] {key}" if section else key)
+        elif f.default is MISSING:
+            word = "section" if isinstance(hints[key], type) and hasattr(hints[key], "__dataclass_fields__") else "key"
+            raise UsageError(f"Profile {file}: {word} '{key}' is missing{where}. Compare profiles/cpu_fp32.toml.")
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, f: Field[Any], file: str, where: str) -> Any:
+    """One checked value. `where` is how the user finds it."""
+    if hasattr(hint, "__dataclass_fields__"):
+        if not isinstance(value, dict):
+            raise UsageError(f"Profile {file}: '{where}' must be a section, [{where}]; found {_shown(value)}.")
+        return _section(hint, value, file, where)
+    hint = next((a for a in get_args(hint) if a is not type(None)), hint) if type(None) in get_args(hint) else hint
+    expected, fits = _expectation(hint)
+    if not fits(value):
+        raise UsageError(f"Profile {file}: {where} must be {expected}; found {_shown(value)}.")
+    low, high = f.metadata.get("low"), f.metadata.get("high")
+    numbers = value if isinstance(value, list) else [value]
+    if low is not None and not all(low <= n <= high for n in numbers):
+        bounds = f"at least {low:g}" if high == float("inf") else f"in {low:g}..{high:g}"
+        raise UsageError(f"Profile {file}: {where} must be {bounds}; found {_shown(value)}.")
+    return tuple(value) if isinstance(value, list) else float(value) if hint is float else value
+
+
+def _expectation(hint: Any) -> tuple[str, Callable[[Any], bool]]:
+    """What a type takes, in words, and the check."""
+    if get_origin(hint) is Literal:
+        options = get_args(hint)
+        return " or ".join(f'"{o}"' for o in options), lambda v: isinstance(v, str) and v in options
+    if get_origin(hint) is tuple:
+        if get_args(hint)[-1] is Ellipsis:
+            return "a list of whole numbers", lambda v: isinstance(v, list) and all(_whole(n) for n in v)
+        return (
+            "two whole numbers, [height, width]",
+            lambda v: isinstance(v, list) and len(v) == 2 and all(_whole(n) for n in v),
+        )
+    if hint is int:
+        return "a whole number", _whole
+    if hint is float:
+        return "a number", lambda v: _whole(v) or isinstance(v, float)
+    assert hint is str, hint
+    return "text that is not empty", lambda v: isinstance(v, str) and bool(v.strip())
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    text = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _check(profile: Profile, file: str) -> None:
+    """What no single key can tell."""
+
+    def fail(text: str) -> UsageError:
+        return UsageError(f"Profile {file}: {text}")
+
+    stack, precision = profile.stack, profile.precision
+    known = _discover.names(exporter.backends)
+    if stack.backend not in known:
+        raise fail(f"[stack] unknown backend '{stack.backend}'. {nearest(stack.backend, known)}")
+    if stack.backend == "trt":
+        for key in ("module", "tensorrt"):
+            if getattr(stack, key) is None:
+                raise fail(f'[stack] backend "trt" needs `{key}` too.')
+        if not stack.compute_capabilities:
+            raise fail('[stack] backend "trt" needs `compute_capabilities` too, as in [87] for an Orin.')
+    elif stack.module or stack.tensorrt:
+        raise fail('[stack] `module` and `tensorrt` belong to backend "trt"; remove them.')
+    for key in ("tensorrt", "jetpack"):
+        text = getattr(stack, key)
+        if text is not None and not all(part.isdecimal() for part in text.split(".")):
+            raise fail(f'[stack] {key} must be a version such as "10.3"; found "{text}".')
+    if (precision.weights == "int4") != bool(precision.blocks):
+        raise fail('[precision] `blocks` goes with weights = "int4", and only with it; [128, 64, 32] is usual.')
+    if any(b not in (16, 32, 64, 128, 256) for b in precision.blocks):
+        raise fail(f"[precision] blocks may hold 16, 32, 64, 128 and 256; found {list(precision.blocks)}.")
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """ "10.16.1.11" → (10, 16, 1, 11); stops at the first part that is no number."""
+    parts: list[int] = []
+    for part in version.split("."):
+        if not part.isdecimal():
+            break
+        parts.append(int(part))
+    return tuple(parts)

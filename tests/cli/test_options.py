@@ -1,0 +1,110 @@
+"""The shared options: what they hand to a command, and what they say about nonsense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from exporter.cli import _options as o
+from exporter.errors import UsageError
+from profiles import _schema
+
+
+@pytest.fixture
+def got() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def command(got: dict[str, Any]) -> click.Command:
+    """A verb with every shared option."""
+
+    @click.command()
+    @o.checkpoint_argument()
+    @o.reduce_option
+    @o.profile_option()
+    @o.output_option("out")
+    @o.frames_option
+    @o.image_size_option
+    @o.threads_option
+    @o.seed_option
+    @o.json_option
+    def verb(**values: Any) -> None:
+        got.update(values)
+
+    return verb
+
+
+def run(command: click.Command, *arguments: str) -> Any:
+    return CliRunner().invoke(command, list(arguments))
+
+
+def test_defaults(command: click.Command, got: dict[str, Any]) -> None:
+    assert run(command, "embedded").exit_code == 0
+    assert got == {
+        "checkpoint": "embedded",
+        "reductions": (),
+        "profile": _schema.load("cpu_fp32"),
+        "output": Path("out"),
+        "frames": 1,
+        "image_size": None,
+        "threads": None,
+        "seed": 0,
+        "as_json": False,
+    }
+
+
+def test_everything_given(command: click.Command, got: dict[str, Any]) -> None:
+    text = (
+        "m -r visionzip:keep=64 -r fastv -p rtx_int4 -o x --frames 4 --image-size 448x672 --threads 2 --seed 7 --json"
+    )
+    assert run(command, *text.split()).exit_code == 0
+    assert got == {
+        "checkpoint": "m",
+        "reductions": ("visionzip:keep=64", "fastv"),
+        "profile": _schema.load("rtx_int4"),
+        "output": Path("x"),
+        "frames": 4,
+        "image_size": (448, 672),
+        "threads": 2,
+        "seed": 7,
+        "as_json": True,
+    }
+
+
+@pytest.mark.parametrize(("text", "size"), [("448", (448, 448)), ("224X336", (224, 336)), ("224×336", (224, 336))])
+def test_image_sizes(command: click.Command, got: dict[str, Any], text: str, size: tuple[int, int]) -> None:
+    run(command, "m", "--image-size", text)
+    assert got["image_size"] == size
+
+
+@pytest.mark.parametrize("text", ["big", "0x448", "448x", "-3", "448x448x3"])
+def test_no_image_size(command: click.Command, text: str) -> None:
+    result = run(command, "m", "--image-size", text)
+    assert result.exit_code == 2
+    assert f"'{text}' is not an image size; write height and width in pixels, as in 448x672." in result.output
+
+
+def test_an_unknown_profile(command: click.Command) -> None:
+    error = run(command, "m", "-p", "cpu_fp23").exception
+    assert isinstance(error, UsageError)
+    assert str(error).startswith("Unknown profile 'cpu_fp23'. Did you mean 'cpu_fp32'?")
+
+
+def test_no_threads(command: click.Command) -> None:
+    assert run(command, "m", "--threads", "0").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "typed", "offered"),
+    [(o.ProfileType(), "orin", ["orin_nano_8gb_int4"]), (o.ReductionType(), "vision", ["visionzip"])],
+)
+def test_completion(command: click.Command, kind: Any, typed: str, offered: list[str]) -> None:
+    context = click.Context(command)
+    complete: Callable[..., list[Any]] = kind.shell_complete
+    assert [c.value for c in complete(context, command.params[0], typed)] == offered

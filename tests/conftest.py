@@ -1,0 +1,47 @@
+"""What all tests share. None of them needs a network; those for a GPU are skipped where there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+class Said(NamedTuple):
+    """What a command line left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def edgetrim(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Run the command line in this process: `edgetrim("list", "--json").out`."""
+    from exporter.cli import main
+
+    def run(*arguments: object) -> Said:
+        code = main([str(a) for a in arguments])
+        return Said(code, *capsys.readouterr())
+
+    return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    wanted = [item for item in items if item.get_closest_marker("gpu")]
+    if wanted and not _gpu():
+        for item in wanted:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA driver on this machine"))
+
+
+def _gpu() -> bool:
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
+    except OSError:
+        return False

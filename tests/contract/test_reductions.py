@@ -1,0 +1,278 @@
+"""What every reduction method must do, walked over whatever lies in graphs/: a new file is picked up by itself.
+
+A method is tried with the specs in its `EXAMPLES` (each must fit one of the sites below) and, if it has the knob, with a
+plain `keep` at a small site without CLS. Each is traced alone, without weights, and ONNX Runtime compared with the eager module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+import exporter.families
+import graphs
+from exporter.stages._trace import trace
+from graphs import _spec
+from graphs._blocks import TOPK_LIMIT
+from graphs._contract import BeforeLLM, InLLM, InTower, Reduced, Reduction, ReductionError, Site
+from tests.graphs.oracle import KINDS, attention, features
+
+DIM, HEAD_DIM, TEXT = 8, 6, 5
+
+ALLOWED = frozenset(
+    "Abs Add And ArgMax ArgMin Cast Clip Concat Constant Div Equal Exp Expand Gather GatherElements GatherND Greater "
+    "GreaterOrEqual Identity Less LessOrEqual Log MatMul Max Min Mul Neg Not Or Pow Reciprocal ReduceMax ReduceMean "
+    "ReduceMin ReduceSum Reshape Round Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tile TopK Transpose "
+    "Unsqueeze Where".split()
+)
+"""Operators that TensorRT 10.3 and TensorRT-RTX both take, with static shapes. A method that needs another one should
+find out first whether both parse it."""
+
+PER_BLOCK = ("keys", "cls_keys", "cls_attention", "column_attention")
+NO_CLS = frozenset({"hidden", "keys", "column_attention", "text", "text_mask"})
+ALL = NO_CLS | {"cls", "cls_keys", "cls_attention"} | {f"{s}@{b}" for s in PER_BLOCK for b in range(24)}
+
+SITES = {
+    "before_llm": (
+        Site(576, 1, (24, 24), ALL),
+        Site(20, 2, (4, 5), NO_CLS, grid_positions=True),
+        Site(144, 8, (12, 12), ALL),
+    ),
+    "in_tower": (
+        Site(576, 1, (24, 24), frozenset({"hidden", "keys", "cls"}), 2),
+        Site(21, 2, (3, 7), frozenset({"hidden", "keys"}), 2),
+    ),
+    "in_llm": (
+        Site(576, 1, (24, 24), frozenset({"attention_row"}), 8),
+        Site(20, 3, (4, 5), frozenset({"attention_row"}), 5),
+    ),
+}
+
+
+def candidates(name: str) -> Iterator[tuple[str, Reduction, Site]]:
+    """(spec, fitted method, site), each at the first site it fits."""
+    method = _spec.load(name)
+    sites = SITES[method.place]
+    for text in _spec.examples(name):
+        yield from list(fits(text, sites))[:1]
+    if "keep" in {f.name for f in dataclasses.fields(method)}:
+        yield from list(fits(f"{name}:keep=7", [s for s in sites if s.tokens < 100]))[:1]
+
+
+def fits(text: str, sites: Any) -> Iterator[tuple[str, Reduction, Site]]:
+    for site in sites:
+        try:
+            yield text, _spec.parse(text).fit(site), site
+        except ReductionError:
+            continue
+
+
+CASES = [
+    pytest.param(fitted, site, id=f"{spec}@{site.tokens}x{site.frames}")
+    for name in _spec.names()
+    for spec, fitted, site in candidates(name)
+]
+
+
+class Once(torch.nn.Module):
+    """One method as a module: a list of inputs to a list of outputs."""
+
+    def __init__(self, method: Reduction, site: Site) -> None:
+        super().__init__()
+        self.method, self.site = method, site
+        self.cls = int("cls" in site.signals)
+
+    def forward(self, signals: list[torch.Tensor]) -> list[torch.Tensor]:
+        if isinstance(self.method, InTower):
+            return self.tower(*signals)
+        named = dict(zip(self.method.needs, signals, strict=True))
+        if isinstance(self.method, InLLM):
+            return [self.method.forward(layer, named) for layer in self.method.layers]
+        assert isinstance(self.method, BeforeLLM)
+        return [x for x in self.method.forward(named) if x is not None]
+
+    def tower(self, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """All blocks in a row; the keys of a block are a part of its tokens."""
+        assert isinstance(self.method, InTower)
+        size, indices = torch.ones_like(hidden[..., 0], dtype=torch.float32), []
+        for block in range(self.site.depth):
+            out: Reduced = self.method.forward(block, hidden, hidden[..., :HEAD_DIM], size, self.cls)
+            assert out.size is not None
+            hidden, size = out.tokens, out.size
+            indices.append(out.index)
+        return [hidden, size, *indices]
+
+
+def inputs(method: Reduction, site: Site, kind: str, batch: int) -> list[torch.Tensor]:
+    """Signals for a method, in the order of its needs."""
+    if isinstance(method, InTower):
+        tokens = site.tokens + ("cls" in site.signals)
+        return [torch.from_numpy(features(kind, (batch, 1, tokens, DIM))[:, 0])]
+    made = []
+    for seed, name in enumerate(method.needs):
+        signal = name.partition("@")[0]
+        lead = (batch, site.frames)
+        if signal == "text_mask":
+            value = np.ones((batch, TEXT), np.float32)
+            value[0, 3:] = 0
+        elif signal == "text":
+            value = features(kind, (batch, TEXT, DIM), seed)
+        elif signal == "attention_row":
+            value = attention(kind, (batch, site.total), seed)
+        elif signal.endswith("attention"):
+            value = attention(kind, (*lead, site.tokens), seed)
+        elif signal in ("cls", "cls_keys"):
+            value = features(kind, (*lead, 1, DIM if signal == "cls" else HEAD_DIM), seed)[:, :, 0]
+        else:
+            value = features(kind, (*lead, site.tokens, DIM if signal == "hidden" else HEAD_DIM), seed)
+        made.append(torch.from_numpy(np.ascontiguousarray(value)))
+    return made
+
+
+@functools.cache
+def traced(method: Reduction, site: Site) -> tuple[ir.Model, ort.InferenceSession]:
+    module, example = Once(method, site), inputs(method, site, "random", 3)
+    names = [f"out_{i}" for i in range(len(module(example)))]
+    model = trace(module, {"signals": example}, {"signals": {0: "batch"}}, names)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    data = ir.to_proto(model).SerializeToString()
+    return model, ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("name", _spec.names())
+def test_is_documented_and_fits_somewhere(name: str) -> None:
+    found, method = _spec.describe(name), _spec.load(name)
+    assert found.summary.endswith(".")
+    assert len(found.summary) < 120
+    assert found.paper
+    assert "Source:" in found.doc
+    assert "Position:" in found.doc
+    assert method.place in SITES
+    for text in found.examples:
+        assert any(fits(text, SITES[method.place])), f"{text} fits none of the sites: change it, or add a site"
+    assert any(candidates(name)), f"give {name} EXAMPLES = ('{name}:…',): it needs more than `keep`"
+
+
+def test_no_family_is_named() -> None:
+    families = [m.name for m in pkgutil.iter_modules(exporter.families.__path__) if not m.name.startswith("_")]
+    for path in Path(graphs.__path__[0]).glob("*.py"):
+        text = path.read_text().lower()
+        assert not [f for f in families if f in text], path
+
+
+@pytest.mark.parametrize(("method", "site"), CASES)
+def test_fitting_resolves_every_count(method: Reduction, site: Site) -> None:
+    assert method.fit(site) == method
+    assert set(method.needs) <= site.signals
+    after = method.after(site)
+    assert 1 <= after.tokens <= site.tokens * site.frames + 1
+    assert after.signals <= site.signals
+    assert _spec.parse(_spec.format(method)).fit(site) == method
+
+
+@pytest.mark.parametrize(("method", "site"), CASES)
+def test_wrong_kinds_of_values_are_refused_in_words(method: Reduction, site: Site) -> None:
+    hints = get_type_hints(type(method))
+    for knob in method.knobs():
+        with pytest.raises(ReductionError, match=rf"`{knob}` takes .*; found <object"):
+            dataclasses.replace(method, **{knob: object()}).fit(site)
+        if get_origin(hints[knob]) is not None and str in map(type, get_args(hints[knob])):
+            with pytest.raises(ReductionError, match=rf"`{knob}` takes .*; found 'nonsense'"):
+                dataclasses.replace(method, **{knob: "nonsense"}).fit(site)
+
+
+@pytest.mark.parametrize(("method", "site"), CASES)
+def test_missing_signals_are_refused(method: Reduction, site: Site) -> None:
+    with pytest.raises(ReductionError, match="needs"):
+        method.fit(dataclasses.replace(site, signals=frozenset({"nothing"})))
+
+
+@pytest.mark.parametrize(("method", "site"), CASES)
+def test_graph_is_plain_and_static(method: Reduction, site: Site) -> None:
+    model, _ = traced(method, site)
+    assert {n.op_type for n in model.graph} <= ALLOWED
+    assert all(n.domain == "" for n in model.graph)
+    for node in model.graph:
+        if node.op_type == "TopK":
+            k = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
+            assert k is not None, "TensorRT needs a constant K"
+            assert k.numpy().item() <= TOPK_LIMIT
+            assert node.inputs[0] is not None
+            assert node.inputs[0].shape is not None
+            assert node.inputs[0].shape.rank() >= 2, "TensorRT refuses a TopK over one axis"
+    for value in model.graph.outputs:
+        assert value.shape is not None
+        assert all(isinstance(d, int) for d in list(value.shape)[1:]), f"{value.name} {value.shape} is not static"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("method", "site"), CASES)
+def test_runtime_equals_eager(method: Reduction, site: Site, kind: str) -> None:
+    _, session = traced(method, site)
+    module = Once(method, site)
+    feed_names = [i.name for i in session.get_inputs()]
+    both = None
+    for batch in (2, 1):
+        given = inputs(method, site, kind, 2)
+        given = [x[:batch] for x in given]
+        eager = module(given)
+        found = session.run(None, {n: given[int(n.rpartition("_")[2])].numpy() for n in feed_names})
+        both = both or eager
+        for e, f, b in zip(eager, found, both, strict=True):
+            assert e.shape == f.shape
+            if e.dtype == torch.int64:
+                assert (e.numpy() == f).all()
+                assert torch.equal(e, b[:batch]), "a sample depends on its neighbours"
+            else:
+                np.testing.assert_allclose(f, e.numpy(), atol=1e-5, rtol=0)
+                np.testing.assert_allclose(b[:batch].numpy(), e.numpy(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("method", "site"), CASES)
+def test_counts_and_indices(method: Reduction, site: Site) -> None:
+    after = method.after(site)
+    for kind in KINDS:
+        out = Once(method, site)(inputs(method, site, kind, 2))
+        if isinstance(method, InLLM):
+            assert [x.shape[1] for x in out] == [method.kept(layer) for layer in method.layers]
+            assert (out[-1].diff(dim=1) > 0).all()
+            assert out[-1].shape[1] == after.total
+        elif isinstance(method, InTower):
+            cls = int("cls" in site.signals)
+            assert out[0].shape == (2, after.tokens + cls, DIM)
+            assert (out[1].sum(1) == site.tokens + cls).all(), "no token may get lost or count twice"
+            assert not cls or (out[-1][:, 0] == 0).all(), "CLS stays in front"
+        else:
+            tokens, index = out[:2]
+            assert tokens.shape == (2, after.total, DIM)
+            assert index.shape == (2, after.total)
+            assert (index >= -1).all()
+            assert (index < site.total).all()
+            for row in index.tolist():
+                patches = [i for i in row if i >= 0]
+                assert len(set(patches)) == len(patches), "a token may anchor one kept token only"
+        assert all(torch.isfinite(x).all() for x in out)
+
+
+@pytest.mark.parametrize(("method", "site"), CASES)
+def test_half_precision_chooses_by_float32_scores(method: Reduction, site: Site) -> None:
+    half = [x.half() for x in inputs(method, site, "random", 2)]
+    narrow, wide = Once(method, site)(half), Once(method, site)([x.float() for x in half])
+    if not isinstance(method, InTower):  # there a block's rounding reaches the next block's scores
+        assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True) if a.dtype == torch.int64)
+    if not isinstance(method, InLLM):
+        assert narrow[0].dtype == torch.float16
+        if not isinstance(method, InTower):
+            torch.testing.assert_close(narrow[0].float(), wide[0], atol=5e-3, rtol=5e-3)
