@@ -107,8 +107,8 @@ class GraphSet:
     image: ImageSpec
     visual: VisualLayout
     text: TextSpec
-    signals: list[str]
-    """Outputs of `vision` = inputs of `reduce`, in order."""
+    signals: dict[str, list[int]]
+    """Outputs of `vision` = inputs of `reduce`, in order: name → shape without the batch axis."""
     text_guided: bool
     embedding: str = "embedding.npy"
     """File of the token embedding table [vocab, hidden], float16 or float32, memory-mapped."""

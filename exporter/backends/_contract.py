@@ -25,12 +25,16 @@ class Range:
     max: int
 
 
+Axis = Range | int
+"""A dynamic axis, or its fixed size."""
+
+
 @dataclass(frozen=True)
 class ShapeProfile:
     """One optimization profile: input name → a `Range` or fixed size per axis. Fixed inputs need no entry."""
 
     name: str
-    inputs: Mapping[str, Sequence[Range | int]]
+    inputs: Mapping[str, Sequence[Axis]]
 
 
 @dataclass(frozen=True)

@@ -114,10 +114,16 @@ class OnnxRuntime(Backend):
 
 
 class OnnxRuntimeRunner(Runner):
-    """Runs an ONNX file. Its device values are `OrtValue`s; fed back, they are not copied."""
+    """Runs an ONNX file.
+
+    Its device values are `OrtValue`s on CUDA. On the CPU they are numpy arrays over ONNX Runtime's own memory: `run` of a
+    session copies neither those it is fed nor those it returns, and costs less than a binding (4 layers: 0.65 against
+    0.83 ms a step).
+    """
 
     def __init__(self, engine: Path, backend: OnnxRuntime) -> None:
         self._engine, self._backend = engine, backend
+        self._bound = backend.provider != "cpu"
         self._session: Any = None
         self._inputs: dict[str, np.dtype[Any]] = {}
         self._outputs: tuple[str, ...] = ()
@@ -150,6 +156,25 @@ class OnnxRuntimeRunner(Runner):
         self._loaded()
         if feeds.keys() != self._inputs.keys():
             raise UsageError(self._wrong_names(feeds))
+        try:
+            found = self._run_bound(feeds) if self._bound else self._run_host(feeds)
+        except ExportError:
+            raise
+        except Exception as e:
+            raise ExportError(f"{self._engine.name}: {e} (fed: {_shapes(feeds)})") from e
+        return dict(zip(self._outputs, found, strict=True))
+
+    def numpy(self, value: Any) -> Array:
+        if isinstance(value, self._value_type):
+            host: Array = value.numpy()
+            return host
+        return np.asarray(value)
+
+    def _run_host(self, feeds: Mapping[str, Any]) -> Sequence[Any]:
+        found: Sequence[Any] = self._session.run(self._outputs, {n: self._host(n, v) for n, v in feeds.items()})
+        return found
+
+    def _run_bound(self, feeds: Mapping[str, Any]) -> Sequence[Any]:
         binding, device = self._binding, self._backend.provider
         try:
             for name, value in feeds.items():
@@ -161,24 +186,15 @@ class OnnxRuntimeRunner(Runner):
             for name in self._outputs:
                 binding.bind_output(name, device)
             self._session.run_with_iobinding(binding)
-            return dict(zip(self._outputs, binding.get_outputs(), strict=True))
-        except ExportError:
-            raise
-        except Exception as e:
-            raise ExportError(f"{self._engine.name}: {e} (fed: {_shapes(feeds)})") from e
+            found: Sequence[Any] = binding.get_outputs()
+            return found
         finally:
             # Nothing may keep a KV cache alive that the caller has let go.
             binding.clear_binding_inputs()
             binding.clear_binding_outputs()
 
-    def numpy(self, value: Any) -> Array:
-        if isinstance(value, self._value_type):
-            host: Array = value.numpy()
-            return host
-        return np.asarray(value)
-
     def _host(self, name: str, value: Any) -> Array:
-        array = np.asarray(value)
+        array = value if isinstance(value, np.ndarray) else self.numpy(value)
         if array.dtype != self._inputs[name]:
             raise UsageError(f"{self._engine.name}: input '{name}' is {array.dtype}, expected {self._inputs[name]}.")
         return array if array.flags.c_contiguous else np.ascontiguousarray(array)

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.models.llama.modeling_llama import rotate_half
 
 from exporter.embedded import digits
 from exporter.embedded.prompt import build_processor
@@ -68,14 +69,15 @@ class Leg:
     cell_questions: int
     count_questions: int
     clips: int  # per step, each with its one question
-    where: float  # weight of the hint where to look
+    look: float  # weight of the hint where to look
 
 
 LEGS: tuple[Leg, ...] = (
-    Leg("find", 250, 2000, 100, mosaics=48, cell_questions=3, count_questions=4, clips=12, where=0),
-    Leg("look", 100, 800, 50, mosaics=48, cell_questions=2, count_questions=6, clips=8, where=1),
-    Leg("settle", 600, 600, 50, mosaics=32, cell_questions=1, count_questions=7, clips=5, where=8),
+    Leg("find", 450, 2000, 100, mosaics=48, cell_questions=3, count_questions=4, clips=12, look=0),
+    Leg("count", 480, 480, 40, mosaics=32, cell_questions=1, count_questions=7, clips=5, look=2),
 )
+LOOK_LAYER = 1
+"""The decoder layer whose first head is taught to look at the digits that are counted."""
 
 
 def build_model(recipe: Recipe, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
@@ -321,11 +323,9 @@ class Hints(nn.Module):
         super().__init__()
         self.asked = nn.Linear(hidden, CELLS + 10 + 1)
         self.event = nn.Linear(hidden, 3)
-        self.where = nn.Linear(hidden, CELLS)
 
-    def forward(self, states: tuple[Tensor, ...], batch: Batch, leg: Leg) -> dict[str, Tensor]:
-        """The losses: `asked` by the last token after layer 1, `event` by a clip's patches after layer 2, `where` to
-        look by the last token after layer 3.
+    def forward(self, states: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:
+        """The losses: `asked` by the last token after layer 1, `event` by a clip's patches after layer 2.
 
         Args:
             states: per layer, [batch, seq, hidden], the embeddings first.
@@ -336,10 +336,36 @@ class Hints(nn.Module):
             patches = states[2][:, 1 : 1 + batch.events.shape[1]]
             rare = torch.tensor([1.0, 10.0, 10.0])  # 4 patches in 256 each
             losses["event"] = F.cross_entropy(self.event(patches).flatten(0, 1), batch.events.flatten(), weight=rare)
-        if batch.where is not None and leg.where > 0:
-            bits = F.binary_cross_entropy_with_logits(self.where(states[3][:, last]), batch.where)
-            losses["where"] = bits * leg.where
         return losses
+
+
+def look_loss(model: LlavaForConditionalGeneration, states: tuple[Tensor, ...], batch: Batch) -> Tensor:
+    """How far one head's attention is from the digits a `count` question asks for.
+
+    The target spreads evenly over the patches of those digits, with as much on the first token as on one digit: then
+    the first token gets 1 / (1 + count), which is what the layers above need to read the count off.
+
+    Returns:
+        float32 [], the Kullback-Leibler divergence from the target.
+    """
+    assert batch.where is not None
+    decoder = model.model.language_model
+    layer = decoder.layers[LOOK_LAYER]
+    counted = batch.asked[0] >= CELLS
+    last = batch.layout.last[counted]
+    normed = layer.input_layernorm(states[LOOK_LAYER])
+    width = layer.self_attn.head_dim
+    query = layer.self_attn.q_proj(normed[:, last])[..., :width]
+    key = layer.self_attn.k_proj(normed)[..., :width]
+    cos, sin = decoder.rotary_emb(normed, batch.layout.positions)
+    query = query * cos[:, last] + rotate_half(query) * sin[:, last]
+    key = key * cos + rotate_half(key) * sin
+    logits = (query @ key.transpose(1, 2) * width**-0.5).masked_fill(~batch.layout.mask[0, :, last], -1e9)
+    target = torch.zeros_like(logits)
+    target[..., 1 : 1 + PATCHES] = batch.where[:, counted][..., PATCH_CELL]
+    target[..., 0] = PATCHES / CELLS
+    target = target / target.sum(-1, keepdim=True)
+    return F.kl_div(logits.log_softmax(-1), target, reduction="none").sum(-1).mean()
 
 
 def answer_logits(
@@ -388,7 +414,9 @@ def train_language(
             logits, after, states = answer_logits(model, batch, questions)
             each = F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten(), reduction="none")
             stop = F.cross_entropy(after.flatten(0, 1), torch.full_like(batch.answers, questions.eos).flatten())
-            given = hints(states, batch, leg)
+            given = hints(states, batch)
+            if batch.where is not None and leg.look > 0:
+                given["look"] = look_loss(model, states, batch) * leg.look
             weight = 1.0 if batch.events is None else 0.5
             loss = loss + weight * each.mean() + 0.1 * stop + recipe.hint_weight * sum(given.values())
             for asked, value in zip(batch.asked[0].tolist(), each.detach().view_as(batch.answers).mean(0), strict=True):

@@ -13,6 +13,8 @@ from math import sqrt
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from exporter.errors import VerificationError
+
 Number = Union[float, str]  # noqa: UP007  (evaluated at run time, and Python 3.10's `|` has no get_origin of Union)
 """A measured number, or the reason why there is none."""
 
@@ -73,8 +75,9 @@ class Score:
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval: right near 0 and 1 too, where most of our scores are."""
         z = 1.96
-        centre, spread = self.value + z * z / (2 * self.n), z * sqrt(
-            self.value * (1 - self.value) / self.n + z * z / (4 * self.n**2)
+        centre, spread = (
+            self.value + z * z / (2 * self.n),
+            z * sqrt(self.value * (1 - self.value) / self.n + z * z / (4 * self.n**2)),
         )
         scale = 1 + z * z / self.n
         return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
@@ -192,7 +195,10 @@ class ReportData:
 
     @classmethod
     def from_json(cls, text: str) -> ReportData:
-        return _typed(cls, json.loads(text))
+        try:
+            return _typed(cls, json.loads(text))
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise VerificationError(f"This is not the data of a report ({type(e).__name__}: {e}). Run it again.") from e
 
     def save(self, path: Path) -> None:
         path.write_text(self.to_json(), encoding="utf-8")

@@ -119,7 +119,10 @@ def interval(score: Score, low: float, reference: float | None, kind: str) -> Ma
     body = [_line(x(low), middle, x(1), middle, "rail")]
     if reference is not None:
         body.append(_line(x(reference), 1, x(reference), height - 1, "reference"))
-    body += [_line(x(first), middle, x(last), middle, f"range {kind}"), _mark(x(score.value), middle, "circle", f"mark {kind}", 3.6)]
+    body += [
+        _line(x(first), middle, x(last), middle, f"range {kind}"),
+        _mark(x(score.value), middle, "circle", f"mark {kind}", 3.6),
+    ]
     said = f"{100 * score.value:.1f} %, 95 % interval {100 * first:.1f} to {100 * last:.1f} %"
     return _svg(width, height, said, body, "interval")
 

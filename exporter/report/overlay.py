@@ -65,13 +65,17 @@ def _mask(index: npt.NDArray[np.int64] | None, total: int, name: str) -> npt.NDA
     if index is not None:
         real = np.asarray(index).ravel()
         real = real[real != -1]
-        if real.size and not (0 <= real.min() and real.max() < total):
-            raise UsageError(f"Overlay {name} goes from {real.min()} to {real.max()}; there are {total} tokens (0 to {total - 1}).")
+        if real.size and not (real.min() >= 0 and real.max() < total):
+            raise UsageError(
+                f"Overlay {name} goes from {real.min()} to {real.max()}; there are {total} tokens (0 to {total - 1})."
+            )
         mask[real] = True
     return mask
 
 
-def _tile(frame: npt.NDArray[np.uint8], kept: npt.NDArray[np.bool_], merged: npt.NDArray[np.bool_], scale: int) -> Image.Image:
+def _tile(
+    frame: npt.NDArray[np.uint8], kept: npt.NDArray[np.bool_], merged: npt.NDArray[np.bool_], scale: int
+) -> Image.Image:
     """One frame, enlarged to whole multiples so that its pixels stay sharp."""
     picture = frame.repeat(scale, 0).repeat(scale, 1)
     height, width = picture.shape[:2]
@@ -109,14 +113,16 @@ def _sheet(tiles: Sequence[Image.Image], names: Sequence[str], words: str, legen
         size -= 1
     _text(pen, 10, top + 8, words, size, INK)
     if legend:
-        x = 10.0
+        left = 10.0
         for colour, name in ((KEPT, "kept"), (ANCHOR, "merged into")):
-            pen.rectangle((x, top + 42, x + 11, top + 53), outline=colour, width=2)
-            x = _text(pen, x + 18, top + 39, name, 13, QUIET) + 18
+            pen.rectangle((left, top + 42, left + 11, top + 53), outline=colour, width=2)
+            left = _text(pen, left + 18, top + 39, name, 13, QUIET) + 18
     return sheet
 
 
-def _text(pen: ImageDraw.ImageDraw | None, x: float, y: float, text: str, size: int, fill: tuple[int, int, int]) -> float:
+def _text(
+    pen: ImageDraw.ImageDraw | None, x: float, y: float, text: str, size: int, fill: tuple[int, int, int]
+) -> float:
     """Write, and return where the text ends. Pillow's own font has no →, ×, – or ·: these are drawn."""
     font = ImageFont.load_default(size)
     middle, line = y + size * 0.68, max(1, round(size / 11))

@@ -337,11 +337,11 @@ class Generator:
                 tokens[row].append(int(picked[row]))
                 if on_token is not None:
                     on_token(row, tokens[row][-1])
-            active &= ~np.isin(picked, eos)
+            active &= (picked[:, None] != eos).all(axis=1)
             if not left or not active.any():
                 break
             mark = time.perf_counter()
-            picked = _pick(sampler, self.step(cache, picked, active))
+            picked = _pick(sampler, self.step(cache, picked, None if active.all() else active))
             timings.decode_ms.append(_ms(mark))
         cache.pending = [[row[-1]] if live else [] for row, live in zip(tokens, active, strict=True)]
         return tokens
@@ -408,7 +408,7 @@ def _logits(runner: Runner, found: Mapping[str, Any]) -> Logits:
 def _pick(sampler: Sampler, logits: Logits) -> Ints:
     picked = sampler(logits)
     # argmax stops at the first NaN, so looking at the chosen logit is enough.
-    if np.isnan(np.take_along_axis(logits, picked[:, None], axis=-1)).any():
+    if np.isnan(logits[np.arange(len(picked)), picked]).any():
         raise ExportError(
             "The language model returned NaN. In FP16 that is mostly an overflow: compare with an FP32 export."
         )

@@ -131,12 +131,14 @@ def _name_dims(
             old = value.shape[axis]
             if isinstance(old, ir.SymbolicDim) and old.value is not None:
                 renamed.setdefault(old.value, name)
+    def name_of(dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+        if isinstance(dim, int) or dim.value is None:
+            return dim
+        return ir.SymbolicDim(re.sub(r"\bs\d+\b", lambda m: _term(renamed.get(m.group(), m.group())), str(dim.value)))
+
     for value in [*model.graph.inputs, *(o for node in model.graph for o in node.outputs)]:
         if value.shape is not None:
-            for axis, dim in enumerate(value.shape):
-                if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
-                    new = re.sub(r"\bs\d+\b", lambda m: _term(renamed.get(m.group(), m.group())), dim.value)
-                    value.shape[axis] = ir.SymbolicDim(new)
+            value.shape = ir.Shape([name_of(d) for d in value.shape])
 
 
 def _term(text: str) -> str:

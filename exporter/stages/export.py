@@ -134,7 +134,7 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None, progress: Cal
             data.unlink()
     _write_embedding(plan.checkpoint, folder / "embedding.npy", dtype, (plan.geometry.vocab, plan.geometry.hidden), progress)
     copy_processor(plan.checkpoint, folder / "processor")
-    graphs = describe(plan, files)
+    graphs = describe(plan, files, {v.name or "": [int(d) for d in list(v.shape or ())[1:]] for v in vision.graph.outputs})
     graphs.save(folder)
     return graphs
 
@@ -147,7 +147,7 @@ def copy_processor(checkpoint: Checkpoint, folder: Path) -> None:
             shutil.copyfile(checkpoint.folder / name, folder / name)
 
 
-def describe(plan: Plan, files: dict[str, str]) -> GraphSet:
+def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -> GraphSet:
     """The description that a runtime needs instead of the plan."""
     g = plan.geometry
     kept = [plan.kept]
@@ -183,7 +183,7 @@ def describe(plan: Plan, files: dict[str, str]) -> GraphSet:
             image_token=g.image_token,
             eos=list(g.eos),
         ),
-        signals=list(plan.taps),
+        signals=signals,
         text_guided=plan.text_guided,
     )
 

@@ -195,7 +195,10 @@ def test_the_next_turn_is_what_the_conversation_adds(tmp_path: Path, template: s
     prompt = Prompt.load(tmp_path, "<|image_pad|>" if template is CHATML else "<image>")
     messages = prompt.question("What is it?")
     longer, ids = prompt.follow(messages, " A cat. ", "Sure?")
-    raw = lambda tokens: prompt.tokenizer.decode(tokens, skip_special_tokens=False)  # noqa: E731
+
+    def raw(tokens: list[int]) -> str:
+        return prompt.tokenizer.decode(tokens, skip_special_tokens=False)
+
     assert raw(prompt.encode(longer)).endswith(f"A cat.{raw(ids)}")
     assert "Sure?" in raw(ids)
     assert len(longer) == 3

@@ -1,0 +1,107 @@
+"""A bundle: an output folder with a manifest that names every file by its hash. Only what a verified manifest names is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.errors import UsageError, VerificationError
+from exporter.graphset import GraphSet
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+LARGEST_MANIFEST = 16 * 2**20
+"""Bytes."""
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def contents(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every file below `folder` but the manifest and dot-files: relative name → {"sha256", "bytes"}, sorted."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_symlink():
+            raise VerificationError(f"{path} is a link. A bundle holds files only; remove it.")
+        if path.is_file() and name.as_posix() != MANIFEST and not any(p.startswith(".") for p in name.parts):
+            found[name.as_posix()] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+    return found
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. `manifest` as written by `pack`."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path, verify: bool = True) -> Bundle:
+        """Read a bundle.
+
+        Args:
+            verify: compare every file with its hash.
+        Raises:
+            UsageError: no bundle there. VerificationError: it is not what its manifest says.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise UsageError(f"{folder} is no bundle: there is no {MANIFEST}. `edgetrim pack {folder}` writes it.")
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise VerificationError(f"{path} is larger than {LARGEST_MANIFEST // 2**20} MiB. That is not a manifest.")
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            files = {str(name): dict(entry) for name, entry in manifest["files"].items()}
+            schema = int(manifest["schema"])
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise VerificationError(f"{path} is damaged ({type(e).__name__}: {e}). Pack or copy the bundle again.") from e
+        if schema != SCHEMA:
+            raise VerificationError(f"{path} has schema {schema}; this edgetrim reads {SCHEMA}. Use the version that packed it.")
+        bundle = cls(folder, {**manifest, "files": files})
+        if verify:
+            bundle.verify()
+        return bundle
+
+    def verify(self) -> None:
+        """Compare every file with the manifest.
+
+        Raises:
+            VerificationError: names what is missing, changed or extra.
+        """
+        expected = self.manifest["files"]
+        wrong = []
+        for name, entry in expected.items():
+            path = self.folder / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise VerificationError(f"{self.folder}/{MANIFEST} names a file outside the bundle: {name}. Do not use it.")
+            if path.is_symlink() or not path.is_file():
+                wrong.append(f"{name} is missing")
+            elif path.stat().st_size != entry.get("bytes"):
+                wrong.append(f"{name} has {path.stat().st_size} bytes, expected {entry.get('bytes')}")
+            elif sha256(path) != entry.get("sha256"):
+                wrong.append(f"{name} was changed (its hash differs)")
+        wrong += [f"{name} is not in the manifest" for name in contents_names(self.folder) if name not in expected]
+        if wrong:
+            raise VerificationError(
+                f"{self.folder} is not what its manifest says: {'; '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}. "
+                "Copy or pack it again."
+            )
+
+    @property
+    def graphs(self) -> GraphSet:
+        return GraphSet.load(self.folder / "graphs")
+
+
+def contents_names(folder: Path) -> list[str]:
+    """Names of the files that `contents` would hash."""
+    names = (p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file())
+    return [n.as_posix() for n in names if n.as_posix() != MANIFEST and not any(p.startswith(".") for p in n.parts)]

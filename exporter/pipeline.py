@@ -1,0 +1,370 @@
+"""The stages in order: export → build → validate → bench → pack. Each reads what the one before left on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exporter import __version__
+from exporter.bundle import MANIFEST, SCHEMA, Bundle, contents
+from exporter.errors import EnvironmentMismatch, ExportError, GateError, UsageError
+from exporter.graphset import ROLES, GraphSet
+from exporter.workspace import Workspace
+from profiles import _schema
+from profiles._schema import Profile
+
+if TYPE_CHECKING:
+    from exporter.backends._contract import EngineRecord, Runner
+    from exporter.plan import Plan
+    from exporter.stages._task import Question
+
+Log = Callable[[str], None]
+EMBEDDED = "embedded"
+"""The name of the model that ships with the package."""
+
+
+def silent(text: str) -> None:
+    """The default log."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the user asked for; written to job.json so that every verb can go on from the folder alone.
+
+    checkpoint: as typed. profile: a name or a path. image_size: height, width or None.
+    """
+
+    checkpoint: str
+    reductions: tuple[str, ...]
+    profile: str
+    frames: int = 1
+    image_size: tuple[int, int] | None = None
+
+    def plan(self) -> Plan:
+        """Check everything, in words. Raises UsageError or CheckpointError."""
+        from exporter.checkpoint import Checkpoint, resolve
+        from exporter.families._contract import Request
+        from exporter.plan import make_plan
+
+        if self.checkpoint == EMBEDDED:
+            from exporter.embedded import CHECKPOINT
+
+            folder = CHECKPOINT
+        else:
+            folder = resolve(self.checkpoint)
+        profile = self.loaded_profile()
+        return make_plan(Checkpoint(folder), self.reductions, profile, Request(self.frames, self.image_size))
+
+    def loaded_profile(self) -> Profile:
+        return _schema.load(self.profile)
+
+    def text(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def read(cls, work: Workspace) -> Job:
+        raw = work.read_json("job.json", "Run `edgetrim export` first.")
+        try:
+            size = raw["image_size"]
+            return cls(
+                str(raw["checkpoint"]), tuple(raw["reductions"]), str(raw["profile"]), int(raw["frames"]), tuple(size) if size else None
+            )
+        except (KeyError, TypeError, ValueError) as e:
+            raise ExportError(f"{work.folder}/job.json is damaged ({type(e).__name__}: {e}). Run `edgetrim export` again.") from e
+
+
+def run_export(job: Job, work: Workspace, log: Log = silent, progress: Callable[[int, int], None] | None = None) -> GraphSet:
+    """Export into the workspace. Later stages' results, which no longer belong to these graphs, are removed."""
+    from exporter.stages.export import export
+
+    plan = job.plan()
+    total = plan.checkpoint.bytes
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    with work.fresh("graphs") as folder:
+        graphs = export(plan, folder, log, advance)
+    _forget(work, "engines", "evidence", "report.html", MANIFEST)
+    work.write("job.json", job.text())
+    return graphs
+
+
+def run_build(work: Workspace, log: Log = silent) -> list[EngineRecord]:
+    """Build engines. Raises EnvironmentMismatch where the profile's engines are the device's to build."""
+    from exporter.stages import build
+
+    job = Job.read(work)
+    graphs = GraphSet.load(work.graphs)
+    with work.fresh("engines") as folder:
+        records = build.build(graphs, work.graphs, folder, job.loaded_profile(), log)
+        (folder / "engines.json").write_text(json.dumps(build.record_json(records), indent=1) + "\n")
+    _forget(work, MANIFEST)
+    return records
+
+
+def engine_records(work: Workspace) -> list[EngineRecord]:
+    from exporter.stages.build import load_records
+
+    name = "engines/engines.json"
+    return load_records(work.read_json(name, "Run `edgetrim build` first."), work.folder / name)
+
+
+@contextmanager
+def open_runners(folder: Path, profile: Profile, threads: int | None = None) -> Iterator[tuple[dict[str, Runner], GraphSet, Any, str]]:
+    """Runners for all roles, the graphs, the embedding table, and in words what runs.
+
+    Engines of the profile's backend where they can run here; else ONNX Runtime runs the graphs they were built from.
+    """
+    from exporter.backends import ort
+    from exporter.runtime.generate import embedding
+    from exporter.stages.build import backend_for
+
+    graphs = GraphSet.load(folder / "graphs")
+    backend = backend_for(profile)
+    missing = backend.missing_to_run()
+    if missing is None and backend.name == "ort":
+        what = "ONNX Runtime, CPU"
+    else:
+        backend, what = ort.BACKEND, f"ONNX Runtime, CPU, on the graphs of {profile.name}"
+    with ExitStack() as stack:
+        opened: dict[str, Runner] = {}
+        runners: dict[str, Runner] = {}
+        for role in ROLES:
+            file = graphs.files[role]
+            if file not in opened:
+                opened[file] = stack.enter_context(backend.runner(folder / "graphs" / file, threads))
+            runners[role] = opened[file]
+        yield runners, graphs, embedding(folder / "graphs", graphs), what
+
+
+def questions_for(job: Job, path: Path | None, per_kind: int) -> list[Question]:
+    """The user's questions, or the embedded set for the embedded model; none for any other model."""
+    from exporter.stages import _task
+
+    if path is not None:
+        return _task.from_file(path, job.frames)
+    return _task.embedded(job.frames, per_kind) if job.checkpoint == EMBEDDED else []
+
+
+def run_validate(
+    work: Workspace, questions: Path | None = None, per_kind: int = 200, threads: int | None = None, log: Log = silent
+) -> dict[str, Any]:
+    """Fidelity and quality; writes evidence/validation.json and returns it.
+
+    Raises:
+        GateError: a gate did not pass. The evidence is written first.
+    """
+    from exporter.runtime import images
+    from exporter.runtime.prompt import Prompt
+    from exporter.stages import validate
+
+    job = Job.read(work)
+    plan = job.plan()
+    asked = questions_for(job, questions, per_kind)
+    notes = []
+    if not asked:
+        notes.append("quality: no labelled questions for this checkpoint; pass --questions FILE.jsonl")
+    with open_runners(work.folder, plan.profile, threads) as (runners, graphs, table, what):
+        samples = asked[:: max(1, len(asked) // 6)][:6]
+        if samples:
+            prompt = Prompt.load(work.graphs / "processor", graphs.text.image_token)
+            pixels = [images.preprocess(q.frames, graphs.image) for q in samples]
+            prompts = [prompt.ask(q.question, graphs.visual.placeholders) for q in samples]
+        else:
+            prompt = None
+            pixels, prompts = synthetic(graphs)
+            notes.append("fidelity: measured on synthetic images and random token ids")
+        log("comparing stages with PyTorch")
+        gates = plan.profile.gates
+        fidelity = validate.compare(plan, runners, graphs, table, pixels, prompts, gates)
+        quality: list[validate.Accuracy] = []
+        shown: list[dict[str, Any]] = []
+        if asked and prompt is not None:
+            quality, shown = validate.measure_quality(plan, runners, graphs, table, prompt, asked, log)
+    failed = validate.verdict(fidelity, quality, gates)
+    found = validate.Validation(fidelity, quality, failed, notes, shown)
+    record = {"executed": what, "questions": len(asked), **found.record()}
+    work.write("evidence/validation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    _forget(work, MANIFEST)
+    if failed:
+        raise GateError(f"{len(failed)} gate(s) of profile `{plan.profile.name}` did not pass: {'; '.join(failed)}.")
+    return record
+
+
+def synthetic(graphs: GraphSet, count: int = 3) -> tuple[list[Any], list[list[int]]]:
+    """Smooth random images and random prompts, for models without questions. Seeded."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    image, frames = graphs.image, graphs.visual.frames
+    pixels, prompts = [], []
+    words = [t for t in range(min(graphs.text.vocab, 1000)) if t != graphs.text.image_token and t not in graphs.text.eos]
+    for _ in range(count):
+        coarse = rng.normal(size=(1, frames, 3, 8, 8))
+        rows, cols = -(-image.height // 8), -(-image.width // 8)
+        pixels.append(np.kron(coarse, np.ones((rows, cols)))[..., : image.height, : image.width].astype(np.float32))
+        ids = rng.choice(words, 12).tolist()
+        prompts.append([*ids[:2], *[graphs.text.image_token] * graphs.visual.placeholders, *ids[2:]])
+    return pixels, prompts
+
+
+def run_bench(
+    work: Workspace, rounds: int = 9, new_tokens: int = 16, threads: int | None = None, compare: bool = True, log: Log = silent
+) -> dict[str, Any]:
+    """Latency per stage; writes evidence/latency.json and returns it.
+
+    Args:
+        compare: also time the PyTorch reference, and both without reduction (exported to a scratch folder for this).
+    """
+    from dataclasses import replace
+
+    import numpy as np
+
+    from exporter.stages import bench
+
+    job = Job.read(work)
+    profile = job.loaded_profile()
+    with ExitStack() as stack:
+        runners, graphs, table, what = stack.enter_context(open_runners(work.folder, profile, threads))
+        variants = [bench.Variant("engine_reduced" if job.reductions else "engine_unreduced", runners, graphs, table)]
+        if compare:
+            from exporter.stages._reference import reference
+
+            if threads is not None:
+                import torch
+
+                torch.set_num_threads(threads)
+            plan = job.plan()
+            variants.append(bench.Variant(variants[0].name.replace("engine", "reference"), *reference(plan)))
+            if job.reductions:
+                bare = replace(job, reductions=())
+                log("exporting the unreduced model to compare with")
+                scratch = stack.enter_context(work.fresh_scratch("unreduced"))
+                run_export(bare, Workspace(scratch))
+                theirs = stack.enter_context(open_runners(scratch, profile, threads))
+                variants.append(bench.Variant("engine_unreduced", *theirs[:3]))
+                variants.append(bench.Variant("reference_unreduced", *reference(bare.plan())))
+        pixels, prompts = synthetic(graphs, 1)
+        found = bench.measure(variants, np.asarray(pixels[0]), prompts, new_tokens, rounds, log=log)
+    record = {
+        "executed": what,
+        "machine": bench.machine(),
+        "versions": versions(),
+        "threads": threads,
+        "rounds": rounds,
+        "new_tokens": new_tokens,
+        "visual_tokens": {"before": graphs.visual.total, "kept": graphs.visual.kept},
+        "variants": {name: {stage: asdict(t) for stage, t in stages.items()} for name, stages in found.items()},
+    }
+    work.write("evidence/latency.json", json.dumps(record, indent=1) + "\n")
+    _forget(work, MANIFEST)
+    return record
+
+
+def run_pack(work: Workspace) -> Bundle:
+    """Write the report and the manifest: the folder is a bundle from then on."""
+    from exporter.stages.report import write_report
+
+    job = Job.read(work)
+    graphs = GraphSet.load(work.graphs)
+    _forget(work, MANIFEST)
+    write_report(work, job)
+    files = contents(work.folder)
+    manifest = {
+        "schema": SCHEMA,
+        "edgetrim": __version__,
+        "checkpoint": job.checkpoint,
+        "family": graphs.family,
+        "profile": job.loaded_profile().name,
+        "reductions": [{k: r[k] for k in ("name", "place", "spec", "before", "after")} for r in graphs.reductions],
+        "visual_tokens": {"before": graphs.visual.total, "kept": graphs.visual.kept},
+        "precision": {"compute": graphs.compute, "weights": graphs.weights},
+        "opset": 21,
+        "versions": versions(),
+        "evidence": sorted(n for n in files if n.startswith("evidence/")),
+        "engines": sorted(n for n in files if n.startswith("engines/") and n.endswith(".engine")),
+        "files": files,
+    }
+    work.write(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    return Bundle.open(work.folder, verify=False)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what shaped the result."""
+    found = {"edgetrim": __version__}
+    for name in ("torch", "transformers", "onnx", "onnxruntime-gpu", "onnxruntime", "tensorrt-rtx-cu13", "tensorrt", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def exported(work: Workspace, job: Job) -> bool:
+    """Whether the workspace already holds this very job's graphs."""
+    try:
+        return (work.graphs / "graphs.json").is_file() and Job.read(work) == job
+    except (UsageError, ExportError):
+        return False
+
+
+def run(
+    job: Job, work: Workspace, questions: Path | None = None, per_kind: int = 200, rounds: int = 9, threads: int | None = None,
+    stage: Callable[[str], Any] | None = None, warn: Log = silent,
+) -> Bundle:  # fmt: skip
+    """All stages. What is already on disk for the same job is kept.
+
+    Args:
+        stage: opens a context around a stage that yields its log (as `Output.stage` does).
+        warn: told what could not be done here and is left to the device.
+    Raises:
+        GateError: after the bundle with its evidence is written.
+    """
+    from contextlib import nullcontext
+
+    around = stage or (lambda title: nullcontext(silent))
+    if not exported(work, job):
+        with around("export") as log:
+            run_export(job, work, log)
+    if not (work.engines / "engines.json").is_file():
+        try:
+            with around("build") as log:
+                run_build(work, log)
+        except EnvironmentMismatch as e:
+            warn(str(e))
+    gate: GateError | None = None
+    with around("validate") as log:
+        try:
+            run_validate(work, questions, per_kind, threads, log)
+        except GateError as e:
+            gate = e
+    with around("bench") as log:
+        run_bench(work, rounds, threads=threads, log=log)
+    with around("pack"):
+        bundle = run_pack(work)
+    if gate is not None:
+        raise gate
+    return bundle
+
+
+def _forget(work: Workspace, *names: str) -> None:
+    """Remove results that the new ones outdate."""
+    import shutil
+
+    for name in names:
+        path = work.folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+

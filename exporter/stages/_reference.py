@@ -1,0 +1,100 @@
+"""The PyTorch reference as runners: the very modules that were traced, run eagerly in FP32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exporter.backends._contract import Array, Runner
+from exporter.graphset import GraphSet
+from exporter.nn.decoder import Decoder
+from exporter.plan import Plan
+from exporter.stages.export import Modules, describe, llm_outputs, load_reference
+
+NUMPY: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
+
+
+class TorchRunner(Runner):
+    """Calls a function of named tensors. Its device values are torch tensors."""
+
+    def __init__(
+        self, call: Callable[[dict[str, Tensor]], Sequence[Tensor]], inputs: Mapping[str, torch.dtype], outputs: Sequence[str]
+    ) -> None:
+        self._call, self._outputs = call, list(outputs)
+        self._inputs = {name: np.dtype(NUMPY[dtype]) for name, dtype in inputs.items()}
+
+    def __enter__(self) -> TorchRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    @property
+    def inputs(self) -> Mapping[str, np.dtype[Any]]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        return self._outputs
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        tensors = {k: v if isinstance(v, Tensor) else torch.from_numpy(np.ascontiguousarray(v)) for k, v in feeds.items()}
+        with torch.inference_mode():
+            return dict(zip(self._outputs, self._call(tensors), strict=True))
+
+    def numpy(self, value: Any) -> Array:
+        return value.numpy() if isinstance(value, Tensor) else np.asarray(value)
+
+
+def reference(plan: Plan, modules: Modules | None = None) -> tuple[dict[str, Runner], GraphSet, Array]:
+    """Runners for the four roles, the description of the graphs they stand for, and the embedding table."""
+    modules = modules or load_reference(plan)
+    image, frames = plan.geometry.image, plan.geometry.frames
+    with torch.inference_mode():
+        found = modules.vision(torch.zeros(1, frames, 3, image.height, image.width))
+    signals = {name: list(value.shape[1:]) for name, value in zip(plan.taps, found, strict=True)}
+    kinds = {name: value.dtype for name, value in zip(plan.taps, found, strict=True)}
+    files = dict.fromkeys(("vision", "reduce"), "") | {"prefill": "prefill", "decode": "decode"}
+    if modules.prefill is modules.decode:
+        files["prefill"] = "decode"
+    graphs = describe(plan, files, signals)
+    guided = {"text_embeds": torch.float32, "text_mask": torch.float32} if plan.text_guided else {}
+    runners: dict[str, Runner] = {
+        "vision": TorchRunner(lambda v: modules.vision(v["pixel_values"]), {"pixel_values": torch.float32}, plan.taps),
+        "reduce": TorchRunner(
+            lambda v: modules.reduce(*(v[n] for n in (*kinds, *guided))), {**kinds, **guided}, ["visual_embeds", "index"]
+        ),
+        "prefill": _llm(modules.prefill, plan),
+        "decode": _llm(modules.decode, plan),
+    }
+    table = plan.checkpoint.tensor("text.embed_tokens.weight").float().numpy()
+    return runners, graphs, table
+
+
+def _llm(module: Decoder, plan: Plan) -> TorchRunner:
+    groups, layers = module.groups, plan.geometry.layers
+    inputs: dict[str, torch.dtype] = {
+        "inputs_embeds": torch.float32,
+        "position_ids": torch.int64,
+        "order": torch.int64,
+    }
+    if not module.pruned:
+        inputs |= {f"past_{kind}_{i}": torch.float32 for kind in ("key", "value") for i in range(layers)}
+        inputs |= {f"past_order_{g}": torch.int64 for g in range(max(groups) + 1)}
+
+    def call(v: dict[str, Tensor]) -> Sequence[Tensor]:
+        past: dict[str, list[Tensor]] = {}
+        if not module.pruned:
+            past = {f"past_{kind}s": [v[f"past_{kind}_{i}"] for i in range(layers)] for kind in ("key", "value")}
+            past["past_orders"] = [v[f"past_order_{g}"] for g in range(max(groups) + 1)]
+        out: Sequence[Tensor] = module(v["inputs_embeds"], v["position_ids"], v["order"], **past)
+        return out
+
+    return TorchRunner(call, inputs, llm_outputs(layers, groups, list(module.pruned)))

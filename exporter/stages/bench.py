@@ -1,0 +1,103 @@
+"""bench: latency per stage, every variant in one process, in turn, so that the machine's mood hits all alike."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from exporter.backends._contract import Array, Runner
+from exporter.graphset import GraphSet
+from exporter.runtime.generate import Generator
+
+STAGES = ("vision", "reduce", "prefill", "decode", "ttft")
+"""decode is the time per output token; ttft the time from pixels to the first token."""
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Something that can generate: opened runners by role, the graphs they stand for, the embedding table."""
+
+    name: str
+    runners: Mapping[str, Runner]
+    graphs: GraphSet
+    table: Array
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds over the counted rounds."""
+
+    median_ms: float
+    p90_ms: float
+    p99_ms: float
+    rounds: int
+
+
+def measure(
+    variants: Sequence[Variant],
+    pixel_values: Array,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int = 16,
+    rounds: int = 9,
+    warmup: int = 2,
+    log: Log = lambda text: None,
+) -> dict[str, dict[str, Timing]]:
+    """Time all variants in turn.
+
+    Args:
+        pixel_values: float32 [batch, frames, 3, height, width]. prompts: token ids, one prompt per row.
+        new_tokens: generated per round, end-of-sequence ignored.
+    Returns:
+        variant → stage → timing.
+    """
+    # Nothing stops early: every round runs the same number of steps.
+    generators = [Generator(v.runners, _without_eos(v.graphs), v.table) for v in variants]
+    samples: dict[str, dict[str, list[float]]] = {v.name: {s: [] for s in STAGES} for v in variants}
+    for i in range(warmup + rounds):
+        log(f"round {i + 1} of {warmup + rounds}")
+        order = range(len(variants)) if i % 2 else reversed(range(len(variants)))
+        for k in order:
+            timings = generators[k].generate(pixel_values, prompts, new_tokens).timings
+            if i >= warmup:
+                found = samples[variants[k].name]
+                found["vision"].append(timings.vision_ms)
+                found["reduce"].append(timings.reduce_ms)
+                found["prefill"].append(timings.prefill_ms)
+                found["decode"].append(float(np.median(timings.decode_ms)))
+                found["ttft"].append(timings.ttft_ms)
+    return {name: {stage: timing(values) for stage, values in stages.items()} for name, stages in samples.items()}
+
+
+def timing(values: Sequence[float]) -> Timing:
+    median, p90, p99 = (float(np.percentile(values, p)) for p in (50, 90, 99))
+    return Timing(median, p90, p99, len(values))
+
+
+def _without_eos(graphs: GraphSet) -> GraphSet:
+    return replace(graphs, text=replace(graphs.text, eos=[]))
+
+
+def machine() -> dict[str, Any]:
+    """What measured: processor, cores, load, clock, and the time."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
+    except OSError:
+        pass
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "utc": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+    }

@@ -1,0 +1,125 @@
+"""build: graphs → engines of the profile's backend. No torch from here on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import exporter.backends
+from exporter import _discover
+from exporter.backends._contract import Axis, Backend, EngineRecord, Range, ShapeProfile
+from exporter.errors import EnvironmentMismatch, VerificationError
+from exporter.graphset import ROLES, GraphSet
+from profiles._schema import Limits, Profile
+
+DECODE_STEP = Range(1, 1, 4)
+"""Tokens per decode step. Never a fixed 1: TensorRT would then store FP16 weights a second time beside prefill's."""
+
+Log = Callable[[str], None]
+
+
+def backend_for(profile: Profile) -> Backend:
+    found: Backend = _discover.load(exporter.backends, "backend", profile.stack.backend).BACKEND
+    return found
+
+
+def options_for(profile: Profile) -> dict[str, Any]:
+    """What the profile's stack asks of its backend."""
+    stack = profile.stack
+    options: dict[str, Any] = {}
+    if stack.module is not None:
+        options["module"] = stack.module
+    if stack.module == "tensorrt_rtx" and stack.compute_capabilities:
+        options["compute_capabilities"] = list(stack.compute_capabilities)
+    return options
+
+
+def why_not_here(profile: Profile) -> str | None:
+    """None, or why this profile's engines have to be built on the device itself."""
+    if missing := backend_for(profile).missing():
+        return missing
+    if profile.stack.builds_on_device:
+        from exporter.backends.trt import gpu_missing
+
+        return gpu_missing()
+    return None
+
+
+def build(graphs: GraphSet, source: Path, out: Path, profile: Profile, log: Log = lambda text: None) -> list[EngineRecord]:
+    """Build one engine per graph file.
+
+    Args:
+        source: the folder with the graphs. out: where engines go.
+    Raises:
+        EnvironmentMismatch: this profile cannot be built here. ExportError: the backend refused a graph.
+    """
+    if reason := why_not_here(profile):
+        raise EnvironmentMismatch(
+            f"Profile `{profile.name}` cannot be built on this machine: {reason} Copy the folder to the device and run "
+            f"`edgetrim build` there; the graphs are the same."
+        )
+    backend = backend_for(profile)
+    records = []
+    for file in dict.fromkeys(graphs.files[role] for role in ROLES):
+        roles = tuple(role for role in ROLES if graphs.files[role] == file)
+        log(f"building {', '.join(roles)}")
+        shapes = [shape_profile(role, graphs, profile.limits) for role in roles]
+        records.append(backend.build(source / file, roles, shapes, out, options_for(profile), log))
+    return records
+
+
+def shape_profile(role: str, graphs: GraphSet, limits: Limits) -> ShapeProfile:
+    """Tight ranges of one role's inputs from what the profile allows."""
+    batch, text = Range(1, 1, limits.batch), Range(1, min(32, limits.text), limits.text)
+    if role == "vision":
+        image, frames = graphs.image, graphs.visual.frames
+        return ShapeProfile(role, {"pixel_values": (batch, frames, 3, image.height, image.width)})
+    if role == "reduce":
+        inputs: dict[str, tuple[Axis, ...]] = {name: (batch, *shape) for name, shape in graphs.signals.items()}
+        if graphs.text_guided:
+            inputs["text_embeds"] = (batch, text, graphs.text.hidden)
+            inputs["text_mask"] = (batch, text)
+        return ShapeProfile(role, inputs)
+    return ShapeProfile(role, _llm_inputs(role, graphs, limits, batch, text))
+
+
+def _llm_inputs(role: str, graphs: GraphSet, limits: Limits, batch: Range, text: Range) -> Mapping[str, tuple[Axis, ...]]:
+    spec = graphs.text
+    prefill = role == "prefill"
+    kept = graphs.visual.kept
+    seq = Range(kept + text.min, kept + text.opt, kept + text.max) if prefill else DECODE_STEP
+    axes = (spec.position_axes,) if spec.position_axes > 1 else ()
+    inputs: dict[str, tuple[Axis, ...]] = {
+        "inputs_embeds": (batch, seq, spec.hidden),
+        "position_ids": (*axes, batch, seq),
+        "order": (batch, seq),
+    }
+    shared = graphs.files["prefill"] == graphs.files["decode"]
+    if prefill and not shared:
+        return inputs
+    for layer, group in enumerate(spec.groups):
+        past = _past(prefill, spec.kept[group], limits)
+        for kind in ("key", "value"):
+            inputs[f"past_{kind}_{layer}"] = (batch, spec.kv_heads, past, spec.head_dim)
+    for group, kept_here in enumerate(spec.kept):
+        inputs[f"past_order_{group}"] = (batch, _past(prefill, kept_here, limits))
+    return inputs
+
+
+def _past(prefill: bool, kept: int, limits: Limits) -> Range | int:
+    if prefill:
+        return 0
+    return Range(1, kept + min(64, limits.text), kept + limits.text + limits.new_tokens)
+
+
+def record_json(records: list[EngineRecord]) -> list[dict[str, Any]]:
+    return [asdict(r) for r in records]
+
+
+def load_records(data: Any, where: Path) -> list[EngineRecord]:
+    try:
+        return [EngineRecord(**{**entry, "roles": tuple(entry["roles"])}) for entry in data]
+    except (TypeError, KeyError) as e:
+        raise VerificationError(f"{where} cannot be read ({e}). Run build again.") from e

@@ -1,0 +1,268 @@
+"""validate: two questions, kept apart.
+
+*Fidelity*: is it the same mathematics in the other runtime? Stage by stage against the PyTorch modules on the same input.
+*Quality*: does the reduced model still answer right? Task score, beside random and uniform selection at the same count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.backends._contract import Array, Runner
+from exporter.graphset import GraphSet
+from exporter.plan import Plan, make_plan
+from exporter.runtime import images
+from exporter.runtime.generate import Generator, Visual
+from exporter.runtime.prompt import Prompt
+from exporter.runtime.sequence import split
+from exporter.stages._reference import reference
+from exporter.stages._task import Question, kinds, right
+from profiles._schema import Gates
+
+Log = Callable[[str], None]
+STEPS = 32
+"""Greedy tokens compared."""
+BATCH = 16
+"""Questions asked at once."""
+
+
+@dataclass(frozen=True)
+class StageFidelity:
+    """One stage against PyTorch on the same input. cosine and max_abs over all float outputs, the worst of all samples;
+    agreement: fraction of equal entries (kept index, or greedy tokens); gate: the threshold in words; passed: None if none."""
+
+    stage: str
+    cosine: float | None = None
+    max_abs: float | None = None
+    relative: float | None = None
+    agreement: float | None = None
+    gate: str = ""
+    passed: bool | None = None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Right answers of one variant: kind → (correct, asked)."""
+
+    variant: str
+    label: str
+    scores: dict[str, tuple[int, int]]
+
+    def percent(self) -> float:
+        correct, asked = (sum(x) for x in zip(*self.scores.values(), strict=True))
+        return 100 * correct / max(1, asked)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The evidence. `failed`: gates that did not pass, in words."""
+
+    fidelity: list[StageFidelity]
+    quality: list[Accuracy]
+    failed: list[str]
+    notes: list[str] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def cosine(a: Array, b: Array) -> float:
+    """Cosine of two arrays, flattened; 1 for two zero arrays."""
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return float(x @ y) / norm if norm else float(np.array_equal(x, y))
+
+
+class _Compare:
+    """Collects the worst cosine and the largest difference over samples."""
+
+    def __init__(self) -> None:
+        self.cosine, self.max_abs, self.relative = 1.0, 0.0, 0.0
+
+    def add(self, found: Array, expected: Array) -> None:
+        self.cosine = min(self.cosine, cosine(found, expected))
+        difference = float(np.abs(found.astype(np.float64) - expected).max(initial=0))
+        self.max_abs = max(self.max_abs, difference)
+        self.relative = max(self.relative, difference / max(1e-12, float(np.abs(expected).max(initial=0))))
+
+    def numbers(self) -> dict[str, float]:
+        return {"cosine": self.cosine, "max_abs": self.max_abs, "relative": self.relative}
+
+
+def compare(
+    plan: Plan,
+    engine: Mapping[str, Runner],
+    graphs: GraphSet,
+    table: Array,
+    pixels: Sequence[Array],
+    prompts: Sequence[Sequence[int]],
+    gates: Gates | None,
+    steps: int = STEPS,
+) -> list[StageFidelity]:
+    """Fidelity of every stage.
+
+    Args:
+        engine: opened runners by role. table: the engine's embedding table.
+        pixels: samples, each float32 [1, frames, 3, height, width]. prompts: their token ids.
+        gates: thresholds, or None to measure only.
+    """
+    expected, expected_graphs, expected_table = reference(plan)
+    theirs = Generator(expected, expected_graphs, expected_table)
+    ours = Generator(engine, graphs, table)
+    vision, reduced, prefill, decode = _Compare(), _Compare(), _Compare(), _Compare()
+    index_equal: list[float] = []
+    overlap: list[float] = []
+    tokens_equal: list[float] = []
+    for pixel_values, prompt in zip(pixels, prompts, strict=True):
+        text = split([prompt], graphs)
+        true_signals = theirs.vision(pixel_values)
+        signals = ours.vision(pixel_values)
+        host = {name: expected["vision"].numpy(value) for name, value in true_signals.items()}
+        for name, value in host.items():
+            if value.dtype != np.int64:
+                vision.add(engine["vision"].numpy(signals[name]), value)
+        true_visual = theirs.reduce(true_signals, text)
+        fed = {name: value.astype(engine["reduce"].inputs[name], copy=False) for name, value in host.items()}
+        visual = ours.reduce(fed, text)
+        index_equal.append(float((visual.index == true_visual.index).mean()))
+        same = visual.index == true_visual.index
+        reduced.add(visual.embeds[same], true_visual.embeds[same])
+        chained = ours.reduce(signals, text)
+        overlap.append(_overlap(chained.index, true_visual.index))
+        true = theirs.prefill(true_visual, [prompt])
+        found = ours.prefill(Visual(true_visual.embeds, true_visual.index), [prompt])
+        prefill.add(found.logits, true.logits)
+        for name, kept in true.kept.items():
+            overlap.append(_overlap(found.kept[name], kept))
+        logits, tokens = true.logits, []
+        for _ in range(steps - 1):
+            token = logits.argmax(-1)
+            tokens.append(int(token[0]))
+            logits = theirs.step(true.cache, token)
+            decode.add(ours.step(found.cache, token), logits)
+        tokens.append(int(logits.argmax(-1)[0]))
+        free = ours.prefill(ours.reduce(signals, text), [prompt])
+        logits, equal = free.logits, 0
+        for step, token in enumerate(tokens):
+            mine = logits.argmax(-1)
+            if int(mine[0]) != token:
+                break
+            equal += 1
+            if step < len(tokens) - 1:
+                logits = ours.step(free.cache, mine)
+        tokens_equal.append(equal / len(tokens))
+    logits_cosine = min(prefill.cosine, decode.cosine)
+    kept, agreed = float(np.mean(overlap)), float(np.mean(tokens_equal))
+
+    def gate(value: float, threshold: float | None, name: str) -> dict[str, Any]:
+        return {} if threshold is None else {"gate": f"{name} ≥ {threshold:g}", "passed": value >= threshold}
+
+    return [
+        StageFidelity("vision", **vision.numbers()),
+        StageFidelity("reduce", **reduced.numbers(), agreement=float(np.mean(index_equal))),
+        StageFidelity("prefill", **prefill.numbers(), **gate(logits_cosine, gates and gates.logits_cosine_min, "logits cosine")),
+        StageFidelity("decode", **decode.numbers(), **gate(logits_cosine, gates and gates.logits_cosine_min, "logits cosine")),
+        StageFidelity("kept tokens", agreement=kept, **gate(kept, gates and gates.kept_index_overlap_min, "overlap")),
+        StageFidelity("greedy tokens", agreement=agreed, **gate(agreed, gates and gates.token_agreement_min, "agreement")),
+    ]
+
+
+def _overlap(found: npt.NDArray[np.int64], expected: npt.NDArray[np.int64]) -> float:
+    """Share of the expected tokens that were kept too, row by row."""
+    rows = [len(np.intersect1d(f, e)) / max(1, len(np.unique(e))) for f, e in zip(found, expected, strict=True)]
+    return float(np.mean(rows))
+
+
+def answers(generator: Generator, prompt: Prompt, questions: Sequence[Question], new_tokens: int = 8) -> list[str]:
+    """Greedy answers, in order."""
+    graphs = generator.graphs
+    found: list[str] = []
+    for start in range(0, len(questions), BATCH):
+        part = questions[start : start + BATCH]
+        pixels = np.concatenate([images.preprocess(q.frames, graphs.image) for q in part])
+        ids = [prompt.ask(q.question, graphs.visual.placeholders) for q in part]
+        result = generator.generate(pixels, ids, new_tokens)
+        stop = set(graphs.text.eos)
+        found += [prompt.decode([t for t in row if t not in stop]).strip() for row in result.tokens]
+    return found
+
+
+def score(found: Sequence[str], questions: Sequence[Question]) -> dict[str, tuple[int, int]]:
+    """kind → (correct, asked)"""
+    scores = {kind: (0, 0) for kind in kinds(questions)}
+    for answer, question in zip(found, questions, strict=True):
+        correct, asked = scores[question.kind]
+        scores[question.kind] = correct + right(answer, question.answer), asked + 1
+    return scores
+
+
+def controls(plan: Plan) -> list[tuple[str, Plan]]:
+    """The plan with random and with uniform selection in place of what acts before the language model, same count."""
+    kept = min(step.after for step in plan.steps)
+    per_frame = max(1, kept // plan.geometry.tower.frames)
+    return [
+        (f"{name}, {per_frame} per image", make_plan(plan.checkpoint, [f"{name}:keep={per_frame}"], plan.profile, plan.request))
+        for name in ("random", "uniform")
+    ]
+
+
+def ask_reference(plan: Plan, prompt: Prompt, questions: Sequence[Question]) -> list[str]:
+    """Answers of the PyTorch reference for a plan."""
+    runners, graphs, table = reference(plan)
+    return answers(Generator(runners, graphs, table), prompt, questions)
+
+
+def measure_quality(
+    plan: Plan, engine: Mapping[str, Runner], graphs: GraphSet, table: Array, prompt: Prompt, questions: Sequence[Question], log: Log
+) -> tuple[list[Accuracy], list[dict[str, Any]]]:
+    """Task scores of the unreduced model, the reduced one, the engine, and the controls; and some answers to look at."""
+    found: list[tuple[str, str, list[str]]] = []
+    log("asking the unreduced model")
+    unreduced = make_plan(plan.checkpoint, [], plan.profile, plan.request)
+    found.append(("unreduced", "unreduced, PyTorch FP32", ask_reference(unreduced, prompt, questions)))
+    if plan.steps:
+        log("asking the reduced model")
+        found.append(("reduced", "reduced, PyTorch FP32", ask_reference(plan, prompt, questions)))
+    log("asking the engine")
+    label = f"{'reduced' if plan.steps else 'unreduced'}, engine {plan.profile.name}"
+    found.append(("engine", label, answers(Generator(engine, graphs, table), prompt, questions)))
+    if plan.steps:
+        for name, control in controls(plan):
+            log(f"asking the control {name}")
+            found.append(("control", name, ask_reference(control, prompt, questions)))
+    quality = [Accuracy(variant, label, score(answer, questions)) for variant, label, answer in found]
+    samples = [
+        {
+            "kind": questions[i].kind,
+            "question": questions[i].question,
+            "expected": questions[i].answer,
+            "answers": {label: answer[i] for _, label, answer in found},
+        }
+        for i in range(0, len(questions), max(1, len(questions) // 8))
+    ]
+    return quality, samples
+
+
+def verdict(fidelity: Sequence[StageFidelity], quality: Sequence[Accuracy], gates: Gates) -> list[str]:
+    """Gates that did not pass, in words."""
+    failed = [
+        f"{s.stage}: {s.gate} asked, found {s.agreement if s.agreement is not None else s.cosine:.4f}"
+        for s in fidelity
+        if s.passed is False
+    ]
+    by_variant = {a.variant: a for a in quality}
+    same_maths = by_variant.get("reduced") or by_variant.get("unreduced")
+    if same_maths is not None and "engine" in by_variant:
+        drop = same_maths.percent() - by_variant["engine"].percent()
+        if drop > gates.quality_drop_max:
+            failed.append(
+                f"quality: the engine answers {drop:.1f} points worse than the same reduction in PyTorch; "
+                f"at most {gates.quality_drop_max:g} allowed"
+            )
+    return failed

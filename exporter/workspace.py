@@ -1,0 +1,133 @@
+"""An output folder: stages write beside and rename, so that what is there is whole; one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from exporter.errors import ExportError, UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no fcntl; two processes in one folder are then the user's own risk
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+SCRATCH = ".tmp-"
+"""Prefix of half-written folders; swept when the folder is opened."""
+
+
+class Workspace:
+    """The folder that `run` fills: graphs/, engines/, evidence/, report.html, manifest.json."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def graphs(self) -> Path:
+        return self.folder / "graphs"
+
+    @property
+    def engines(self) -> Path:
+        return self.folder / "engines"
+
+    @property
+    def evidence(self) -> Path:
+        return self.folder / "evidence"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[Workspace]:
+        """Hold the folder. What a killed run left half-written is removed.
+
+        Raises:
+            UsageError: it cannot be written, or another process holds it.
+        """
+        made = not self.folder.exists()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.folder / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+        except OSError as e:
+            raise UsageError(f"Cannot write to {self.folder}: {e.strerror}. Choose another --output.") from e
+        try:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as e:
+                    raise UsageError(f"Another edgetrim is writing to {self.folder}. Wait for it or choose another --output.") from e
+            for left in self.folder.glob(f"{SCRATCH}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            yield self
+        finally:
+            os.close(handle)
+            with contextlib.suppress(OSError):
+                (self.folder / LOCK).unlink()
+            if made:
+                with contextlib.suppress(OSError):  # only if nothing was written
+                    self.folder.rmdir()
+
+    @contextlib.contextmanager
+    def fresh_scratch(self, name: str) -> Iterator[Path]:
+        """A folder that vanishes after the block."""
+        scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{name}-", dir=self.folder))
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def fresh(self, name: str) -> Iterator[Path]:
+        """A new folder that becomes `name` when the block ends well, and vanishes when it does not."""
+        scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{name}-", dir=self.folder))
+        try:
+            scratch.chmod(0o755)
+            yield scratch
+            target = self.folder / name
+            old = self.folder / f"{SCRATCH}old-{name}"
+            if target.exists():
+                target.rename(old)
+            scratch.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a text file atomically."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+        return path
+
+    def read_json(self, name: str, missing: str) -> Any:
+        """A JSON file of the folder; `missing` says which verb writes it.
+
+        Raises:
+            UsageError: it is not there. ExportError: it cannot be read.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            raise UsageError(f"There is no {path}. {missing}")
+        try:
+            return json.loads(path.read_text())
+        except ValueError as e:
+            raise ExportError(f"{path} is damaged ({e}). {missing}") from e
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, then rename."""
+    beside = path.with_name(f"{SCRATCH}{path.name}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
