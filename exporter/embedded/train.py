@@ -6,12 +6,13 @@ Two stages, each seeded and resumable from the work folder:
    digit and its cell, and CLS for the digits that are present: so CLS attends where the digits are.
 2. *Language*: projector and Llama decoder on the frozen tower, all three kinds of question in every step. The questions
    about a mosaic share one sequence: each sees the image and itself, at the positions it would have alone, so training
-   runs on the very prompts of the chat template. Throw-away heads pull out the hops a question needs: after the first
-   layer the last token knows what is asked, after the second a clip's patches know where a digit arrived or left.
+   runs on the very prompts of the chat template. Throw-away heads and one loss on attention pull out the hops that a
+   question needs: after layer 1 the last token knows what is asked; in layer 2 one of its heads looks at the digits to
+   count; after layer 2 a clip's patches know where a digit arrived or left.
 
-What decided that it learns in minutes: those intermediate heads (without them an argument that is not the prompt's last
-token is not found in the time), matrices drawn at 1/√hidden instead of 0.02, embeddings at 0.5, and fresh questions on
-fresh images in every step.
+What decided that it learns in minutes: those hints (without them an argument that is not the prompt's last token is not
+found in the time, and counting stays a guess), matrices drawn at 1/√hidden instead of 0.02, embeddings at 0.5, and fresh
+questions on fresh images in every step.
 """
 
 from __future__ import annotations
@@ -51,31 +52,18 @@ class Recipe:
     tower_steps: int = 1000
     tower_batch: int = 48
     tower_rate: float = 2e-3
+    language_steps: int = 900
     language_rate: float = 1.5e-3
+    mosaics: int = 40  # per step, each with `cell_questions` and `count_questions`
+    cell_questions: int = 2
+    count_questions: int = 5
+    clips: int = 8  # per step, each with its one question
     hint_weight: float = 0.3
+    look_weight: float = 0.6
     hidden: int = 192
     layers: int = 4
 
 
-@dataclass(frozen=True)
-class Leg:
-    """A stretch of the language stage."""
-
-    name: str
-    steps: int
-    horizon: int  # steps until the rate's cosine would end
-    warmup: int
-    mosaics: int  # per step, each with `cell_questions` and `count_questions`
-    cell_questions: int
-    count_questions: int
-    clips: int  # per step, each with its one question
-    look: float  # weight of the hint where to look
-
-
-LEGS: tuple[Leg, ...] = (
-    Leg("find", 450, 2000, 100, mosaics=48, cell_questions=3, count_questions=4, clips=12, look=0),
-    Leg("count", 480, 480, 40, mosaics=32, cell_questions=1, count_questions=7, clips=5, look=2),
-)
 LOOK_LAYER = 1
 """The decoder layer whose first head is taught to look at the digits that are counted."""
 
@@ -268,13 +256,13 @@ class Batch:
     where: Tensor | None = None
 
 
-def mosaic_batch(rng: np.random.Generator, source: digits.Glyphs, questions: Questions, leg: Leg) -> Batch:
+def mosaic_batch(rng: np.random.Generator, source: digits.Glyphs, questions: Questions, recipe: Recipe) -> Batch:
     """Mosaics, each with some `cell` and some `count` questions."""
-    images, grids = _mosaics(rng, source, leg.mosaics)
+    images, grids = _mosaics(rng, source, recipe.mosaics)
     asks, answers, where = [], [], []
     for grid in grids:
-        cells = rng.choice(np.flatnonzero(grid != digits.EMPTY), leg.cell_questions)
-        counted = [digits.asked_digit(rng, grid) for _ in range(leg.count_questions)]
+        cells = rng.choice(np.flatnonzero(grid != digits.EMPTY), recipe.cell_questions)
+        counted = [digits.asked_digit(rng, grid) for _ in range(recipe.count_questions)]
         asks.append([questions.cell[cell] for cell in cells] + [questions.count[digit] for digit in counted])
         answers.append(
             [questions.labels[grid.flat[cell]] for cell in cells]
@@ -284,9 +272,9 @@ def mosaic_batch(rng: np.random.Generator, source: digits.Glyphs, questions: Que
     return _batch(images[:, None], asks, answers, where=torch.from_numpy(np.array(where)).float())
 
 
-def clip_batch(rng: np.random.Generator, source: digits.Glyphs, questions: Questions, leg: Leg) -> Batch:
+def clip_batch(rng: np.random.Generator, source: digits.Glyphs, questions: Questions, recipe: Recipe) -> Batch:
     """Clips, each with its `moved` question."""
-    clips = [digits.clip(rng, source) for _ in range(leg.clips)]
+    clips = [digits.clip(rng, source) for _ in range(recipe.clips)]
     grids = torch.from_numpy(np.stack([grids for _, grids, _ in clips])).flatten(2)[..., PATCH_CELL]
     empty = grids == digits.EMPTY  # [batch, frames, patches]
     before = torch.cat([empty[:, :1], empty[:, :-1]], 1)
@@ -398,39 +386,67 @@ def answer_logits(
 
 
 def train_language(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, source: digits.Glyphs, recipe: Recipe, leg: Leg
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, source: digits.Glyphs, recipe: Recipe, state: Path
 ) -> Iterator[int]:
-    """Train projector and decoder in place on the frozen tower for one leg; yields the steps done now and then."""
+    """Train projector and decoder in place on the frozen tower, going on from `state` if that file is there.
+
+    Yields the steps done, every hundred and at the end, when `state` has just been written.
+    """
     questions = Questions(processor)
+    torch.manual_seed(recipe.seed)  # whether or not the tower has just been trained
     hints = Hints(recipe.hidden)
     weights = [weight for weight in [*model.parameters(), *hints.parameters()] if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.language_rate, weight_decay=0.05, betas=(0.9, 0.98))
-    rng = np.random.default_rng([recipe.seed, 2 + LEGS.index(leg)])
+    done = 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        done = saved["done"]
+        for part, name in ((model, "model"), (hints, "hints"), (optimizer, "optimizer")):
+            part.load_state_dict(saved[name])
+    for layer in model.model.language_model.layers:
+        layer.compile(dynamic=False)  # a third less time per step
     started, history = time.time(), []
-    for step in range(leg.steps):
+    for step in range(done, recipe.language_steps):
+        rng = np.random.default_rng([recipe.seed, 2, step])
+        losses: dict[str, list[float]] = {}
         loss = torch.zeros(())
-        seen: dict[str, list[float]] = {}
-        for batch in (mosaic_batch(rng, source, questions, leg), clip_batch(rng, source, questions, leg)):
-            logits, after, states = answer_logits(model, batch, questions)
-            each = F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten(), reduction="none")
-            stop = F.cross_entropy(after.flatten(0, 1), torch.full_like(batch.answers, questions.eos).flatten())
-            given = hints(states, batch)
-            if batch.where is not None and leg.look > 0:
-                given["look"] = look_loss(model, states, batch) * leg.look
-            weight = 1.0 if batch.events is None else 0.5
-            loss = loss + weight * each.mean() + 0.1 * stop + recipe.hint_weight * sum(given.values())
-            for asked, value in zip(batch.asked[0].tolist(), each.detach().view_as(batch.answers).mean(0), strict=True):
-                seen.setdefault(_kind(asked), []).append(value.item())
-            for hint, value in given.items():
-                seen.setdefault(hint, []).append(value.item())
-        _update(optimizer, loss, weights, rate_at(step, leg.horizon, recipe.language_rate, leg.warmup))
-        history.append({name: float(np.mean(values)) for name, values in seen.items()})
+        for batch in (mosaic_batch(rng, source, questions, recipe), clip_batch(rng, source, questions, recipe)):
+            loss = loss + _batch_loss(model, hints, batch, questions, recipe, losses)
+        _update(optimizer, loss, weights, rate_at(step, recipe.language_steps, recipe.language_rate))
+        history.append({name: float(np.mean(values)) for name, values in losses.items()})
         if step % 50 == 49:
-            losses = " ".join(f"{name} {np.mean([row[name] for row in history[-50:]]):.3f}" for name in history[-1])
-            print(f"{leg.name} {step + 1} {time.time() - started:.0f}s {losses}", flush=True)
-        if step % 100 == 99 or step + 1 == leg.steps:
-            print(f"{leg.name} {step + 1} held-out {held_out_accuracy(model, questions, leg)}", flush=True)
+            means = " ".join(f"{name} {np.mean([row[name] for row in history[-50:]]):.3f}" for name in history[-1])
+            print(f"language {step + 1} {time.time() - started:.0f}s {means}", flush=True)
+        if step % 100 == 99 or step + 1 == recipe.language_steps:
+            print(f"language {step + 1} held-out {held_out_accuracy(model, questions, recipe)}", flush=True)
+            parts = {"model": model.state_dict(), "hints": hints.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({"done": step + 1, **parts}, state.with_suffix(".tmp"))
+            state.with_suffix(".tmp").replace(state)
             yield step + 1
+
+
+def _batch_loss(
+    model: LlavaForConditionalGeneration,
+    hints: Hints,
+    batch: Batch,
+    questions: Questions,
+    recipe: Recipe,
+    losses: dict[str, list[float]],
+) -> Tensor:
+    """One batch's loss; its parts are noted in `losses`, the answers' by kind."""
+    logits, after, states = answer_logits(model, batch, questions)
+    each = F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten(), reduction="none")
+    stop = F.cross_entropy(after.flatten(0, 1), torch.full_like(batch.answers, questions.eos).flatten())
+    given = hints(states, batch)
+    loss = (1.0 if batch.events is None else 0.5) * each.mean() + 0.1 * stop + recipe.hint_weight * sum(given.values())
+    if batch.where is not None:
+        given["look"] = look_loss(model, states, batch)
+        loss = loss + recipe.look_weight * given["look"]
+    for asked, value in zip(batch.asked[0].tolist(), each.detach().view_as(batch.answers).mean(0), strict=True):
+        losses.setdefault(_kind(asked), []).append(value.item())
+    for hint, value in given.items():
+        losses.setdefault(hint, []).append(value.item())
+    return loss
 
 
 def _kind(asked: int) -> str:
@@ -439,7 +455,7 @@ def _kind(asked: int) -> str:
 
 
 def held_out_accuracy(
-    model: LlavaForConditionalGeneration, questions: Questions, leg: Leg, batches: int = 8
+    model: LlavaForConditionalGeneration, questions: Questions, recipe: Recipe, batches: int = 8
 ) -> dict[str, float]:
     """A quick look on held-out digits: the answer token's accuracy by kind (`evaluate` measures properly).
 
@@ -449,7 +465,7 @@ def held_out_accuracy(
     right: dict[str, list[float]] = {kind: [] for kind in digits.KINDS}
     for _ in range(batches):
         for make in (mosaic_batch, clip_batch):
-            batch = make(rng, source, questions, leg)
+            batch = make(rng, source, questions, recipe)
             hits = (answer_logits(model, batch, questions)[0].argmax(-1) == batch.answers).float().mean(0)
             for asked, hit in zip(batch.asked[0].tolist(), hits.tolist(), strict=True):
                 right[_kind(asked)].append(hit)
@@ -510,16 +526,8 @@ def main() -> None:
     model.model.vision_tower.load_state_dict(torch.load(tower_file, weights_only=True))
     model.model.vision_tower.eval().requires_grad_(False)
 
-    for layer in model.model.language_model.layers:
-        layer.compile(dynamic=False)  # a step takes 1.2 s instead of 1.9 s on 2 cores
-    for leg in LEGS:
-        leg_file = options.work / f"language-{leg.name}.pt"
-        if not leg_file.exists():
-            for _ in train_language(model, processor, source, recipe, leg):
-                save(model, processor, options.out)
-            torch.save(model.state_dict(), leg_file)
-        model.load_state_dict(torch.load(leg_file, weights_only=True))
-    save(model, processor, options.out)
+    for _ in train_language(model, processor, source, recipe, options.work / "language.pt"):
+        save(model, processor, options.out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -135,7 +136,8 @@ class _Sheet:
         tensor = old.const_value
         assert tensor is not None
         array = tensor.numpy()
-        key = f"{tensor.dtype.name.lower()}_{'x'.join(map(str, array.shape)) or 'scalar'}_{hash(array.tobytes()) & 0xFFFFFFFFFFFF:012x}"
+        digest = hashlib.sha256(array.tobytes()).hexdigest()[:12]
+        key = f"{tensor.dtype.name.lower()}_{'x'.join(map(str, array.shape)) or 'scalar'}_{digest}"
         if key not in self.constants:
             copy = ir.tensor(array.copy(), dtype=tensor.dtype, name=key)
             self.constants[key] = ir.Value(name=key, shape=ir.Shape(array.shape), type=old.type, const_value=copy)

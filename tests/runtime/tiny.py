@@ -230,7 +230,7 @@ def export(
             hidden=HIDDEN, layers=LAYERS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, vocab=VOCAB, position_axes=axes,
             groups=[0, 1 if stay else 0], kept=[keep, stay] if stay else [keep], image_token=IMAGE, eos=[EOS],
         ),
-        signals=["hidden", "score"],
+        signals={"hidden": [frames, PATCHES, HIDDEN], "score": [frames, PATCHES]},
         text_guided=guided,
     )  # fmt: skip
     graphs.save(folder)
