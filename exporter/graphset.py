@@ -73,6 +73,11 @@ class VisualLayout:
     """How far one placeholder advances the positions of what follows it (unreduced)."""
     policy: Literal["keep", "compact"]
 
+    @property
+    def media(self) -> Literal["image", "video"]:
+        """What a chat message calls one placeholder: a clip behind a single placeholder is a video."""
+        return "video" if self.frames > 1 and self.placeholders == 1 else "image"
+
 
 @dataclass(frozen=True)
 class TextSpec:

@@ -175,11 +175,11 @@ def run_validate(
     if not asked:
         notes.append("quality: no labelled questions for this checkpoint; pass --questions FILE.jsonl")
     with open_runners(work.folder, plan.profile, threads) as (runners, graphs, table, what):
-        samples = asked[:: max(1, len(asked) // 6)][:6]
+        samples = asked[:: max(1, len(asked) // 24)][:24]
         if samples:
             prompt = Prompt.load(work.graphs / "processor", graphs.text.image_token)
             pixels = [images.preprocess(q.frames, graphs.image) for q in samples]
-            prompts = [prompt.ask(q.question, graphs.visual.placeholders) for q in samples]
+            prompts = [prompt.ask(q.question, graphs.visual.placeholders, graphs.visual.media) for q in samples]
         else:
             prompt = None
             pixels, prompts = synthetic(graphs)

@@ -528,6 +528,7 @@ def main() -> None:
 
     for _ in train_language(model, processor, source, recipe, options.work / "language.pt"):
         save(model, processor, options.out)
+    save(model, processor, options.out)
 
 
 if __name__ == "__main__":

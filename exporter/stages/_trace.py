@@ -99,7 +99,7 @@ def _stand_in(module: torch.nn.Module) -> set[str]:
 
 
 def _free_weights(model: ir.Model, names: set[str]) -> None:
-    for name in names & set(model.graph.initializers):
+    for name in [n for n in model.graph.initializers if n in names]:
         value = model.graph.initializers.pop(name)
         value.const_value = None
         value.metadata_props["weight"] = "1"

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -111,6 +111,7 @@ def compare(
         engine: opened runners by role. table: the engine's embedding table.
         pixels: samples, each float32 [1, frames, 3, height, width]. prompts: their token ids.
         gates: thresholds, or None to measure only.
+        steps: greedy tokens compared at most; what comes behind the reference's end of sequence means nothing.
     """
     expected, expected_graphs, expected_table = reference(plan)
     theirs = Generator(expected, expected_graphs, expected_table)
@@ -118,6 +119,7 @@ def compare(
     vision, reduced, prefill, decode = _Compare(), _Compare(), _Compare(), _Compare()
     index_equal: list[float] = []
     overlap: list[float] = []
+    overlap_llm: list[float] = []
     tokens_equal: list[float] = []
     for pixel_values, prompt in zip(pixels, prompts, strict=True):
         text = split([prompt], graphs)
@@ -139,14 +141,15 @@ def compare(
         found = ours.prefill(Visual(true_visual.embeds, true_visual.index), [prompt])
         prefill.add(found.logits, true.logits)
         for name, kept in true.kept.items():
-            overlap.append(_overlap(found.kept[name], kept))
+            overlap_llm.append(_overlap(found.kept[name], kept))
         logits, tokens = true.logits, []
-        for _ in range(steps - 1):
+        while True:
             token = logits.argmax(-1)
             tokens.append(int(token[0]))
+            if len(tokens) == steps or tokens[-1] in graphs.text.eos:
+                break
             logits = theirs.step(true.cache, token)
             decode.add(ours.step(found.cache, token), logits)
-        tokens.append(int(logits.argmax(-1)[0]))
         free = ours.prefill(ours.reduce(signals, text), [prompt])
         logits, equal = free.logits, 0
         for step, token in enumerate(tokens):
@@ -157,18 +160,21 @@ def compare(
             if step < len(tokens) - 1:
                 logits = ours.step(free.cache, mine)
         tokens_equal.append(equal / len(tokens))
-    logits_cosine = min(prefill.cosine, decode.cosine)
     kept, agreed = float(np.mean(overlap)), float(np.mean(tokens_equal))
 
     def gate(value: float, threshold: float | None, name: str) -> dict[str, Any]:
         return {} if threshold is None else {"gate": f"{name} ≥ {threshold:g}", "passed": value >= threshold}
 
+    inside = StageFidelity("kept in the LLM", agreement=float(np.mean(overlap_llm or [1.0])))
+    if graphs.weights == "none":  # quantised weights score tokens differently: measured, judged by quality
+        inside = replace(inside, **gate(inside.agreement or 0.0, gates and gates.kept_index_overlap_min, "overlap"))
     return [
         StageFidelity("vision", **vision.numbers()),
         StageFidelity("reduce", **reduced.numbers(), agreement=float(np.mean(index_equal))),
-        StageFidelity("prefill", **prefill.numbers(), **gate(logits_cosine, gates and gates.logits_cosine_min, "logits cosine")),
-        StageFidelity("decode", **decode.numbers(), **gate(logits_cosine, gates and gates.logits_cosine_min, "logits cosine")),
+        StageFidelity("prefill", **prefill.numbers(), **gate(prefill.cosine, gates and gates.logits_cosine_min, "logits cosine")),
+        StageFidelity("decode", **decode.numbers(), **gate(decode.cosine, gates and gates.logits_cosine_min, "logits cosine")),
         StageFidelity("kept tokens", agreement=kept, **gate(kept, gates and gates.kept_index_overlap_min, "overlap")),
+        *([inside] if overlap_llm else []),
         StageFidelity("greedy tokens", agreement=agreed, **gate(agreed, gates and gates.token_agreement_min, "agreement")),
     ]
 
@@ -186,7 +192,7 @@ def answers(generator: Generator, prompt: Prompt, questions: Sequence[Question],
     for start in range(0, len(questions), BATCH):
         part = questions[start : start + BATCH]
         pixels = np.concatenate([images.preprocess(q.frames, graphs.image) for q in part])
-        ids = [prompt.ask(q.question, graphs.visual.placeholders) for q in part]
+        ids = [prompt.ask(q.question, graphs.visual.placeholders, graphs.visual.media) for q in part]
         result = generator.generate(pixels, ids, new_tokens)
         stop = set(graphs.text.eos)
         found += [prompt.decode([t for t in row if t not in stop]).strip() for row in result.tokens]

@@ -1,0 +1,252 @@
+"""What the benchmarks share: random checkpoints, exports of them, interleaved timing, records."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exporter import pipeline
+from exporter.backends import ort
+from exporter.backends._contract import Array
+from exporter.graphset import GraphSet
+from exporter.stages import bench
+from exporter.workspace import Workspace
+
+RESULTS = Path(__file__).parent / "results"
+PRECISIONS = ("fp32", "int4")
+PAUSE_S = 0.05
+"""Between two measurements: worker threads of the engine before stop spinning."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shape of a random LLaVA checkpoint. The tower is as wide as CLIP-L, since selection works at that width, but has
+    one block: it is not what is measured."""
+
+    hidden: int = 1024
+    layers: int = 16
+    intermediate: int = 2816
+    heads: int = 16
+    kv_heads: int = 4
+    vocab: int = 32000
+    tower: int = 1024
+    tower_heads: int = 16
+    image: int = 224
+    patch: int = 14
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of a frame."""
+        return (self.image // self.patch) ** 2
+
+
+IMAGE_TOKEN = 5
+FIRST_WORD = 16
+"""Token ids below are kept for special tokens."""
+
+
+def checkpoint(folder: Path, model: Model) -> tuple[Path, Path]:
+    """Save a random LLaVA and, apart, its language model with the same weights: both BF16, by Hugging Face's classes."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+    text = dict(
+        model_type="llama", hidden_size=model.hidden, intermediate_size=model.intermediate, num_hidden_layers=model.layers,
+        num_attention_heads=model.heads, num_key_value_heads=model.kv_heads, vocab_size=model.vocab, rms_norm_eps=1e-5,
+        max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    vision = dict(
+        model_type="clip_vision_model", hidden_size=model.tower, intermediate_size=4 * model.tower, num_hidden_layers=2,
+        num_attention_heads=model.tower_heads, image_size=model.image, patch_size=model.patch,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, image_seq_length=model.tokens,
+        vision_feature_layer=-2, vision_feature_select_strategy="default",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    llava = LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(llava.config.text_config)
+    llama.model, llama.lm_head = llava.model.language_model, llava.lm_head
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(model.vocab)}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w1", eos_token="w2")
+    for name, whole in (("llava", llava), ("llama", llama)):
+        whole.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder / "llava", folder / "llama"
+
+
+def export(llava: Path, folder: Path, reductions: Sequence[str], frames: int, precision: str) -> tuple[pipeline.Job, GraphSet]:
+    """Export through the pipeline; the graphs lie in `folder`/graphs."""
+    job = pipeline.Job(str(llava), tuple(reductions), f"cpu_{precision}", frames)
+    folder.mkdir(parents=True)
+    return job, pipeline.run_export(job, Workspace(folder))
+
+
+def load_llama(folder: Path) -> Any:
+    """Hugging Face's own model in FP32."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def prompt(model: Model, frames: int, text: int, seed: int = 0) -> list[int]:
+    """`text` random words with one image token per frame behind the first two."""
+    words = np.random.default_rng(seed).integers(FIRST_WORD, model.vocab, text).tolist()
+    return [*words[:2], *[IMAGE_TOKEN] * frames, *words[2:]]
+
+
+def pixels(model: Model, frames: int, seed: int = 0) -> Array:
+    noise = np.random.default_rng(seed).normal(size=(1, frames, 3, model.image, model.image))
+    return noise.astype(np.float32)
+
+
+def runner(graph: Path, threads: int) -> Any:
+    return ort.OnnxRuntime(threads=threads).runner(graph)
+
+
+def cosine(a: Array, b: Array) -> float:
+    a, b = a.ravel().astype(np.float64), b.ravel().astype(np.float64)
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to time. `run` returns its samples in milliseconds."""
+
+    name: str
+    run: Callable[[], Sequence[float]]
+
+
+def timed(call: Callable[[], object], repeats: int = 1) -> list[float]:
+    """Milliseconds of each of `repeats` calls."""
+    found = []
+    for _ in range(repeats):
+        mark = time.perf_counter()
+        call()
+        found.append((time.perf_counter() - mark) * 1e3)
+    return found
+
+
+Samples = Mapping[str, Sequence[Sequence[float]]]
+"""Case → round → milliseconds."""
+
+
+def interleave(cases: Sequence[Case], rounds: int, warmup: int = 1, log: Callable[[str], None] = lambda text: None) -> Samples:
+    """Run all cases in every round, forwards and backwards in turn, so that the machine's mood hits all alike."""
+    found: dict[str, list[list[float]]] = {case.name: [] for case in cases}
+    for i in range(warmup + rounds):
+        begin = time.perf_counter()
+        for case in cases if i % 2 else reversed(cases):
+            time.sleep(PAUSE_S)
+            samples = list(case.run())
+            if i >= warmup:
+                found[case.name].append(samples)
+        log(f"round {i + 1} of {warmup + rounds}: {time.perf_counter() - begin:.0f} s")
+    return found
+
+
+def times(samples: Samples) -> dict[str, Any]:
+    """Median, p90 and p99 over all samples of a case."""
+    return {name: asdict(bench.timing([ms for part in parts for ms in part])) for name, parts in samples.items()}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of two cases, round by round (the medians of each): its median over the rounds, and its range."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Samples, above: str, below: str, scale: float = 1.0) -> Ratio:
+        pairs = zip(samples[above], samples[below], strict=True)
+        found = [scale * float(np.median(a)) / float(np.median(b)) for a, b in pairs]
+        return cls(float(np.median(found)), min(found), max(found))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.low:.3g}–{self.high:.3g})"
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def options(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the language model's weights")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=int, default=2, help="for every engine alike")
+    parser.add_argument("--no-genai", action="store_true", help="leave onnxruntime-genai out")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON record")
+    return parser
+
+
+def quiet() -> None:
+    """Warnings and progress bars of the frameworks say nothing about the numbers."""
+    from transformers.utils import logging as theirs
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+
+
+def record(benchmark: str, precision: str, model: Model, settings: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    versions = pipeline.versions()
+    try:
+        versions["onnxruntime-genai"] = metadata.version("onnxruntime-genai")
+    except metadata.PackageNotFoundError:
+        pass
+    return {
+        "benchmark": benchmark,
+        "command": f"python -m benchmarks.{benchmark} --precision {precision} --rounds {settings['rounds']} --threads {settings['threads']}",
+        "precision": precision,
+        "machine": bench.machine(),
+        "versions": versions,
+        "model": asdict(model),
+        **settings,
+        **found,
+    }
+
+
+def write(folder: Path, entry: Mapping[str, Any]) -> Path:
+    """benchmark-precision-date-host.json"""
+    machine = entry["machine"]
+    host = f"{platform.machine().lower()}-{machine['cores']}cores"
+    path = folder / f"{entry['benchmark']}-{entry['precision']}-{machine['utc'][:10]}-{host}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(entry, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
+    """A Markdown table."""
+    cells = [[str(c) for c in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def say(text: str) -> None:
+    """Progress, apart from the result."""
+    print(text, file=sys.stderr, flush=True)
