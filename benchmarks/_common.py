@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import platform
@@ -90,7 +91,9 @@ def checkpoint(folder: Path, model: Model) -> tuple[Path, Path]:
     return folder / "llava", folder / "llama"
 
 
-def export(llava: Path, folder: Path, reductions: Sequence[str], frames: int, precision: str) -> tuple[pipeline.Job, GraphSet]:
+def export(
+    llava: Path, folder: Path, reductions: Sequence[str], frames: int, precision: str
+) -> tuple[pipeline.Job, GraphSet]:
     """Export through the pipeline; the graphs lie in `folder`/graphs."""
     job = pipeline.Job(str(llava), tuple(reductions), f"cpu_{precision}", frames)
     folder.mkdir(parents=True)
@@ -150,7 +153,9 @@ Samples = Mapping[str, Sequence[Sequence[float]]]
 """Case → round → milliseconds."""
 
 
-def interleave(cases: Sequence[Case], rounds: int, warmup: int = 1, log: Callable[[str], None] = lambda text: None) -> Samples:
+def interleave(
+    cases: Sequence[Case], rounds: int, warmup: int = 1, log: Callable[[str], None] = lambda text: None
+) -> Samples:
     """Run all cases in every round, forwards and backwards in turn, so that the machine's mood hits all alike."""
     found: dict[str, list[list[float]]] = {case.name: [] for case in cases}
     for i in range(warmup + rounds):
@@ -211,12 +216,12 @@ def quiet() -> None:
     theirs.disable_progress_bar()
 
 
-def record(benchmark: str, precision: str, model: Model, settings: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+def record(
+    benchmark: str, precision: str, model: Model, settings: Mapping[str, Any], found: Mapping[str, Any]
+) -> dict[str, Any]:
     versions = pipeline.versions()
-    try:
+    with contextlib.suppress(metadata.PackageNotFoundError):
         versions["onnxruntime-genai"] = metadata.version("onnxruntime-genai")
-    except metadata.PackageNotFoundError:
-        pass
     return {
         "benchmark": benchmark,
         "command": f"python -m benchmarks.{benchmark} --precision {precision} --rounds {settings['rounds']} --threads {settings['threads']}",

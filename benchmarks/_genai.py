@@ -72,8 +72,8 @@ class Genai:
         """Of the last token: [vocab]."""
         generator = self._generator(len(ids) + 1)
         generator.append_tokens(ids.astype(np.int32)[None])
-        found: Array = np.array(generator.get_logits())
-        return found.reshape(-1, found.shape[-1])[-1]
+        last: Array = np.array(generator.get_logits())[0, -1]
+        return last
 
     def decode(self, ids: Array, steps: int) -> list[float]:
         """Milliseconds per step behind the prompt `ids` [tokens]; the first token, which belongs to prefill, is not among them."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def main() -> None:
     args = _common.options(__doc__, rounds=7).parse_args()
     _common.quiet()
     with tempfile.TemporaryDirectory(prefix="edgetrim-") as scratch:
-        entry = measure(Path(scratch), Model(), Setting(), args.precision, args.rounds, args.threads, not args.no_genai, _common.say)
+        entry = measure(
+            Path(scratch), Model(), Setting(), args.precision, args.rounds, args.threads, not args.no_genai, _common.say
+        )
     print(text(entry))
     print(_common.write(args.results, entry))
 
@@ -66,7 +69,9 @@ def measure(
         endless = replace(graphs, text=replace(graphs.text, eos=[]))
         files = folder / "export" / "graphs"
         llm = stack.enter_context(_common.runner(files / "decode.onnx", threads))
-        runners = {role: stack.enter_context(_common.runner(files / f"{role}.onnx", threads)) for role in ("vision", "reduce")}
+        runners = {
+            role: stack.enter_context(_common.runner(files / f"{role}.onnx", threads)) for role in ("vision", "reduce")
+        }
         table = embedding(files, graphs)
         generator = Generator({**runners, "prefill": llm, "decode": llm}, endless, table)
         bare = Bare(files / "decode.onnx", graphs, table, threads)
@@ -78,7 +83,7 @@ def measure(
             Case(BARE, lambda: bare.decode(embeds, steps)),
             Case(VALUES, lambda: bare.decode_values(embeds, steps)),
         ]
-        ids = np.random.default_rng(1).integers(_common.FIRST_WORD, model.vocab, embeds.shape[1])
+        ids = np.random.default_rng(1).integers(_common.FIRST_WORD, model.vocab, embeds.shape[1:2])
         if precision == "fp32":
             theirs = _common.load_llama(llama)
             cases.append(Case(HF, lambda: _hugging_face(theirs, ids, setting.new_tokens)))
@@ -116,7 +121,9 @@ class Bare:
         self._session: Any = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         self._value: Any = onnxruntime.OrtValue.ortvalue_from_numpy
         self._outputs = [o.name for o in self._session.get_outputs()]
-        self._past = [(n, "present" + n[4:]) for n in (i.name for i in self._session.get_inputs()) if n.startswith("past_")]
+        self._past = [
+            (n, "present" + n[4:]) for n in (i.name for i in self._session.get_inputs()) if n.startswith("past_")
+        ]
         self._table, self._text = table, graphs.text
 
     def decode(self, embeds: Array, steps: int) -> list[float]:
@@ -144,7 +151,11 @@ class Bare:
         for place in range(embeds.shape[1], embeds.shape[1] + steps):
             mark = time.perf_counter()
             at = self._value(np.array([[place]]))
-            feeds = {"inputs_embeds": self._value(np.array(self._table[token][None, None])), "position_ids": at, "order": at}
+            feeds = {
+                "inputs_embeds": self._value(np.array(self._table[token][None, None])),
+                "position_ids": at,
+                "order": at,
+            }
             for past, present in self._past:
                 feeds[past] = found[present]
             found = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, feeds), strict=True))
@@ -157,7 +168,11 @@ class Bare:
         feeds: dict[str, Array] = {"inputs_embeds": embeds, "position_ids": places, "order": places}
         for past, _ in self._past:
             order = past.startswith("past_order_")
-            feeds[past] = np.empty((1, 0), np.int64) if order else np.empty((1, self._text.kv_heads, 0, self._text.head_dim), embeds.dtype)
+            feeds[past] = (
+                np.empty((1, 0), np.int64)
+                if order
+                else np.empty((1, self._text.kv_heads, 0, self._text.head_dim), embeds.dtype)
+            )
         return feeds
 
 
@@ -184,8 +199,7 @@ def _hugging_face(model: Any, ids: Array, new_tokens: int) -> list[float]:
             given, attention_mask=torch.ones_like(given), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
             pad_token_id=0, streamer=clock,
         )  # fmt: skip
-    marks = clock.marks[1:]  # the first is the prompt's
-    return [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
+    return [1e3 * (b - a) for a, b in pairwise(clock.marks[1:])]  # the first is the prompt's
 
 
 def text(entry: Mapping[str, Any]) -> str:

@@ -29,7 +29,12 @@ from exporter.runtime.generate import Generator, Visual, embedding
 from exporter.stages._reference import reference
 from exporter.stages.export import Modules, build_modules, draw_reduce, draw_vision, load_reference
 
-ORT, EAGER, HF, GENAI = "EdgeTrim, ONNX Runtime", "EdgeTrim modules, PyTorch", "transformers, PyTorch", "onnxruntime-genai"
+ORT, EAGER, HF, GENAI = (
+    "EdgeTrim, ONNX Runtime",
+    "EdgeTrim modules, PyTorch",
+    "transformers, PyTorch",
+    "onnxruntime-genai",
+)
 FIRST = "1x"
 
 
@@ -51,7 +56,9 @@ def main() -> None:
     args = _common.options(__doc__, rounds=5).parse_args()
     _common.quiet()
     with tempfile.TemporaryDirectory(prefix="edgetrim-") as scratch:
-        entry = measure(Path(scratch), Model(), Setting(), args.precision, args.rounds, args.threads, not args.no_genai, _common.say)
+        entry = measure(
+            Path(scratch), Model(), Setting(), args.precision, args.rounds, args.threads, not args.no_genai, _common.say
+        )
     print(text(entry))
     print(_common.write(args.results, entry))
 
@@ -73,7 +80,10 @@ def measure(
     checks: dict[str, float] = {}
     with ExitStack() as stack:
         log("exporting")
-        exports = {name: _common.export(llava, folder / name, specs, setting.frames, precision) for name, specs in setting.reductions}
+        exports = {
+            name: _common.export(llava, folder / name, specs, setting.frames, precision)
+            for name, specs in setting.reductions
+        }
         generators = _open(stack, folder, exports, threads)
         visuals = {name: g.reduce(g.vision(images)) for name, g in generators.items()}
         tokens = {name: setting.text + v.embeds.shape[1] for name, v in visuals.items()}
@@ -85,11 +95,15 @@ def measure(
             theirs = _common.load_llama(llama)
             table = embedding(folder / FIRST / "graphs", exports[FIRST][1])
             for name, generator in eager.items():
-                cases.append(_prefill_case(f"{EAGER}: {name}", generator, visuals[name], prompt, _repeats(tokens, name)))
+                cases.append(
+                    _prefill_case(f"{EAGER}: {name}", generator, visuals[name], prompt, _repeats(tokens, name))
+                )
                 embeds = _in_order(visuals[name].embeds, table, prompt)
                 cases.append(_hugging_face_case(f"{HF}: {name}", theirs, embeds, _repeats(tokens, name)))
                 ours = generators[name].prefill(visuals[name], [prompt]).logits
-                checks[f"{ORT} vs {EAGER}: {name}"] = _common.cosine(ours, generator.prefill(visuals[name], [prompt]).logits)
+                checks[f"{ORT} vs {EAGER}: {name}"] = _common.cosine(
+                    ours, generator.prefill(visuals[name], [prompt]).logits
+                )
                 checks[f"{ORT} vs {HF}: {name}"] = _common.cosine(ours, _hugging_face(theirs, embeds))
         if genai and (why := _genai.missing()) is None:
             log("building with onnxruntime-genai")
@@ -97,7 +111,7 @@ def measure(
             opened = _genai.Genai(folder / "genai", threads)
             rng = np.random.default_rng(1)
             for name, count in tokens.items():
-                ids = rng.integers(_common.FIRST_WORD, model.vocab, count)
+                ids = rng.integers(_common.FIRST_WORD, model.vocab, (count,))
                 cases.append(_genai_case(f"{GENAI}: {name}", opened, ids, _repeats(tokens, name)))
             if precision == "fp32":
                 checks[f"{GENAI} vs {HF}: same ids"] = _common.cosine(opened.logits(ids), _hugging_face(theirs, ids))
@@ -106,7 +120,11 @@ def measure(
         log("tracing the selections")
         cases += _reduce_cases(stack, folder, generators, images)
         specs = [s for _, specs in setting.reductions for s in specs] + list(setting.selections)
-        selections = {f"{kind}: {spec}": case for spec in specs for kind, case in _selection(stack, folder, exports[FIRST][0], spec, threads)}
+        selections = {
+            f"{kind}: {spec}": case
+            for spec in specs
+            for kind, case in _selection(stack, folder, exports[FIRST][0], spec, threads)
+        }
         cases += [Case(name, case) for name, case in selections.items()]
         samples = _common.interleave(cases, rounds, log=log)
     found = {
@@ -115,11 +133,19 @@ def measure(
         "times": _common.times(samples),
         "speed_up": _speed_ups(samples, tokens),
         "against": _against(samples, list(tokens)),
-        "selection": _shares(samples, {s: name for name, specs_ in setting.reductions for s in specs_}, setting.selections),
+        "selection": _shares(
+            samples, {s: name for name, specs_ in setting.reductions for s in specs_}, setting.selections
+        ),
         "cosine": checks,
         "notes": notes,
     }
-    settings = {"rounds": rounds, "threads": threads, "frames": setting.frames, "text_tokens": setting.text, "reductions": dict(setting.reductions)}
+    settings = {
+        "rounds": rounds,
+        "threads": threads,
+        "frames": setting.frames,
+        "text_tokens": setting.text,
+        "reductions": dict(setting.reductions),
+    }
     return _common.record("prefill", precision, model, settings, found)
 
 
@@ -134,7 +160,9 @@ def _open(stack: ExitStack, folder: Path, exports: Mapping[str, tuple[Job, Any]]
     for name, (_, graphs) in exports.items():
         mine = folder / name / "graphs"
         assert filecmp.cmp(first / "decode.onnx", mine / "decode.onnx", shallow=False)
-        runners: dict[str, Runner] = {role: stack.enter_context(_common.runner(mine / f"{role}.onnx", threads)) for role in ("vision", "reduce")}
+        runners: dict[str, Runner] = {
+            role: stack.enter_context(_common.runner(mine / f"{role}.onnx", threads)) for role in ("vision", "reduce")
+        }
         found[name] = Generator({**runners, "prefill": llm, "decode": llm}, graphs, embedding(mine, graphs))
     return found
 
@@ -196,7 +224,9 @@ def _reduce_cases(stack: ExitStack, folder: Path, generators: Mapping[str, Gener
     return cases
 
 
-def _selection(stack: ExitStack, folder: Path, job: Job, spec: str, threads: int) -> list[tuple[str, Callable[[], list[float]]]]:
+def _selection(
+    stack: ExitStack, folder: Path, job: Job, spec: str, threads: int
+) -> list[tuple[str, Callable[[], list[float]]]]:
     """The method's nodes alone, on ONNX Runtime and in PyTorch, fed with noise: no method's work depends on the data."""
     import onnx_ir as ir
     import torch
@@ -214,7 +244,10 @@ def _selection(stack: ExitStack, folder: Path, job: Job, spec: str, threads: int
         with torch.inference_mode():
             module(*tensors.values())
 
-    return [("selection, ONNX Runtime", lambda: timed(lambda: runner.run(feeds), 9)), ("selection, PyTorch", lambda: timed(eager, 9))]
+    return [
+        ("selection, ONNX Runtime", lambda: timed(lambda: runner.run(feeds), 9)),
+        ("selection, PyTorch", lambda: timed(eager, 9)),
+    ]
 
 
 def _noise(graph: Any, plan: Plan) -> dict[str, Array]:
@@ -240,7 +273,11 @@ def _speed_ups(samples: Samples, tokens: Mapping[str, int]) -> dict[str, Any]:
             if name != FIRST and f"{engine}: {name}" in samples:
                 ideal = tokens[FIRST] / tokens[name]
                 pair = (samples, f"{engine}: {FIRST}", f"{engine}: {name}")
-                found[f"{engine}: {name}"] = {"measured": asdict(Ratio.of(*pair)), "ideal": ideal, "of_ideal": asdict(Ratio.of(*pair, 1 / ideal))}
+                found[f"{engine}: {name}"] = {
+                    "measured": asdict(Ratio.of(*pair)),
+                    "ideal": ideal,
+                    "of_ideal": asdict(Ratio.of(*pair, 1 / ideal)),
+                }
     return found
 
 
@@ -283,21 +320,47 @@ def text(entry: Mapping[str, Any]) -> str:
                 f"{gain['measured']['median']:.2f}×" if gain else "", f"{gain['ideal']:.2f}×" if gain else "",
                 Ratio(**gain["of_ideal"]) if gain else "", Ratio(**against) if against else "",
             ])  # fmt: skip
-    header = ["engine", "visual tokens", "tokens", "median ms", "p90 ms", "speed-up", "ideal", "of ideal (range)", "time ÷ ours (range)"]
+    header = [
+        "engine",
+        "visual tokens",
+        "tokens",
+        "median ms",
+        "p90 ms",
+        "speed-up",
+        "ideal",
+        "of ideal (range)",
+        "time ÷ ours (range)",
+    ]
     parts = [_common.table(rows, header)]
     rows = []
     for spec, share in entry["selection"].items():
         t, eager = (entry["times"][f"selection, {kind}: {spec}"] for kind in ("ONNX Runtime", "PyTorch"))
         of, whole = (f"{100 * share[k]['median']:.2f} %" for k in ("of_prefill", "of_unreduced_prefill"))
-        rows.append([f"`{spec}`", share["variant"], f"{t['median_ms']:.2f}", f"{t['p90_ms']:.2f}", f"{eager['median_ms']:.2f}", of, whole])
+        rows.append(
+            [
+                f"`{spec}`",
+                share["variant"],
+                f"{t['median_ms']:.2f}",
+                f"{t['p90_ms']:.2f}",
+                f"{eager['median_ms']:.2f}",
+                of,
+                whole,
+            ]
+        )
     header = ["selection", "variant", "median ms", "p90 ms", "PyTorch ms", "of prefill", "of unreduced prefill"]
     parts.append(_common.table(rows, header))
-    stages = [[name.partition(": ")[2], f"{t['median_ms']:.2f}"] for name, t in entry["times"].items() if name.startswith("reduce stage")]
+    stages = [
+        [name.partition(": ")[2], f"{t['median_ms']:.2f}"]
+        for name, t in entry["times"].items()
+        if name.startswith("reduce stage")
+    ]
     parts.append(_common.table(stages, ["reduce stage (selection and projector)", "median ms"]))
     parts += [f"{name}: cosine of logits {value:.7f}" for name, value in entry["cosine"].items()]
     parts += [f"{name}: {why}" for name, why in entry["notes"].items()]
     machine = entry["machine"]
-    parts.append(f"{machine['processor']}, {machine['cores']} cores, {entry['threads']} threads, {entry['precision']}, load {machine['load']}, {machine['utc']} UTC")
+    parts.append(
+        f"{machine['processor']}, {machine['cores']} cores, {entry['threads']} threads, {entry['precision']}, load {machine['load']}, {machine['utc']} UTC"
+    )
     return "\n\n".join(parts)
 
 

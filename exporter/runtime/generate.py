@@ -231,9 +231,14 @@ class Generator:
         return self._vision.run({"pixel_values": self._as(self._vision, "pixel_values", pixel_values)})
 
     def reduce(self, signals: Mapping[str, Any], text: Text | None = None) -> Visual:
-        """Keep the visual tokens that the exported reduction keeps. `text` only matters if it is text-guided."""
+        """Keep the visual tokens that the exported reduction keeps.
+
+        Args:
+            signals: from `vision`, or arrays of any float type. text: only matters if the reduction is text-guided.
+        """
         runner = self._reduce
         feeds = {name: self._hand(signals[name], self._vision, runner) for name in self._signals}
+        feeds |= {n: self._as(runner, n, v) for n, v in feeds.items() if isinstance(v, np.ndarray)}
         if "text_embeds" in runner.inputs:
             if text is None:
                 raise UsageError("This reduction is guided by the prompt: give `reduce` the text.")

@@ -17,7 +17,7 @@ from exporter.backends._contract import Array, Runner
 from exporter.graphset import GraphSet
 from exporter.plan import Plan, make_plan
 from exporter.runtime import images
-from exporter.runtime.generate import Generator, Visual
+from exporter.runtime.generate import Generator, Visual, greedy
 from exporter.runtime.prompt import Prompt
 from exporter.runtime.sequence import split
 from exporter.stages._reference import reference
@@ -91,8 +91,8 @@ class _Compare:
         self.max_abs = max(self.max_abs, difference)
         self.relative = max(self.relative, difference / max(1e-12, float(np.abs(expected).max(initial=0))))
 
-    def numbers(self) -> dict[str, float]:
-        return {"cosine": self.cosine, "max_abs": self.max_abs, "relative": self.relative}
+    def stage(self, name: str) -> StageFidelity:
+        return StageFidelity(name, self.cosine, self.max_abs, self.relative)
 
 
 def compare(
@@ -113,70 +113,100 @@ def compare(
         gates: thresholds, or None to measure only.
         steps: greedy tokens compared at most; what comes behind the reference's end of sequence means nothing.
     """
-    expected, expected_graphs, expected_table = reference(plan)
-    theirs = Generator(expected, expected_graphs, expected_table)
-    ours = Generator(engine, graphs, table)
-    vision, reduced, prefill, decode = _Compare(), _Compare(), _Compare(), _Compare()
-    index_equal: list[float] = []
-    overlap: list[float] = []
-    overlap_llm: list[float] = []
-    tokens_equal: list[float] = []
+    measured = _Measured(Generator(*reference(plan)), Generator(engine, graphs, table), engine["vision"].numpy, steps)
     for pixel_values, prompt in zip(pixels, prompts, strict=True):
-        text = split([prompt], graphs)
-        true_signals = theirs.vision(pixel_values)
+        measured.add(pixel_values, prompt)
+    return measured.stages(gates)
+
+
+class _Measured:
+    """Runs samples through the reference and the engine and keeps the worst of what is compared."""
+
+    def __init__(self, reference: Generator, engine: Generator, host: Callable[[Any], Array], steps: int) -> None:
+        """`host` brings the engine's signals to the host."""
+        self.reference, self.engine, self.host, self.steps = reference, engine, host, steps
+        self.vision, self.reduce, self.prefill, self.decode = _Compare(), _Compare(), _Compare(), _Compare()
+        self.index: list[float] = []
+        self.kept: list[float] = []
+        self.kept_inside: list[float] = []
+        self.tokens: list[float] = []
+
+    def add(self, pixel_values: Array, prompt: Sequence[int]) -> None:
+        """Compare every stage on the reference's own input to it, then the whole chain."""
+        theirs, ours = self.reference, self.engine
+        text = split([prompt], ours.graphs)
+        true_signals = {name: np.asarray(value) for name, value in theirs.vision(pixel_values).items()}
         signals = ours.vision(pixel_values)
-        host = {name: expected["vision"].numpy(value) for name, value in true_signals.items()}
-        for name, value in host.items():
-            if value.dtype != np.int64:
-                vision.add(engine["vision"].numpy(signals[name]), value)
+        for name, value in true_signals.items():
+            if value.dtype.kind == "f":
+                self.vision.add(self.host(signals[name]), value)
         true_visual = theirs.reduce(true_signals, text)
-        fed = {name: value.astype(engine["reduce"].inputs[name], copy=False) for name, value in host.items()}
-        visual = ours.reduce(fed, text)
-        index_equal.append(float((visual.index == true_visual.index).mean()))
+        visual = ours.reduce(true_signals, text)
         same = visual.index == true_visual.index
-        reduced.add(visual.embeds[same], true_visual.embeds[same])
+        self.index.append(float(same.mean()))
+        self.reduce.add(visual.embeds[same], true_visual.embeds[same])
         chained = ours.reduce(signals, text)
-        overlap.append(_overlap(chained.index, true_visual.index))
-        true = theirs.prefill(true_visual, [prompt])
-        found = ours.prefill(Visual(true_visual.embeds, true_visual.index), [prompt])
-        prefill.add(found.logits, true.logits)
+        self.kept.append(_overlap(chained.index, true_visual.index))
+        self._language_model(prompt, true_visual, chained)
+
+    def _language_model(self, prompt: Sequence[int], true_visual: Visual, chained: Visual) -> None:
+        theirs, ours = self.reference, self.engine
+        true, found = theirs.prefill(true_visual, [prompt]), ours.prefill(true_visual, [prompt])
+        self.prefill.add(found.logits, true.logits)
         for name, kept in true.kept.items():
-            overlap_llm.append(_overlap(found.kept[name], kept))
-        logits, tokens = true.logits, []
+            self.kept_inside.append(_overlap(found.kept[name], kept))
+        expected: list[int] = []
+        logits = true.logits
         while True:
-            token = logits.argmax(-1)
-            tokens.append(int(token[0]))
-            if len(tokens) == steps or tokens[-1] in graphs.text.eos:
+            token = greedy(logits)
+            expected.append(int(token[0]))
+            if len(expected) == self.steps or expected[-1] in ours.graphs.text.eos:
                 break
             logits = theirs.step(true.cache, token)
-            decode.add(ours.step(found.cache, token), logits)
-        free = ours.prefill(ours.reduce(signals, text), [prompt])
-        logits, equal = free.logits, 0
-        for step, token in enumerate(tokens):
-            mine = logits.argmax(-1)
-            if int(mine[0]) != token:
-                break
-            equal += 1
-            if step < len(tokens) - 1:
-                logits = ours.step(free.cache, mine)
-        tokens_equal.append(equal / len(tokens))
-    kept, agreed = float(np.mean(overlap)), float(np.mean(tokens_equal))
+            self.decode.add(ours.step(found.cache, token), logits)
+        free = ours.prefill(chained, [prompt])
+        agreed, logits = 0, free.logits
+        while agreed < len(expected) and int(greedy(logits)[0]) == expected[agreed]:
+            agreed += 1
+            if agreed < len(expected):
+                logits = ours.step(free.cache, greedy(logits))
+        self.tokens.append(agreed / len(expected))
 
-    def gate(value: float, threshold: float | None, name: str) -> dict[str, Any]:
-        return {} if threshold is None else {"gate": f"{name} ≥ {threshold:g}", "passed": value >= threshold}
+    def stages(self, gates: Gates | None) -> list[StageFidelity]:
+        """The record. Quantised weights score tokens differently inside the language model: there the kept tokens are
+        measured only, and judged by quality."""
+        kept, tokens = float(np.mean(self.kept)), float(np.mean(self.tokens))
+        found = [
+            self.vision.stage("vision"),
+            replace(self.reduce.stage("reduce"), agreement=float(np.mean(self.index))),
+            _gated(self.prefill.stage("prefill"), gates.logits_cosine_min if gates else None, "cosine"),
+            _gated(self.decode.stage("decode"), gates.logits_cosine_min if gates else None, "cosine"),
+            _gated(
+                StageFidelity("kept tokens", agreement=kept), gates.kept_index_overlap_min if gates else None, "overlap"
+            ),
+        ]
+        if self.kept_inside:
+            inside = StageFidelity("kept in the LLM", agreement=float(np.mean(self.kept_inside)))
+            exact = self.engine.graphs.weights == "none"
+            found.append(
+                _gated(inside, gates.kept_index_overlap_min if gates else None, "overlap") if exact else inside
+            )
+        found.append(
+            _gated(
+                StageFidelity("greedy tokens", agreement=tokens),
+                gates.token_agreement_min if gates else None,
+                "agreement",
+            )
+        )
+        return found
 
-    inside = StageFidelity("kept in the LLM", agreement=float(np.mean(overlap_llm or [1.0])))
-    if graphs.weights == "none":  # quantised weights score tokens differently: measured, judged by quality
-        inside = replace(inside, **gate(inside.agreement or 0.0, gates and gates.kept_index_overlap_min, "overlap"))
-    return [
-        StageFidelity("vision", **vision.numbers()),
-        StageFidelity("reduce", **reduced.numbers(), agreement=float(np.mean(index_equal))),
-        StageFidelity("prefill", **prefill.numbers(), **gate(prefill.cosine, gates and gates.logits_cosine_min, "logits cosine")),
-        StageFidelity("decode", **decode.numbers(), **gate(decode.cosine, gates and gates.logits_cosine_min, "logits cosine")),
-        StageFidelity("kept tokens", agreement=kept, **gate(kept, gates and gates.kept_index_overlap_min, "overlap")),
-        *([inside] if overlap_llm else []),
-        StageFidelity("greedy tokens", agreement=agreed, **gate(agreed, gates and gates.token_agreement_min, "agreement")),
-    ]
+
+def _gated(stage: StageFidelity, threshold: float | None, name: str) -> StageFidelity:
+    """The stage with its verdict: agreement where there is one, else the cosine, against the threshold."""
+    if threshold is None:
+        return stage
+    value = stage.cosine if stage.agreement is None else stage.agreement
+    return replace(stage, gate=f"{name} ≥ {threshold:g}", passed=value is not None and value >= threshold)
 
 
 def _overlap(found: npt.NDArray[np.int64], expected: npt.NDArray[np.int64]) -> float:
@@ -201,7 +231,7 @@ def answers(generator: Generator, prompt: Prompt, questions: Sequence[Question],
 
 def score(found: Sequence[str], questions: Sequence[Question]) -> dict[str, tuple[int, int]]:
     """kind → (correct, asked)"""
-    scores = {kind: (0, 0) for kind in kinds(questions)}
+    scores = dict.fromkeys(kinds(questions), (0, 0))
     for answer, question in zip(found, questions, strict=True):
         correct, asked = scores[question.kind]
         scores[question.kind] = correct + right(answer, question.answer), asked + 1
@@ -213,7 +243,10 @@ def controls(plan: Plan) -> list[tuple[str, Plan]]:
     kept = min(step.after for step in plan.steps)
     per_frame = max(1, kept // plan.geometry.tower.frames)
     return [
-        (f"{name}, {per_frame} per image", make_plan(plan.checkpoint, [f"{name}:keep={per_frame}"], plan.profile, plan.request))
+        (
+            f"{name}, {per_frame} per image",
+            make_plan(plan.checkpoint, [f"{name}:keep={per_frame}"], plan.profile, plan.request),
+        )
         for name in ("random", "uniform")
     ]
 
@@ -225,7 +258,13 @@ def ask_reference(plan: Plan, prompt: Prompt, questions: Sequence[Question]) -> 
 
 
 def measure_quality(
-    plan: Plan, engine: Mapping[str, Runner], graphs: GraphSet, table: Array, prompt: Prompt, questions: Sequence[Question], log: Log
+    plan: Plan,
+    engine: Mapping[str, Runner],
+    graphs: GraphSet,
+    table: Array,
+    prompt: Prompt,
+    questions: Sequence[Question],
+    log: Log,
 ) -> tuple[list[Accuracy], list[dict[str, Any]]]:
     """Task scores of the unreduced model, the reduced one, the engine, and the controls; and some answers to look at."""
     found: list[tuple[str, str, list[str]]] = []
