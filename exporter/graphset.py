@@ -35,6 +35,17 @@ PAD = 2**31 - 1
 ROLES = ("vision", "reduce", "prefill", "decode")
 
 
+def tokens_in_words(before: int, after: int) -> str:
+    """A reduction as it is always said: both ways, since the field mixes them up.
+
+    >>> tokens_in_words(576, 64)
+    '576 → 64 tokens (11 % kept, 9.0× fewer)'
+    """
+    if after == 0:
+        return f"{before} → 0 tokens"
+    return f"{before} → {after} tokens ({100 * after / before:.0f} % kept, {before / after:.1f}× fewer)"
+
+
 @dataclass(frozen=True)
 class ImageSpec:
     """How an image becomes `pixel_values`: resize, centre crop, scale to 0..1, normalise. Sizes in pixels."""
@@ -130,7 +141,11 @@ class GraphSet:
             sub = {"image": ImageSpec, "visual": VisualLayout, "text": TextSpec}
             values = {f.name: raw[f.name] for f in fields(cls)}
             for name, kind in sub.items():
-                values[name] = kind(**{k: tuple(v) if k in ("mean", "std", "grid") and v else v for k, v in raw[name].items()})
+                values[name] = kind(
+                    **{k: tuple(v) if k in ("mean", "std", "grid") and v else v for k, v in raw[name].items()}
+                )
             return cls(**values)
         except (OSError, KeyError, TypeError, ValueError) as e:
-            raise VerificationError(f"{folder}/graphs.json cannot be read ({type(e).__name__}: {e}). Run export again.") from e
+            raise VerificationError(
+                f"{folder}/graphs.json cannot be read ({type(e).__name__}: {e}). Run export again."
+            ) from e

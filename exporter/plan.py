@@ -11,6 +11,7 @@ from exporter import _discover
 from exporter.checkpoint import Checkpoint
 from exporter.errors import UsageError
 from exporter.families._contract import Family, Geometry, Request
+from exporter.graphset import tokens_in_words
 from graphs import _spec
 from graphs._contract import BeforeLLM, InLLM, InTower, Reduction, ReductionError, Site
 
@@ -33,14 +34,7 @@ class Step:
     @property
     def summary(self) -> str:
         """ "visionzip: 576 → 64 tokens (11 % kept, 9.0× fewer)" """
-        return f"{self.name}: {count_change(self.before, self.after)}"
-
-
-def count_change(before: int, after: int) -> str:
-    """Both ways of saying it, since the field mixes them up."""
-    if after == 0:
-        return f"{before} → 0 tokens"
-    return f"{before} → {after} tokens ({100 * after / before:.0f} % kept, {before / after:.1f}× fewer)"
+        return f"{self.name}: {tokens_in_words(self.before, self.after)}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,9 @@ class Plan:
         ]
 
 
-def make_plan(checkpoint: Checkpoint, reductions: Sequence[str], profile: Profile, request: Request | None = None) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint, reductions: Sequence[str], profile: Profile, request: Request | None = None
+) -> Plan:
     """Fit reductions to a model.
 
     Args:
@@ -146,7 +142,9 @@ def _check_limits(geometry: Geometry, request: Request, profile: Profile) -> Non
 class _Fitting:
     """Walks the places in order, handing each method the site its predecessors left."""
 
-    def __init__(self, checkpoint: Checkpoint, family: Family, geometry: Geometry, request: Request, profile: Profile) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, family: Family, geometry: Geometry, request: Request, profile: Profile
+    ) -> None:
         self.checkpoint, self.family, self.geometry = checkpoint, family, geometry
         self.request, self.profile = request, profile
         self.steps: list[Step] = []
@@ -159,7 +157,9 @@ class _Fitting:
             return fitted
         except ReductionError as e:
             name = text.partition(":")[0]
-            raise UsageError(f"--reduce {text} does not fit {self.family.model_type}: {e}. `edgetrim list reductions` shows what `{name}` needs.") from e
+            raise UsageError(
+                f"--reduce {text} does not fit {self.family.model_type}: {e}. `edgetrim list reductions` shows what `{name}` needs."
+            ) from e
 
     def run(self, methods: list[tuple[str, Reduction]]) -> Plan:
         site = self.geometry.tower
@@ -186,7 +186,9 @@ class _Fitting:
                 site = after
             else:
                 assert isinstance(method, InLLM)
-                llm_site = llm_site or Site(site.total, 1, None, frozenset({"hidden", "attention_row"}), self.geometry.layers)
+                llm_site = llm_site or Site(
+                    site.total, 1, None, frozenset({"hidden", "attention_row"}), self.geometry.layers
+                )
                 fitted_llm = self.fit(text, method, llm_site)
                 after = fitted_llm.after(llm_site)
                 self._add(text, fitted_llm, llm_site, llm_site.total, after.total)
@@ -196,7 +198,9 @@ class _Fitting:
             raise UsageError(f"The same reduction is given twice ({', '.join(names)}). Give each once.")
         layers = [layer for s in self.steps if isinstance(s.method, InLLM) for layer in s.method.layers]
         if layers != sorted(set(layers)):
-            raise UsageError(f"Reductions inside the language model must act at ascending layers; found {layers}. Reorder them.")
+            raise UsageError(
+                f"Reductions inside the language model must act at ascending layers; found {layers}. Reorder them."
+            )
         return Plan(
             self.checkpoint, self.family, self.geometry, self.request, self.profile, tuple(self.steps), tuple(taps),
             site.total, "compact" if "compact" in self.policies else "keep",
@@ -205,7 +209,9 @@ class _Fitting:
     def _in_tower(self, text: str, method: InTower, site: Site) -> Site:
         where = self.geometry.in_tower
         if isinstance(where, str):
-            raise UsageError(f"--reduce {text} does not fit {self.family.model_type}: {where}. Choose a reduction that acts before or inside the LLM.")
+            raise UsageError(
+                f"--reduce {text} does not fit {self.family.model_type}: {where}. Choose a reduction that acts before or inside the LLM."
+            )
         if any(isinstance(s.method, InTower) for s in self.steps):
             raise UsageError(f"--reduce {text}: only one reduction can act inside the tower.")
         fitted = self.fit(text, method, where)

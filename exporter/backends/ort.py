@@ -15,7 +15,6 @@ FP16 graphs run at about the speed of FP32 on a CPU, INT4 ones several times fas
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import mmap
 import os
@@ -30,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from exporter.backends._contract import Array, Backend, EngineRecord, Log, Runner, ShapeProfile
+from exporter.bundle import sha256
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, VerificationError, nearest
 
 OPTIONS = ("provider", "threads", "accuracy_level")
@@ -92,7 +92,7 @@ class OnnxRuntime(Backend):
             build_s = time.perf_counter() - begin
             kernels = Counter(_Onnx(saved).operators) if saved.is_file() else Counter()
         peak = _peak_rss_mib()
-        weights = {name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for name, path in external.items()}
+        weights = {name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in external.items()}
         details = {
             "provider": chosen.provider,
             "onnxruntime": _ort().__version__,
@@ -102,7 +102,7 @@ class OnnxRuntime(Backend):
         log(f"{graph.name}: loaded in {build_s:.1f} s, {_summary(kernels)}")
         size = graph.stat().st_size + sum(path.stat().st_size for path in external.values())
         file = Path(os.path.relpath(graph, out)).as_posix()
-        return EngineRecord(roles, file, _sha256(graph), size, build_s, peak, self.name, details)
+        return EngineRecord(roles, file, sha256(graph), size, build_s, peak, self.name, details)
 
     def runner(self, engine: Path, threads: int | None = None) -> OnnxRuntimeRunner:
         self._require()
@@ -270,14 +270,6 @@ def _summary(kernels: Counter[str]) -> str:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _external_files(graph: Path) -> dict[str, Path]:

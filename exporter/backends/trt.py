@@ -18,7 +18,6 @@ GPU. `missing_to_run` says so; the graphs an engine was built from run with the 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import importlib.util
 import json
 import os
@@ -36,6 +35,7 @@ from typing import Any
 import exporter
 from exporter import errors
 from exporter.backends._contract import Backend, EngineRecord, Log, Range, Runner, ShapeProfile
+from exporter.bundle import sha256
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
 
 MODULES = ("tensorrt", "tensorrt_rtx")
@@ -88,7 +88,7 @@ class TensorRT(Backend):
             engine = Path(scratch, "engine")
             if chosen.module == "tensorrt_rtx":
                 check_rtx_header(engine)
-            digest, size = _sha256(engine), engine.stat().st_size
+            digest, size = sha256(engine), engine.stat().st_size
             os.replace(engine, target)
         build_s, peak_rss_mib = facts.pop("build_s"), facts.pop("peak_rss_mib")
         details = {**facts, "compute_capabilities": chosen.compute_capabilities, "executed": False}
@@ -267,14 +267,6 @@ def gpu_missing() -> str | None:
     if (code := cuda.cuInit(0)) or cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
         return f"an NVIDIA driver but no usable GPU (cuInit returned {code})"
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 BACKEND = TensorRT()

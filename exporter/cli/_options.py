@@ -6,13 +6,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
-
-if TYPE_CHECKING:
-    from profiles._schema import Profile
 
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
@@ -38,15 +35,18 @@ def debug_option() -> click.Option:
     )  # fmt: skip
 
 
-class ProfileType(click.ParamType["Profile"]):
-    """A profile's name or the path of a TOML file → `Profile`."""
+class ProfileType(click.ParamType[str]):
+    """A profile's name, or the path of a TOML file, made absolute. Checked here, read again where it is used."""
 
     name = "profile"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Profile:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from profiles import _schema
 
-        return value if isinstance(value, _schema.Profile) else _schema.load(value)
+        text = str(value)
+        _schema.load(text)
+        path = Path(text)
+        return str(path.resolve()) if path.suffix == ".toml" or path.name != text else text
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from profiles import _schema
@@ -97,7 +97,7 @@ def reduce_option(function: F) -> F:
 
 
 def profile_option(default: str | None = "cpu_fp32") -> Decorator[F]:
-    """--profile → Profile, or None where there is no default."""
+    """--profile → a name or an absolute path, or None where there is no default."""
     return click.option(
         "--profile", "-p", type=ProfileType(), default=default, show_default=default is not None, metavar="NAME|TOML",
         help="Target: device, stack, precision, limits. `edgetrim list profiles` shows them.",
@@ -115,6 +115,52 @@ def output_option(default: str | None = None) -> Decorator[F]:
 def json_option(function: F) -> F:
     """--json → as_json: bool."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+
+
+def folder_argument(function: F) -> F:
+    """FOLDER: an output folder that is there → Path."""
+    return click.argument("folder", type=click.Path(path_type=Path), callback=_there)(function)
+
+
+def _there(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
+    from exporter.errors import UsageError
+
+    if not value.is_dir():
+        what = "is a file" if value.exists() else "is not there"
+        raise UsageError(f"The folder {value} {what}. `edgetrim run` and `edgetrim export` make one.")
+    return value
+
+
+def questions_option(function: F) -> F:
+    """--questions → Path | None; --per-kind → int."""
+    function = click.option(
+        "--per-kind", type=click.IntRange(1), default=200, show_default=True, metavar="N",
+        help="Questions of each kind, from the embedded set.",
+    )(function)  # fmt: skip
+    return click.option(
+        "--questions", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.jsonl",
+        help='Questions with answers: {"images": […], "question": "…", "answer": "…"} a line. Default: the embedded set.',
+    )(function)  # fmt: skip
+
+
+def rounds_option(function: F) -> F:
+    """--rounds → int."""
+    return click.option(
+        "--rounds", type=click.IntRange(1), default=9, show_default=True, metavar="N",
+        help="Timed rounds, after two to warm up.",
+    )(function)  # fmt: skip
+
+
+def images_options(function: F) -> F:
+    """--image, --clip → tuple[Path, ...] each."""
+    function = click.option(
+        "--clip", "clips", multiple=True, type=click.Path(path_type=Path), metavar="PATH",
+        help="A clip: an animated image, a folder of frames, or repeated, its frames. Sampled to the model's frames.",
+    )(function)  # fmt: skip
+    return click.option(
+        "--image", "-i", "images", multiple=True, type=click.Path(path_type=Path), metavar="PATH",
+        help="An image; repeat for models that take several.",
+    )(function)  # fmt: skip
 
 
 def threads_option(function: F) -> F:

@@ -58,6 +58,8 @@ class Recipe:
     cell_questions: int = 2
     count_questions: int = 5
     clips: int = 8  # per step, each with its one question
+    thin_steps: int = 200
+    thin_rate: float = 4e-4
     hint_weight: float = 0.3
     look_weight: float = 0.6
     hidden: int = 192
@@ -245,6 +247,7 @@ class Batch:
         answers: int64 [batch, questions], token ids.
         events: int64 [batch, frames·patches], 1 where a digit arrived with this frame, 2 where one left; clips only.
         where: float32 [batch, questions, cells], 1 for the cells that the answer is about; mosaics only.
+        seen: bool [batch, frames·patches], False for patches that are left out; None: all are there.
     """
 
     images: np.ndarray
@@ -254,10 +257,33 @@ class Batch:
     answers: Tensor
     events: Tensor | None = None
     where: Tensor | None = None
+    seen: Tensor | None = None
+
+    def mask(self) -> Tensor:
+        """bool [batch, 1, seq, seq], True where a query (third) may look at a key (fourth)."""
+        mask = self.layout.mask.expand(len(self.images), -1, -1, -1)
+        if self.seen is None:
+            return mask
+        present = torch.ones(len(mask), mask.shape[-1], dtype=torch.bool)
+        present[:, 1 : 1 + self.seen.shape[1]] = self.seen
+        return mask & present[:, None, None]
 
 
-def mosaic_batch(rng: np.random.Generator, source: digits.Glyphs, questions: Questions, recipe: Recipe) -> Batch:
-    """Mosaics, each with some `cell` and some `count` questions."""
+def thinned(rng: np.random.Generator, empty: np.ndarray) -> Tensor:
+    """Leave out a random share, from none to all, of the patches of empty cells, another share for every image.
+
+    Args:
+        empty: bool [batch, frames·patches].
+    Returns:
+        bool of the same shape, False where a patch is left out.
+    """
+    return torch.from_numpy(~(empty & (rng.random(empty.shape) < rng.random((len(empty), 1)))))
+
+
+def mosaic_batch(
+    rng: np.random.Generator, source: digits.Glyphs, questions: Questions, recipe: Recipe, thin: bool = False
+) -> Batch:
+    """Mosaics, each with some `cell` and some `count` questions; with `thin`, some empty patches are left out."""
     images, grids = _mosaics(rng, source, recipe.mosaics)
     asks, answers, where = [], [], []
     for grid in grids:
@@ -269,11 +295,15 @@ def mosaic_batch(rng: np.random.Generator, source: digits.Glyphs, questions: Que
             + [questions.numbers[int((grid == digit).sum())] for digit in counted]
         )
         where.append([np.arange(CELLS) == cell for cell in cells] + [grid.flatten() == digit for digit in counted])
-    return _batch(images[:, None], asks, answers, where=torch.from_numpy(np.array(where)).float())
+    empty = grids.reshape(len(grids), -1)[:, PATCH_CELL.numpy()] == digits.EMPTY
+    seen = thinned(rng, empty) if thin else None
+    return _batch(images[:, None], asks, answers, where=torch.from_numpy(np.array(where)).float(), seen=seen)
 
 
-def clip_batch(rng: np.random.Generator, source: digits.Glyphs, questions: Questions, recipe: Recipe) -> Batch:
-    """Clips, each with its `moved` question."""
+def clip_batch(
+    rng: np.random.Generator, source: digits.Glyphs, questions: Questions, recipe: Recipe, thin: bool = False
+) -> Batch:
+    """Clips, each with its `moved` question; with `thin`, some empty patches are left out."""
     clips = [digits.clip(rng, source) for _ in range(recipe.clips)]
     grids = torch.from_numpy(np.stack([grids for _, grids, _ in clips])).flatten(2)[..., PATCH_CELL]
     empty = grids == digits.EMPTY  # [batch, frames, patches]
@@ -285,6 +315,7 @@ def clip_batch(rng: np.random.Generator, source: digits.Glyphs, questions: Quest
         [[questions.moved]] * len(clips),
         answers,
         events=events.flatten(1),
+        seen=thinned(rng, empty.flatten(1).numpy()) if thin else None,
     )
 
 
@@ -294,6 +325,7 @@ def _batch(
     answers: list[list[int]],
     events: Tensor | None = None,
     where: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> Batch:
     text = [
         [token for ask, answer in zip(*row, strict=True) for token in (*ask.tokens, answer)]
@@ -301,7 +333,7 @@ def _batch(
     ]
     layout = Layout(images.shape[1] * PATCHES, [len(ask.tokens) + 1 for ask in asks[0]])
     asked = torch.tensor([[ask.asked for ask in row] for row in asks])
-    return Batch(images, torch.tensor(text), layout, asked, torch.tensor(answers), events, where)
+    return Batch(images, torch.tensor(text), layout, asked, torch.tensor(answers), events, where, seen)
 
 
 class Hints(nn.Module):
@@ -348,7 +380,7 @@ def look_loss(model: LlavaForConditionalGeneration, states: tuple[Tensor, ...], 
     cos, sin = decoder.rotary_emb(normed, batch.layout.positions)
     query = query * cos[:, last] + rotate_half(query) * sin[:, last]
     key = key * cos + rotate_half(key) * sin
-    logits = (query @ key.transpose(1, 2) * width**-0.5).masked_fill(~batch.layout.mask[0, :, last], -1e9)
+    logits = (query @ key.transpose(1, 2) * width**-0.5).masked_fill(~batch.mask()[:, 0, last], -1e9)
     target = torch.zeros_like(logits)
     target[..., 1 : 1 + PATCHES] = batch.where[:, counted][..., PATCH_CELL]
     target[..., 0] = PATCHES / CELLS
@@ -375,7 +407,7 @@ def answer_logits(
     prefix = embed(torch.tensor([questions.prefix]).expand(count, -1))
     output = model.model.language_model(
         inputs_embeds=torch.cat([prefix, visual, embed(batch.text)], 1),
-        attention_mask=batch.layout.mask.expand(count, -1, -1, -1),
+        attention_mask=batch.mask(),
         position_ids=batch.layout.positions,
         use_cache=False,
         output_hidden_states=True,
@@ -386,17 +418,27 @@ def answer_logits(
 
 
 def train_language(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, source: digits.Glyphs, recipe: Recipe, state: Path
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    hints: Hints,
+    source: digits.Glyphs,
+    recipe: Recipe,
+    state: Path,
+    thin: bool = False,
 ) -> Iterator[int]:
     """Train projector and decoder in place on the frozen tower, going on from `state` if that file is there.
+
+    With `thin` it is the last stage: fewer steps at a lower rate, with empty patches left out at random, so that the
+    model reads what is there and does not lean on the background. Large models bear missing background; this one has
+    to be taught. No reduction method takes part.
 
     Yields the steps done, every hundred and at the end, when `state` has just been written.
     """
     questions = Questions(processor)
-    torch.manual_seed(recipe.seed)  # whether or not the tower has just been trained
-    hints = Hints(recipe.hidden)
     weights = [weight for weight in [*model.parameters(), *hints.parameters()] if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=recipe.language_rate, weight_decay=0.05, betas=(0.9, 0.98))
+    steps, peak = (recipe.thin_steps, recipe.thin_rate) if thin else (recipe.language_steps, recipe.language_rate)
+    name_of_stage, stream = ("thin", 3) if thin else ("language", 2)
+    optimizer = torch.optim.AdamW(weights, lr=peak, weight_decay=0.05, betas=(0.9, 0.98))
     done = 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
@@ -406,19 +448,20 @@ def train_language(
     for layer in model.model.language_model.layers:
         layer.compile(dynamic=False)  # a third less time per step
     started, history = time.time(), []
-    for step in range(done, recipe.language_steps):
-        rng = np.random.default_rng([recipe.seed, 2, step])
+    for step in range(done, steps):
+        rng = np.random.default_rng([recipe.seed, stream, step])
         losses: dict[str, list[float]] = {}
         loss = torch.zeros(())
-        for batch in (mosaic_batch(rng, source, questions, recipe), clip_batch(rng, source, questions, recipe)):
+        for make in (mosaic_batch, clip_batch):
+            batch = make(rng, source, questions, recipe, thin)
             loss = loss + _batch_loss(model, hints, batch, questions, recipe, losses)
-        _update(optimizer, loss, weights, rate_at(step, recipe.language_steps, recipe.language_rate))
+        _update(optimizer, loss, weights, rate_at(step, steps, peak, warmup=20 if thin else 100))
         history.append({name: float(np.mean(values)) for name, values in losses.items()})
         if step % 50 == 49:
             means = " ".join(f"{name} {np.mean([row[name] for row in history[-50:]]):.3f}" for name in history[-1])
-            print(f"language {step + 1} {time.time() - started:.0f}s {means}", flush=True)
-        if step % 100 == 99 or step + 1 == recipe.language_steps:
-            print(f"language {step + 1} held-out {held_out_accuracy(model, questions, recipe)}", flush=True)
+            print(f"{name_of_stage} {step + 1} {time.time() - started:.0f}s {means}", flush=True)
+        if step % 100 == 99 or step + 1 == steps:
+            print(f"{name_of_stage} {step + 1} held-out {held_out_accuracy(model, questions, recipe)}", flush=True)
             parts = {"model": model.state_dict(), "hints": hints.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({"done": step + 1, **parts}, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").replace(state)
@@ -526,8 +569,11 @@ def main() -> None:
     model.model.vision_tower.load_state_dict(torch.load(tower_file, weights_only=True))
     model.model.vision_tower.eval().requires_grad_(False)
 
-    for _ in train_language(model, processor, source, recipe, options.work / "language.pt"):
-        save(model, processor, options.out)
+    torch.manual_seed(recipe.seed)  # whether or not the tower has just been trained
+    hints = Hints(recipe.hidden)
+    for thin, name in ((False, "language.pt"), (True, "thin.pt")):
+        for _ in train_language(model, processor, hints, source, recipe, options.work / name, thin):
+            save(model, processor, options.out)
     save(model, processor, options.out)
 
 

@@ -1,6 +1,7 @@
 """What a report is made of: plain values that go to JSON and back.
 
-A number that was not measured is the reason why, as a string: "no GPU here". It is shown as "not measured".
+A number that was not measured is the reason why, as a string: "no GPU here". It is shown as "not measured". The empty
+string is a number that does not exist there, such as the cosine of a count: it is shown as a dash.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Stage:
-    """One graph and what was built from it. `executed`: the engine ran on the machine that wrote the report."""
+    """One graph and what was built from it. `executed`: the engine ran on the machine that wrote the report. `built`: there
+    is an engine; where it is False, the three numbers are the reason."""
 
     name: str
     nodes: int
@@ -44,6 +46,7 @@ class Stage:
     peak_rss_mib: Number
     executed: bool
     note: str = ""
+    built: bool = True
 
 
 @dataclass(frozen=True)
@@ -202,15 +205,6 @@ class ReportData:
 
     def save(self, path: Path) -> None:
         path.write_text(self.to_json(), encoding="utf-8")
-
-
-def tokens_in_words(before: int, after: int) -> str:
-    """The reduction as it is always said.
-
-    >>> tokens_in_words(576, 64)
-    '576 → 64 tokens (11 % kept, 9.0× fewer)'
-    """
-    return f"{before} → {after} tokens ({100 * after / before:.0f} % kept, {before / after:.1f}× fewer)"
 
 
 def _plain(value: Any) -> Any:

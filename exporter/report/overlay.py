@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from exporter.errors import UsageError
-from exporter.report._data import tokens_in_words
+from exporter.graphset import tokens_in_words
 
 KEPT = (255, 196, 61)
 ANCHOR = (74, 222, 255)
@@ -49,7 +49,7 @@ def draw(
     scale = max(1, -(-(SINGLE if count == 1 else TILE) // frames.shape[2]))
     tiles = [_tile(frames[i], kept[i], merged[i], scale) for i in range(count)]
     names = [] if count == 1 else list(labels or (f"frame {i + 1}" for i in range(count)))
-    words = tokens_in_words(total, int(kept.sum())) if kept.any() else f"{total} → 0 tokens"
+    words = tokens_in_words(total, int(kept.sum()))
     return _sheet(tiles, names, f"{caption}  ·  {words}" if caption else words, bool(merged.any()))
 
 

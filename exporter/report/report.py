@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import exporter
+from exporter.graphset import tokens_in_words
 from exporter.report import charts
-from exporter.report._data import Latency, Quality, ReportData, Score, Timing, tokens_in_words
+from exporter.report._data import Latency, Quality, ReportData, Score, Timing
 
 COLUMNS = ("reference_unreduced", "reference_reduced", "engine_unreduced", "engine_reduced")
 COLUMN_NAMES = ("PyTorch, unreduced", "PyTorch, reduced", "Engine, unreduced", "Engine, reduced")
@@ -73,7 +74,7 @@ def render(data: ReportData) -> str:
         bar_names=[row.stage for row in data.latency if row.stage != "decode"],
         ratio=ratio,
         gates=gates(data),
-        idle=[stage.name for stage in data.stages if not stage.executed],
+        idle=[stage.name for stage in data.stages if stage.built and not stage.executed],
     )
 
 
@@ -160,12 +161,13 @@ def quality_axis(rows: Sequence[Quality]) -> float:
 
 
 def latency_bars(rows: Sequence[Latency]) -> list[tuple[str, dict[str, float]]]:
-    """One stacked bar per variant that was measured in every stage before the first token. Unreduced has no `reduce`."""
+    """One stacked bar per variant that was measured in every stage before the first token. Unreduced may lack `reduce`."""
     bars = []
     stages = [row for row in rows if row.stage != "decode"]
     for column, name in zip(COLUMNS, COLUMN_NAMES, strict=True):
-        own = [row for row in stages if row.stage != "reduce" or not column.endswith("unreduced")]
-        timings = [(row.stage, getattr(row, column)) for row in own]
+        timings = [(row.stage, getattr(row, column)) for row in stages]
+        if column.endswith("unreduced"):
+            timings = [(stage, timing) for stage, timing in timings if stage != "reduce" or isinstance(timing, Timing)]
         if timings and all(isinstance(timing, Timing) for _, timing in timings):
             bars.append((name, {stage: timing.median for stage, timing in timings}))
     return bars

@@ -171,7 +171,7 @@ def overlays(job: Job, methods: Sequence[str], question: Question) -> list[Pictu
         plan = replace(job, reductions=tuple(spec.split(" + "))).plan()
         runners, graphs, table = reference(plan)
         prompt = Prompt.load(plan.checkpoint.folder, graphs.text.image_token)
-        ids = prompt.ask(question.question, graphs.visual.placeholders)
+        ids = prompt.ask(question.question, graphs.visual.placeholders, graphs.visual.media)
         pixels = images.preprocess(question.frames, graphs.image)
         drawn.append(picture(Generator(runners, graphs, table), pixels, ids, spec))
     return drawn

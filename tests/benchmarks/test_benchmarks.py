@@ -15,7 +15,7 @@ MODEL = _common.Model(
     hidden=64, layers=2, intermediate=128, heads=4, kv_heads=2, vocab=96, tower=32, tower_heads=4, image=56, patch=14
 )
 LFTR = "lftr:temporal=similarity,keep_frames=2,spatial=topic,keep=4"
-PREFILL = prefill.Setting(frames=4, text=6, reductions=(("1x", ()), ("8x", (LFTR,))), selections=("visionzip:keep=2",))
+PREFILL = prefill.Setting(frames=4, text=6, reductions=(("1x", ()), ("8x", (LFTR,))), selections=())
 DECODE = decode.Setting(frames=4, text=6, reductions=(LFTR,), new_tokens=5)
 
 
@@ -23,7 +23,7 @@ def test_prefill(tmp_path: Path) -> None:
     entry = prefill.measure(tmp_path / "scratch", MODEL, PREFILL, "fp32", rounds=1, threads=1, genai=False)
     assert entry["visual_tokens"] == {"1x": 64, "8x": 8}
     assert entry["speed_up"]["EdgeTrim, ONNX Runtime: 8x"]["ideal"] == (64 + 6) / (8 + 6)
-    assert set(entry["selection"]) == {LFTR, "visionzip:keep=2"}
+    assert set(entry["selection"]) == {LFTR}
     assert all(value > 0.9999 for value in entry["cosine"].values()), entry["cosine"]
     assert "onnxruntime-genai: left out" in prefill.text(entry)
     path = _common.write(tmp_path / "results", entry)

@@ -49,7 +49,7 @@ def test_defaults(command: click.Command, got: dict[str, Any]) -> None:
     assert got == {
         "checkpoint": "embedded",
         "reductions": (),
-        "profile": _schema.load("cpu_fp32"),
+        "profile": "cpu_fp32",
         "output": Path("out"),
         "frames": 1,
         "image_size": None,
@@ -67,7 +67,7 @@ def test_everything_given(command: click.Command, got: dict[str, Any]) -> None:
     assert got == {
         "checkpoint": "m",
         "reductions": ("visionzip:keep=64", "fastv"),
-        "profile": _schema.load("rtx_int4"),
+        "profile": "rtx_int4",
         "output": Path("x"),
         "frames": 4,
         "image_size": (448, 672),
@@ -94,6 +94,15 @@ def test_an_unknown_profile(command: click.Command) -> None:
     error = run(command, "m", "-p", "cpu_fp23").exception
     assert isinstance(error, UsageError)
     assert str(error).startswith("Unknown profile 'cpu_fp23'. Did you mean 'cpu_fp32'?")
+
+
+def test_a_profile_of_ones_own_keeps_its_place(
+    command: click.Command, got: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.toml").write_text((_schema.FOLDER / "cpu_fp32.toml").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert run(command, "m", "-p", "mine.toml").exit_code == 0
+    assert got["profile"] == str(tmp_path / "mine.toml")
 
 
 def test_no_threads(command: click.Command) -> None:

@@ -1,9 +1,17 @@
-"""Tiny random checkpoints, saved to disk by Hugging Face's own classes and read back through the real loading code."""
+"""Tiny random checkpoints, saved to disk by Hugging Face's own classes and read back through the real loading code.
+
+Every family has a builder of its own name here: `name(folder)` saves a checkpoint of some thousand weights and returns the
+Hugging Face model it was. Beside them: what the tests ask these models, for us and for Hugging Face.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import (
     LlavaConfig,
@@ -13,9 +21,18 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from exporter.checkpoint import Checkpoint
+from exporter.families._contract import Request
+from exporter.graphset import GraphSet
+from exporter.plan import Plan, make_plan
+from profiles import _schema
+
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 DECODERS = ("llama", "mistral", "qwen2")
-IMAGE_TOKEN = 5
+IMAGE, VIDEO, START, END, EOS = 5, 6, 7, 8, 2
+VOCAB, PATCH = 96, 14
+WINDOW = 12
+"""Mistral's sliding window: shorter than every prompt below."""
 
 
 def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -29,42 +46,94 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def llava(folder: Path, tower: str = "clip_vision_model", decoder: str = "llama", layers: int = 4) -> PreTrainedModel:
+def llava(
+    folder: Path, tower: str = "clip_vision_model", decoder: str = "llama", tied: bool = False, **text: Any
+) -> PreTrainedModel:
+    """16 visual tokens per image; the features are those behind the second of three blocks."""
     text = dict(
-        model_type=decoder, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=96, max_position_embeddings=512, rms_norm_eps=1e-5, eos_token_id=2,
+        model_type=decoder, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=VOCAB, max_position_embeddings=512, rms_norm_eps=1e-6, eos_token_id=EOS,
+        tie_word_embeddings=tied, **({"sliding_window": WINDOW} if decoder == "mistral" else {}), **text,
     )  # fmt: skip
-    if decoder == "mistral":
-        text["sliding_window"] = 24
     vision = dict(
-        model_type=tower, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        image_size=56, patch_size=14,
+        model_type=tower, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        image_size=56, patch_size=PATCH,
     )  # fmt: skip
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, image_seq_length=16,
+        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=16, tie_word_embeddings=tied,
         vision_feature_layer=-2, vision_feature_select_strategy="default" if tower.startswith("clip") else "full",
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = randomize(LlavaForConditionalGeneration(config))
-    model.save_pretrained(folder)
-    return model
+    return _saved(LlavaForConditionalGeneration(config), folder)
 
 
-def qwen2_5_vl(folder: Path, layers: int = 4) -> PreTrainedModel:
+def qwen2_5_vl(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """One visual token per 28 × 28 pixels, windows of 2 × 2 tokens, full attention in blocks 1 and 3."""
     text = dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=96, max_position_embeddings=512, eos_token_id=2,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCAB, max_position_embeddings=512, rms_norm_eps=1e-6, eos_token_id=EOS, tie_word_embeddings=tied,
         rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3]),
     )  # fmt: skip
     vision = dict(
-        depth=4, hidden_size=48, intermediate_size=96, num_heads=4, patch_size=14, spatial_merge_size=2,
+        depth=4, hidden_size=48, intermediate_size=96, num_heads=4, patch_size=PATCH, spatial_merge_size=2,
         temporal_patch_size=2, window_size=56, fullatt_block_indexes=[1, 3], out_hidden_size=64, tokens_per_second=2,
     )  # fmt: skip
     config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN, video_token_id=6, vision_start_token_id=7,
-        vision_end_token_id=8,
+        text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
+        vision_start_token_id=START, vision_end_token_id=END, tie_word_embeddings=tied,
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = randomize(Qwen2_5_VLForConditionalGeneration(config))
-    model.save_pretrained(folder)
+    return _saved(Qwen2_5_VLForConditionalGeneration(config), folder)
+
+
+def _saved(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    randomize(model).save_pretrained(folder)
     return model
+
+
+def plan(folder: Path, reductions: tuple[str, ...] = (), request: Request | None = None, profile: str = "cpu_fp32") -> Plan:
+    return make_plan(Checkpoint(folder), reductions, _schema.load(profile), request)
+
+
+def endless(graphs: GraphSet) -> GraphSet:
+    """Without end-of-sequence tokens: every answer is as long as asked for."""
+    return replace(graphs, text=replace(graphs.text, eos=[]))
+
+
+@dataclass(frozen=True)
+class Question:
+    """Text and pixels. `prompt` holds one image token per placeholder, as our runtime takes it."""
+
+    prompt: list[int]
+    pixels: npt.NDArray[np.float32]
+    """[1, frames, 3, height, width]"""
+
+    def for_transformers(self, graphs: GraphSet) -> dict[str, Any]:
+        """Arguments of the Hugging Face model: every image token expanded, and for Qwen2.5-VL pixels as patches."""
+        visual, token = graphs.visual, graphs.text.image_token
+        each = visual.total // visual.placeholders
+        ids = torch.tensor([[t for p in self.prompt for t in ([p] * each if p == token else [p])]])
+        arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if graphs.family == "llava":
+            return arguments | {"pixel_values": torch.from_numpy(self.pixels[0])}
+        kind = "image" if token == IMAGE else "video"
+        grid = torch.tensor([[max(1, visual.frames // 2), *(s // PATCH for s in self.pixels.shape[-2:])]])
+        arguments |= {f"{kind}_grid_thw": grid, "mm_token_type_ids": (ids == token).long() * (1 + (kind == "video"))}
+        arguments["pixel_values" if kind == "image" else "pixel_values_videos"] = patches(self.pixels[0])
+        return arguments
+
+
+def question(graphs: GraphSet, seed: int = 0, text: tuple[int, ...] = (11, 12, 13)) -> Question:
+    """Random pixels, and text before and behind the image."""
+    image, visual, token = graphs.image, graphs.visual, graphs.text.image_token
+    pixels = np.random.default_rng(seed).standard_normal((1, visual.frames, 3, image.height, image.width))
+    placeholders = [token] * visual.placeholders
+    if graphs.family == "qwen2_5_vl":
+        placeholders = [START, *placeholders, END]
+    return Question([9, 10, *placeholders, *text], pixels.astype(np.float32))
+
+
+def patches(frames: npt.NDArray[np.float32]) -> torch.Tensor:
+    """[frames, 3, height, width] → [patches, 3 * 2 * 14 * 14], as Qwen's processors order them."""
+    x = torch.from_numpy(frames.repeat(2, 0) if len(frames) == 1 else frames)
+    rows, cols = (s // (2 * PATCH) for s in x.shape[-2:])
+    x = x.reshape(-1, 2, 3, rows, 2, PATCH, cols, 2, PATCH).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return x.reshape(-1, 3 * 2 * PATCH * PATCH)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from exporter.errors import VerificationError
+from exporter.graphset import tokens_in_words
 from exporter.report import Quality, ReportData, Score, Timing, render, write
-from exporter.report._data import tokens_in_words
 from exporter.report.report import headline, in_bytes, ratio
 from tests.report.sample import NO_GPU, sample
 

@@ -1,0 +1,34 @@
+"""`edgetrim build`: graphs → engines of the profile's backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from exporter.cli import _options as options
+from exporter.cli._output import Output
+
+
+@click.command()
+@options.folder_argument
+@options.json_option
+def command(folder: Path, as_json: bool) -> None:
+    """Build the engines of FOLDER's graphs, for the profile they were exported for.
+
+    Exit code 5 where the profile's engines have to be built on the device: copy the folder there and run this again.
+    """
+    from exporter import pipeline
+    from exporter.cli import _results
+    from exporter.graphset import GraphSet
+    from exporter.workspace import Workspace
+
+    out = Output(as_json)
+    with Workspace(folder).locked() as work:
+        job = pipeline.Job.read(work)
+        with out.stage(f"build for {Path(job.profile).stem}") as log:
+            pipeline.run_build(work, log)
+        graphs = GraphSet.load(work.graphs)
+        found = _results.engines(work, job, graphs)
+    data = {"folder": folder, "profile": job.profile, **found.data}
+    out.result(data, _results.headline(job, graphs), *found.parts, f"Engines: {folder / 'engines'}. Next: `edgetrim validate {folder}`.")

@@ -1,0 +1,33 @@
+"""`edgetrim pack`: the report, and the manifest that makes a folder a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from exporter.cli import _options as options
+from exporter.cli._output import Output
+
+
+@click.command()
+@options.folder_argument
+@options.json_option
+def command(folder: Path, as_json: bool) -> None:
+    """Write FOLDER's report and the manifest with the hash of every file.
+
+    From then on the folder is a bundle: what is in it is what the manifest says, or it is not loaded.
+    """
+    from exporter import pipeline
+    from exporter.report.report import in_bytes
+    from exporter.stages.report import REPORT
+    from exporter.workspace import Workspace
+
+    out = Output(as_json)
+    with Workspace(folder).locked() as work:
+        with out.stage("pack"):
+            bundle = pipeline.run_pack(work)
+    files = bundle.manifest["files"]
+    size = sum(entry["bytes"] for entry in files.values())
+    data = {"folder": folder, "report": folder / REPORT, "manifest": bundle.manifest}
+    out.result(data, f"Bundle: {folder}, {len(files)} files, {in_bytes(size)}", f"Report: {folder / REPORT}")

@@ -1,0 +1,44 @@
+"""`edgetrim validate`: is it the same mathematics, and does it still answer right?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from exporter.cli import _options as options
+from exporter.cli._output import Output
+
+
+@click.command()
+@options.folder_argument
+@options.questions_option
+@options.threads_option
+@options.json_option
+def command(folder: Path, questions: Path | None, per_kind: int, threads: int | None, as_json: bool) -> None:
+    """Compare FOLDER with PyTorch, and ask it questions.
+
+    Fidelity compares every stage on the same input. Quality compares task scores: unreduced, reduced, the engine, and
+    random and uniform selection of as many tokens. Exit code 3 if a gate of the profile does not pass; the evidence is
+    written first.
+    """
+    from exporter import pipeline
+    from exporter.cli import _results
+    from exporter.errors import GateError
+    from exporter.graphset import GraphSet
+    from exporter.workspace import Workspace
+
+    out = Output(as_json)
+    gate: GateError | None = None
+    with Workspace(folder).locked() as work:
+        job = pipeline.Job.read(work)
+        with out.stage("validate") as log:
+            try:
+                pipeline.run_validate(work, questions, per_kind, threads, log)
+            except GateError as e:
+                gate = e
+        record = work.read_json("evidence/validation.json", "Run `edgetrim validate` again.")
+        headline = _results.headline(job, GraphSet.load(work.graphs))
+    out.result({"folder": folder, **record}, headline, *_results.validation(record))
+    if gate is not None:
+        raise gate
