@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import platform
 import sys
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -192,6 +194,41 @@ class Ratio:
         return f"{self.median:.3g} ({self.low:.3g}–{self.high:.3g})"
 
 
+class Others:
+    """Share of the machine's processor time that went to other processes inside the block; None where /proc is missing."""
+
+    share: float | None = None
+
+    def __enter__(self) -> Others:
+        self._before = self._seconds()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before and (after := self._seconds()):
+            mine, busy, total = (b - a for a, b in zip(self._before, after, strict=True))
+            self.share = round(max(0.0, busy - mine) / total, 3) if total else None
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float] | None:
+        """Processor time of this process, of all, and that there was."""
+        with contextlib.suppress(OSError):
+            ticks = [int(t) for t in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
+            tick = os.sysconf("SC_CLK_TCK")
+            idle = ticks[3] + ticks[4]
+            return time.process_time(), (sum(ticks) - idle) / tick, sum(ticks) / tick
+        return None
+
+
+def peak_rss_mib() -> float | None:
+    """The most memory that this process has held."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:"))
+    return None
+
+
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +254,7 @@ def quiet() -> None:
 
 
 def record(
-    benchmark: str, precision: str, model: Model, settings: Mapping[str, Any], found: Mapping[str, Any]
+    benchmark: str, precision: str, model: Model, settings: Mapping[str, Any], found: Mapping[str, Any], others: Others
 ) -> dict[str, Any]:
     versions = pipeline.versions()
     with contextlib.suppress(metadata.PackageNotFoundError):
@@ -227,6 +264,8 @@ def record(
         "command": f"python -m benchmarks.{benchmark} --precision {precision} --rounds {settings['rounds']} --threads {settings['threads']}",
         "precision": precision,
         "machine": bench.machine(),
+        "others_share": others.share,
+        "peak_rss_mib": peak_rss_mib(),
         "versions": versions,
         "model": asdict(model),
         **settings,
@@ -250,6 +289,13 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def footer(entry: Mapping[str, Any]) -> str:
+    """Device, threads, precision, and how undisturbed the run was."""
+    machine, share = entry["machine"], entry["others_share"]
+    busy = "" if share is None else f", {100 * share:.0f} % of the processor used by others"
+    return f"{machine['processor']}, {machine['cores']} cores, {entry['threads']} threads, {entry['precision']}{busy}, {machine['utc']} UTC"
 
 
 def say(text: str) -> None:

@@ -94,7 +94,8 @@ def measure(
             cases.append(Case(GENAI, lambda: opened.decode(ids, steps)))
         else:
             notes[GENAI] = why if genai and why else "left out"
-        samples = _common.interleave(cases, rounds, log=log)
+        with _common.Others() as others:
+            samples = _common.interleave(cases, rounds, log=log)
     found = {
         "times": _common.times(samples),
         "against": {c.name: asdict(Ratio.of(samples, c.name, OURS)) for c in cases if c.name != OURS},
@@ -106,7 +107,7 @@ def measure(
         "rounds": rounds, "threads": threads, "prompt_tokens": embeds.shape[1], "new_tokens": setting.new_tokens,
         "reductions": list(setting.reductions),
     }  # fmt: skip
-    return _common.record("decode", precision, model, settings, found)
+    return _common.record("decode", precision, model, settings, found, others)
 
 
 class Bare:
@@ -208,13 +209,12 @@ def text(entry: Mapping[str, Any]) -> str:
     for name, t in entry["times"].items():
         against = entry["against"].get(name)
         rows.append([name, f"{t['median_ms']:.2f}", f"{t['p90_ms']:.2f}", Ratio(**against) if against else ""])
-    machine = entry["machine"]
     parts = [
         _common.table(rows, ["engine", "ms per token, median", "p90", "time ÷ ours (range)"]),
         f"generator ÷ bare session loop: {Ratio(**entry['generator_over_bare'])}",
         f"generator ÷ bare OrtValue loop: {Ratio(**entry['generator_over_values'])}",
         *(f"{name}: {why}" for name, why in entry["notes"].items()),
-        f"{machine['processor']}, {machine['cores']} cores, {entry['threads']} threads, {entry['precision']}, load {machine['load']}, {machine['utc']} UTC",
+        _common.footer(entry),
     ]
     return "\n\n".join(parts)
 

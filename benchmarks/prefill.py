@@ -126,7 +126,8 @@ def measure(
             for kind, case in _selection(stack, folder, exports[FIRST][0], spec, threads)
         }
         cases += [Case(name, case) for name, case in selections.items()]
-        samples = _common.interleave(cases, rounds, log=log)
+        with _common.Others() as others:
+            samples = _common.interleave(cases, rounds, log=log)
     found = {
         "visual_tokens": {name: v.embeds.shape[1] for name, v in visuals.items()},
         "tokens": tokens,
@@ -146,7 +147,7 @@ def measure(
         "text_tokens": setting.text,
         "reductions": dict(setting.reductions),
     }
-    return _common.record("prefill", precision, model, settings, found)
+    return _common.record("prefill", precision, model, settings, found, others)
 
 
 # --- what is timed ----------------------------------------------------------------------------------------------------
@@ -357,10 +358,7 @@ def text(entry: Mapping[str, Any]) -> str:
     parts.append(_common.table(stages, ["reduce stage (selection and projector)", "median ms"]))
     parts += [f"{name}: cosine of logits {value:.7f}" for name, value in entry["cosine"].items()]
     parts += [f"{name}: {why}" for name, why in entry["notes"].items()]
-    machine = entry["machine"]
-    parts.append(
-        f"{machine['processor']}, {machine['cores']} cores, {entry['threads']} threads, {entry['precision']}, load {machine['load']}, {machine['utc']} UTC"
-    )
+    parts.append(_common.footer(entry))
     return "\n\n".join(parts)
 
 

@@ -165,7 +165,7 @@ def _refusal(graph: Path, told: str, errors: Sequence[tuple[str, str]]) -> str:
         [
             f"{graph.name}: the ONNX parser of {told} refuses the graph, {what}:",
             *(f"  - {line}" for line in nodes),
-            "Export again if the file is damaged; else choose a reduction without this op, or `--backend ort`.",
+            "Export again if the file is damaged; else choose a reduction without this op, or a CPU profile.",
         ]
     )
 

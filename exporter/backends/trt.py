@@ -69,7 +69,7 @@ class TensorRT(Backend):
         here = f"This machine has {gpu}, and besides" if gpu else "There is a GPU here, but"
         return (
             f"{here} this version of EdgeTrim does not run TensorRT engines yet: it builds them. To check the graphs "
-            "they were built from, run them with `--backend ort`."
+            "they were built from, use a CPU profile (`--profile cpu_fp32`)."
         )
 
     def build(
@@ -230,7 +230,7 @@ def _death(graph: Path, module: str, code: int, last: Sequence[str]) -> str:
         )
     elif code < 0:
         hint = (
-            "Its ONNX parser or builder crashed on this graph. Check the graph with `--backend ort`, or try another "
+            "Its ONNX parser or builder crashed on this graph. Check the graph with a CPU profile, or try another "
             "TensorRT version."
         )
     else:

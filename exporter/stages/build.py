@@ -57,7 +57,7 @@ def build(graphs: GraphSet, source: Path, out: Path, profile: Profile, log: Log 
     """
     if reason := why_not_here(profile):
         raise EnvironmentMismatch(
-            f"Profile `{profile.name}` cannot be built on this machine: {reason.rstrip(".")}. Copy the folder to the device and run "
+            f"Profile `{profile.name}` cannot be built on this machine: {reason.rstrip('.')}. Copy the folder to the device and run "
             f"`edgetrim build` there; the graphs are the same."
         )
     backend = backend_for(profile)

@@ -113,7 +113,9 @@ def test_pixels_are_those_of_the_image_processor(tmp_path: Path) -> None:
     tiny.qwen2_5_vl(tmp_path)
     graphs = ours(tmp_path, Request(1, (140, 112))).graphs
     pixels = np.random.default_rng(0).integers(0, 256, (140, 112, 3), np.uint8)
-    theirs = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=1 << 20)(Image.fromarray(pixels), return_tensors="pt")
+    theirs = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=1 << 20)(
+        Image.fromarray(pixels), return_tensors="pt"
+    )
     found = tiny.patches(images.preprocess([Image.fromarray(pixels)], graphs.image)[0])
     assert theirs["image_grid_thw"].tolist() == [[1, 10, 8]]
     assert (found - theirs["pixel_values"]).abs().max() <= 1e-6
@@ -124,7 +126,9 @@ def test_tied_head(build: Any, tmp_path: Path) -> None:
     """No head in the file: the embedding table takes its place."""
     theirs = build(tmp_path, tied=True)
     generator = ours(tmp_path, Request(1, None if build is tiny.llava else (112, 112)))
-    assert "head.weight" not in tiny.plan(tmp_path, (), Request(1, None if build is tiny.llava else (112, 112))).checkpoint
+    assert (
+        "head.weight" not in tiny.plan(tmp_path, (), Request(1, None if build is tiny.llava else (112, 112))).checkpoint
+    )
     compare(theirs, generator)
 
 

@@ -36,11 +36,12 @@ WINDOW = 12
 
 
 def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Weights large enough that every part matters: norms and biases too."""
+    """Weights large enough that every part matters, norms and biases too, and that answers do not repeat themselves."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+        for name, parameter in model.named_parameters():
+            gain = 2 if "language_model.layers" in name else 1
+            scale = 0.3 if parameter.ndim == 1 else gain * parameter.shape[-1] ** -0.5
             noise = torch.randn(parameter.shape, generator=generator) * scale
             parameter.copy_(noise + (1.0 if parameter.ndim == 1 and parameter.mean() > 0.5 else 0.0))
     return model.eval()
@@ -70,8 +71,8 @@ def qwen2_5_vl(folder: Path, tied: bool = False) -> PreTrainedModel:
     """One visual token per 28 × 28 pixels, windows of 2 × 2 tokens, full attention in blocks 1 and 3."""
     text = dict(
         hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCAB, max_position_embeddings=512, rms_norm_eps=1e-6, eos_token_id=EOS, tie_word_embeddings=tied,
-        rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3]),
+        vocab_size=VOCAB, max_position_embeddings=512, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=EOS,
+        tie_word_embeddings=tied, rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3]),
     )  # fmt: skip
     vision = dict(
         depth=4, hidden_size=48, intermediate_size=96, num_heads=4, patch_size=PATCH, spatial_merge_size=2,
@@ -89,7 +90,9 @@ def _saved(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return model
 
 
-def plan(folder: Path, reductions: tuple[str, ...] = (), request: Request | None = None, profile: str = "cpu_fp32") -> Plan:
+def plan(
+    folder: Path, reductions: tuple[str, ...] = (), request: Request | None = None, profile: str = "cpu_fp32"
+) -> Plan:
     return make_plan(Checkpoint(folder), reductions, _schema.load(profile), request)
 
 
