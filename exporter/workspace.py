@@ -54,12 +54,13 @@ class Workspace:
             handle = os.open(self.folder / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
         except OSError as e:
             raise UsageError(f"Cannot write to {self.folder}: {e.strerror}. Choose another --output.") from e
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                os.close(handle)  # the file stays: it is the other process's lock
+                raise UsageError(f"Another edgetrim is writing to {self.folder}. Wait for it or choose another --output.") from e
         try:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as e:
-                    raise UsageError(f"Another edgetrim is writing to {self.folder}. Wait for it or choose another --output.") from e
             for left in self.folder.glob(f"{SCRATCH}*"):
                 shutil.rmtree(left, ignore_errors=True)
             yield self
@@ -121,10 +122,15 @@ class Workspace:
 
 def write_text(path: Path, text: str) -> None:
     """Write beside, then rename."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write beside, then rename."""
     beside = path.with_name(f"{SCRATCH}{path.name}")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

@@ -35,7 +35,7 @@ def summary(work: Workspace) -> Found:
     data: dict[str, Any] = {"folder": work.folder, **described(job, graphs)}
     parts: list[RenderableType] = [headline(job, graphs)]
     for name, show in (("validation", validation), ("latency", latency)):
-        record = report._optional(work, f"evidence/{name}.json")
+        record = report.optional(work, f"evidence/{name}.json")
         data[name] = record
         if record is not None:
             parts += show(record)
@@ -58,7 +58,11 @@ def described(job: Job, graphs: GraphSet) -> dict[str, Any]:
         "profile": job.profile,
         "precision": {"compute": graphs.compute, "weights": graphs.weights},
         "reductions": graphs.reductions,
-        "visual_tokens": {"before": graphs.visual.total, "into_llm": graphs.visual.kept, "per_kv_group": graphs.text.kept},
+        "visual_tokens": {
+            "before": graphs.visual.total,
+            "into_llm": graphs.visual.kept,
+            "per_kv_group": graphs.text.kept,
+        },
     }
 
 
@@ -131,9 +135,10 @@ def latency(record: Mapping[str, Any]) -> list[RenderableType]:
             row += [_ratio(*times)] if len(times) == 2 else []
         rows.append(row)
     machine = record["machine"]
-    title = f"Latency: median ms of {record['rounds']} rounds, {record['executed']}"
-    load = "" if machine["load"] is None else f", load {machine['load']}"
-    return [table(title, columns, rows, note=f"{machine['processor']}, {machine['cores']} cores{load}")]
+    load = "" if machine["load"] is None else f", load {machine['load']:g}"
+    where = f"{machine['processor']}, {machine['cores']} cores{load}"
+    title = f"Latency: median ms of {record['rounds']} rounds; engine: {record['executed']}; {where}"
+    return [table(title, columns, rows)]
 
 
 STAGES = {
@@ -163,6 +168,7 @@ def engine_table(entries: list[dict[str, Any]], title: str) -> Found:
     rows = [
         (
             " and ".join(e["roles"]),
+            e["profile"],
             e["nodes"],
             in_bytes(e["graph_bytes"]),
             *(
@@ -173,5 +179,5 @@ def engine_table(entries: list[dict[str, Any]], title: str) -> Found:
         )
         for e in entries
     ]
-    columns = ("role", ">nodes", ">graph", ">engine", ">built in", ">peak memory")
+    columns = ("role", "profile", ">nodes", ">graph", ">engine", ">built in", ">peak memory")
     return Found({"engines": entries}, [table(title, columns, rows)])

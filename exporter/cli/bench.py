@@ -17,7 +17,9 @@ from exporter.cli._output import Output
     "--new-tokens", type=click.IntRange(2), default=16, show_default=True, metavar="N", help="Tokens generated a round."
 )
 @click.option(
-    "--compare/--no-compare", default=True, show_default=True,
+    "--compare/--no-compare",
+    default=True,
+    show_default=True,
     help="Also time PyTorch, and the unreduced model in both runtimes.",
 )
 @options.threads_option

@@ -31,4 +31,9 @@ def command(folder: Path, as_json: bool) -> None:
         graphs = GraphSet.load(work.graphs)
         found = _results.engines(work, job, graphs)
     data = {"folder": folder, "profile": job.profile, **found.data}
-    out.result(data, _results.headline(job, graphs), *found.parts, f"Engines: {folder / 'engines'}. Next: `edgetrim validate {folder}`.")
+    out.result(
+        data,
+        _results.headline(job, graphs),
+        *found.parts,
+        f"Engines: {folder / 'engines'}. Next: `edgetrim validate {folder}`.",
+    )

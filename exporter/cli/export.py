@@ -46,4 +46,9 @@ def command(
             )
         found = _results.engines(work, job, graphs)
     data = {"folder": output, **_results.described(job, graphs), "graphs": found.data["engines"]}
-    out.result(data, _results.headline(job, graphs), *found.parts, f"Graphs: {output / 'graphs'}. Next: `edgetrim build {output}`.")
+    out.result(
+        data,
+        _results.headline(job, graphs),
+        *found.parts,
+        f"Graphs: {output / 'graphs'}. Next: `edgetrim build {output}`.",
+    )

@@ -58,8 +58,7 @@ class Recipe:
     cell_questions: int = 2
     count_questions: int = 5
     clips: int = 8  # per step, each with its one question
-    thin_steps: int = 200
-    thin_rate: float = 4e-4
+    thin_from: int = 600  # from this step on, empty patches are left out at random
     hint_weight: float = 0.3
     look_weight: float = 0.6
     hidden: int = 192
@@ -424,21 +423,18 @@ def train_language(
     source: digits.Glyphs,
     recipe: Recipe,
     state: Path,
-    thin: bool = False,
 ) -> Iterator[int]:
     """Train projector and decoder in place on the frozen tower, going on from `state` if that file is there.
 
-    With `thin` it is the last stage: fewer steps at a lower rate, with empty patches left out at random, so that the
-    model reads what is there and does not lean on the background. Large models bear missing background; this one has
-    to be taught. No reduction method takes part.
+    In the last third empty patches are left out at random, so that the model reads what is there and does not lean on
+    the background. Large models bear missing background; this one has to be taught. No reduction method takes part.
 
     Yields the steps done, every hundred and at the end, when `state` has just been written.
     """
     questions = Questions(processor)
     weights = [weight for weight in [*model.parameters(), *hints.parameters()] if weight.requires_grad]
-    steps, peak = (recipe.thin_steps, recipe.thin_rate) if thin else (recipe.language_steps, recipe.language_rate)
-    name_of_stage, stream = ("thin", 3) if thin else ("language", 2)
-    optimizer = torch.optim.AdamW(weights, lr=peak, weight_decay=0.05, betas=(0.9, 0.98))
+    steps = recipe.language_steps
+    optimizer = torch.optim.AdamW(weights, lr=recipe.language_rate, weight_decay=0.05, betas=(0.9, 0.98))
     done = 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
@@ -449,19 +445,19 @@ def train_language(
         layer.compile(dynamic=False)  # a third less time per step
     started, history = time.time(), []
     for step in range(done, steps):
-        rng = np.random.default_rng([recipe.seed, stream, step])
+        rng = np.random.default_rng([recipe.seed, 2, step])
         losses: dict[str, list[float]] = {}
         loss = torch.zeros(())
         for make in (mosaic_batch, clip_batch):
-            batch = make(rng, source, questions, recipe, thin)
+            batch = make(rng, source, questions, recipe, thin=step >= recipe.thin_from)
             loss = loss + _batch_loss(model, hints, batch, questions, recipe, losses)
-        _update(optimizer, loss, weights, rate_at(step, steps, peak, warmup=20 if thin else 100))
+        _update(optimizer, loss, weights, rate_at(step, steps, recipe.language_rate))
         history.append({name: float(np.mean(values)) for name, values in losses.items()})
         if step % 50 == 49:
             means = " ".join(f"{name} {np.mean([row[name] for row in history[-50:]]):.3f}" for name in history[-1])
-            print(f"{name_of_stage} {step + 1} {time.time() - started:.0f}s {means}", flush=True)
+            print(f"language {step + 1} {time.time() - started:.0f}s {means}", flush=True)
         if step % 100 == 99 or step + 1 == steps:
-            print(f"{name_of_stage} {step + 1} held-out {held_out_accuracy(model, questions, recipe)}", flush=True)
+            print(f"language {step + 1} held-out {held_out_accuracy(model, questions, recipe)}", flush=True)
             parts = {"model": model.state_dict(), "hints": hints.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({"done": step + 1, **parts}, state.with_suffix(".tmp"))
             state.with_suffix(".tmp").replace(state)
@@ -571,9 +567,8 @@ def main() -> None:
 
     torch.manual_seed(recipe.seed)  # whether or not the tower has just been trained
     hints = Hints(recipe.hidden)
-    for thin, name in ((False, "language.pt"), (True, "thin.pt")):
-        for _ in train_language(model, processor, hints, source, recipe, options.work / name, thin):
-            save(model, processor, options.out)
+    for _ in train_language(model, processor, hints, source, recipe, options.work / "language.pt"):
+        save(model, processor, options.out)
     save(model, processor, options.out)
 
 

@@ -62,7 +62,11 @@ def fill(template: str, ratio: float, tokens: int, frames: int) -> str | None:
     whole = ratio * frames
     if "{frames}" in template and (whole < 1 or whole != int(whole)):
         return None
-    counts = {"keep": max(1, round(ratio * tokens)), "total": max(1, round(ratio * tokens * frames)), "frames": int(whole)}
+    counts = {
+        "keep": max(1, round(ratio * tokens)),
+        "total": max(1, round(ratio * tokens * frames)),
+        "frames": int(whole),
+    }
     return re.sub(r"\{(\w+)\}", lambda m: f"{ratio:g}" if m[1] == "ratio" else str(counts[m[1]]), template)
 
 

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 REPORT = "report.html"
 OTHER_ENGINES = "evidence/engines.json"
 """Engines of the same model built for other targets, that the report lists beside its own: see `engine_entries`."""
-PLACES = {"in_tower": "inside the tower", "before_llm": "before the language model", "in_llm": "inside the language model"}
+PLACES = {
+    "in_tower": "inside the tower",
+    "before_llm": "before the language model",
+    "in_llm": "inside the language model",
+}
 NONE_OF_THIS = ""
 """A number that such a stage does not have."""
 
@@ -46,7 +50,7 @@ def collect(work: Workspace, job: Job) -> report.ReportData:
     graphs = GraphSet.load(work.graphs)
     profile = job.loaded_profile()
     validation, latency, curves = (
-        _optional(work, f"evidence/{name}.json") for name in ("validation", "latency", "curves")
+        optional(work, f"evidence/{name}.json") for name in ("validation", "latency", "curves")
     )
     executed = (validation or latency or {}).get("executed", "")
     machine = _machine((latency or {}).get("machine"))
@@ -65,7 +69,8 @@ def collect(work: Workspace, job: Job) -> report.ReportData:
             unreduced_tokens=graphs.visual.total,
             kept_tokens=narrowest(graphs),
             reductions=[
-                report.Reduction(r["name"], r["spec"], PLACES[r["place"]], r["before"], r["after"]) for r in graphs.reductions
+                report.Reduction(r["name"], r["spec"], PLACES[r["place"]], r["before"], r["after"])
+                for r in graphs.reductions
             ],
             stages=_stages(work, graphs, profile, bool(executed)),
             fidelity=[_fidelity(row) for row in (validation or {}).get("fidelity", [])],
@@ -139,7 +144,7 @@ def engine_entries(work: Workspace, graphs: GraphSet, profile: Profile) -> list[
 
 def _stages(work: Workspace, graphs: GraphSet, profile: Profile, executed: bool) -> list[report.Stage]:
     own = [_stage(entry, executed, _not_built(profile)) for entry in engine_entries(work, graphs, profile)]
-    others = _optional(work, OTHER_ENGINES) or []
+    others = optional(work, OTHER_ENGINES) or []
     return own + [_stage(entry, False, "", f" · {entry['profile']}") for entry in others]
 
 
@@ -149,7 +154,7 @@ def _stage(entry: Mapping[str, Any], executed: bool, reason: str, suffix: str = 
         return report.Stage(name, entry["nodes"], entry["graph_bytes"], reason, reason, reason, False, built=False)
     ours = entry["backend"] == "ort"
     if ours:
-        note = "ONNX Runtime loads the graph itself"
+        note = "ONNX Runtime loads the graph itself; memory is the whole process's"
     else:
         targets = ", ".join(f"SM {c // 10}.{c % 10}" for c in entry["capabilities"])
         note = f"{entry['stack']}{f', for {targets}' if targets else ''}"
@@ -225,7 +230,7 @@ def _curves(record: Mapping[str, Any] | None) -> list[report.Curve]:
 
 
 def _overlays(work: Workspace) -> list[report.Overlay]:
-    listed = _optional(work, "evidence/overlays.json") or []
+    listed = optional(work, "evidence/overlays.json") or []
     folder = work.evidence / "overlays"
     found = []
     for entry in listed:
@@ -282,7 +287,9 @@ def _precision(graphs: GraphSet) -> str:
 def _stack(profile: Profile) -> str:
     if profile.stack.backend == "ort":
         return "ONNX Runtime"
-    return {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}.get(profile.stack.module or "", profile.stack.backend)
+    return {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}.get(
+        profile.stack.module or "", profile.stack.backend
+    )
 
 
 def _machine(found: Mapping[str, Any] | None) -> str:
@@ -305,7 +312,7 @@ def _geometry(graphs: GraphSet) -> dict[str, str]:
     return found
 
 
-def _optional(work: Workspace, name: str) -> Any:
+def optional(work: Workspace, name: str) -> Any:
     """A JSON file that may not be there."""
     path = work.folder / name
     if not path.is_file():

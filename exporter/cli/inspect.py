@@ -1,0 +1,148 @@
+"""`edgetrim inspect`: what is in a bundle, an output folder or a graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from exporter.cli import _options as options
+from exporter.cli._output import Output, table
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), metavar="FOLDER|GRAPH.onnx")
+@click.option(
+    "--verify/--no-verify", default=True, show_default=True, help="Compare every file of a bundle with its manifest."
+)
+@click.option(
+    "--depth",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Of a graph's scopes: levels shown.",
+)
+@options.json_option
+def command(path: Path, verify: bool, depth: int, as_json: bool) -> None:
+    """Show what is in a bundle, an output folder or an ONNX file.
+
+    Of a bundle: tokens, engines, evidence, versions; every file is compared with the manifest, exit code 6 if one differs.
+    Of a graph: inputs, outputs, and nodes by scope, which carry the names of modules and reductions.
+    """
+    from exporter.bundle import MANIFEST
+    from exporter.errors import UsageError
+
+    out = Output(as_json)
+    if path.is_file() and path.suffix == ".onnx":
+        with out.stage("read"):
+            data, parts = _graph(path, depth)
+    elif (path / MANIFEST).is_file():
+        with out.stage("verify" if verify else "read"):
+            data, parts = _bundle(path, verify)
+    elif (path / "graphs" / "graphs.json").is_file():
+        data, parts = _folder(path)
+    else:
+        raise UsageError(
+            f"{path} is neither a bundle ({MANIFEST}), an output folder (graphs/graphs.json) nor an .onnx file. "
+            "`edgetrim run` makes a bundle."
+        )
+    out.result(data, *parts)
+
+
+def _bundle(folder: Path, verify: bool) -> tuple[dict[str, Any], list[Any]]:
+    from exporter.bundle import Bundle
+    from exporter.cli import _results
+    from exporter.errors import VerificationError
+    from exporter.report.report import in_bytes
+    from exporter.workspace import Workspace
+
+    bundle = Bundle.open(folder, verify)
+    manifest, files = bundle.manifest, bundle.manifest["files"]
+    try:
+        size = sum(int(entry["bytes"]) for entry in files.values())
+        versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+        checked = "every hash is right" if verify else "not verified"
+        lines = [
+            f"Bundle {folder}: {len(files)} files, {in_bytes(size)}, {checked}",
+            f"Packed by edgetrim {manifest['edgetrim']}, opset {manifest['opset']}, with {versions}",
+            "",
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise VerificationError(
+            f"{folder}/manifest.json is damaged ({type(e).__name__}: {e}). Pack or copy the bundle again."
+        ) from e
+    found = _results.summary(Workspace(folder))
+    return {"verified": verify, "manifest": manifest, **found.data}, ["\n".join(lines), *found.parts]
+
+
+def _folder(folder: Path) -> tuple[dict[str, Any], list[Any]]:
+    from exporter.cli import _results
+    from exporter.workspace import Workspace
+
+    found = _results.summary(Workspace(folder))
+    words = f"Folder {folder}: not packed, so there is nothing to verify it with. `edgetrim pack {folder}` packs it.\n"
+    return {"verified": False, "manifest": None, **found.data}, [words, *found.parts]
+
+
+def _graph(path: Path, depth: int) -> tuple[dict[str, Any], list[Any]]:
+    from exporter.errors import EnvironmentMismatch, ExportError
+
+    try:
+        import onnx
+    except ImportError as e:
+        raise EnvironmentMismatch("Reading a graph needs the Python package onnx: `pip install onnx`.") from e
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as e:  # protobuf's errors share no base
+        raise ExportError(f"{path} cannot be read as ONNX ({type(e).__name__}). Export it again.") from e
+    graph = model.graph
+    kinds = {v: k for k, v in onnx.TensorProto.DataType.items()}
+
+    def values(infos: Any) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": info.name,
+                "type": kinds[info.type.tensor_type.elem_type].lower(),
+                "shape": [d.dim_param or d.dim_value for d in info.type.tensor_type.shape.dim],
+            }
+            for info in infos
+        ]
+
+    scopes: dict[str, Counter[str]] = {}
+    for node in graph.node:
+        scope = "/".join(node.name.split("/")[:-1][:depth])
+        scopes.setdefault(scope, Counter())[node.op_type] += 1
+    operators = Counter(node.op_type for node in graph.node)
+    data = {
+        "graph": path,
+        "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "nodes": len(graph.node),
+        "initializers": len(graph.initializer),
+        "inputs": values(graph.input),
+        "outputs": values(graph.output),
+        "operators": dict(operators.most_common()),
+        "scopes": {scope: dict(counted.most_common()) for scope, counted in scopes.items()},
+    }
+    opset = ", ".join(f"{domain} {version}" for domain, version in data["opset"].items())
+    head = f"{path}: {len(graph.node)} nodes, {len(graph.initializer)} initializers, opset {opset}\n"
+    ports = [
+        ("in" if way == "inputs" else "out", v["name"], v["type"], ", ".join(map(str, v["shape"])))
+        for way in ("inputs", "outputs")
+        for v in data[way]
+    ]
+    rows = [(scope or "(top)", counted.total(), _listed(counted)) for scope, counted in scopes.items()]
+    return data, [
+        head,
+        table("Inputs and outputs", ("", "name", "type", "shape"), ports),
+        table(
+            "Nodes by scope", ("scope", ">nodes", "operators"), [*rows, ("all", len(graph.node), _listed(operators))]
+        ),
+    ]
+
+
+def _listed(counted: Counter[str], most: int = 6) -> str:
+    first = ", ".join(f"{count} {name}" for name, count in counted.most_common(most))
+    return f"{first}, …" if len(counted) > most else first
