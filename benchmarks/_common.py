@@ -135,10 +135,14 @@ def cosine(a: Array, b: Array) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """Something to time. `run` returns its samples in milliseconds."""
+    """Something to time: `run` returns milliseconds, a list for each of `names`."""
 
-    name: str
-    run: Callable[[], Sequence[float]]
+    names: tuple[str, ...]
+    run: Callable[[], Sequence[Sequence[float]]]
+
+    @classmethod
+    def one(cls, name: str, run: Callable[[], Sequence[float]]) -> Case:
+        return cls((name,), lambda: [run()])
 
 
 def timed(call: Callable[[], object], repeats: int = 1) -> list[float]:
@@ -159,14 +163,15 @@ def interleave(
     cases: Sequence[Case], rounds: int, warmup: int = 1, log: Callable[[str], None] = lambda text: None
 ) -> Samples:
     """Run all cases in every round, forwards and backwards in turn, so that the machine's mood hits all alike."""
-    found: dict[str, list[list[float]]] = {case.name: [] for case in cases}
+    found: dict[str, list[list[float]]] = {name: [] for case in cases for name in case.names}
     for i in range(warmup + rounds):
         begin = time.perf_counter()
         for case in cases if i % 2 else reversed(cases):
             time.sleep(PAUSE_S)
-            samples = list(case.run())
+            samples = case.run()
             if i >= warmup:
-                found[case.name].append(samples)
+                for name, ms in zip(case.names, samples, strict=True):
+                    found[name].append(list(ms))
         log(f"round {i + 1} of {warmup + rounds}: {time.perf_counter() - begin:.0f} s")
     return found
 

@@ -5,13 +5,14 @@
 All in one process and in turn: a prompt of 32 text and 256 visual tokens, then 64 tokens, greedily, end-of-sequence
 ignored. The bare loops do the least that generates: look the embedding up, run the session, take the best logit, feed
 keys and values back. One passes numpy arrays, as the generator does; the other `OrtValue`s, which never become numpy.
+They take turns with the generator step by step, the other engines answer by answer.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -79,26 +80,26 @@ def measure(
         words = [t for t in prompt if t != graphs.text.image_token]
         embeds = np.concatenate([seen, np.asarray(table[words], np.float32)[None]], 1)
         cases = [
-            Case(OURS, lambda: generator.generate(images, [prompt], setting.new_tokens).timings.decode_ms),
-            Case(BARE, lambda: bare.decode(embeds, steps)),
-            Case(VALUES, lambda: bare.decode_values(embeds, steps)),
+            Case(
+                (OURS, BARE, VALUES), lambda: _side_by_side(generator, bare, images, prompt, embeds, setting.new_tokens)
+            )
         ]
         ids = np.random.default_rng(1).integers(_common.FIRST_WORD, model.vocab, embeds.shape[1:2])
         if precision == "fp32":
             theirs = _common.load_llama(llama)
-            cases.append(Case(HF, lambda: _hugging_face(theirs, ids, setting.new_tokens)))
+            cases.append(Case.one(HF, lambda: _hugging_face(theirs, ids, setting.new_tokens)))
         if genai and (why := _genai.missing()) is None:
             log("building with onnxruntime-genai")
             _genai.build(llama, folder / "genai", precision)
             opened = _genai.Genai(folder / "genai", threads)
-            cases.append(Case(GENAI, lambda: opened.decode(ids, steps)))
+            cases.append(Case.one(GENAI, lambda: opened.decode(ids, steps)))
         else:
             notes[GENAI] = why if genai and why else "left out"
         with _common.Others() as others:
             samples = _common.interleave(cases, rounds, log=log)
     found = {
         "times": _common.times(samples),
-        "against": {c.name: asdict(Ratio.of(samples, c.name, OURS)) for c in cases if c.name != OURS},
+        "against": {name: asdict(Ratio.of(samples, name, OURS)) for name in samples if name != OURS},
         "generator_over_bare": asdict(Ratio.of(samples, OURS, BARE)),
         "generator_over_values": asdict(Ratio.of(samples, OURS, VALUES)),
         "notes": notes,
@@ -108,6 +109,21 @@ def measure(
         "reductions": list(setting.reductions),
     }  # fmt: skip
     return _common.record("decode", precision, model, settings, found, others)
+
+
+def _side_by_side(
+    generator: Generator, bare: Bare, images: Array, prompt: list[int], embeds: Array, new_tokens: int
+) -> list[list[float]]:
+    """Milliseconds per step of the generator and the two loops, which run a step each after every token of its."""
+    loops = [bare.decode(embeds), bare.decode_values(embeds)]
+    times: list[list[float]] = [[] for _ in loops]
+
+    def step(row: int, token: int) -> None:
+        for found, loop in zip(times, loops, strict=True):
+            found.append(next(loop))
+
+    ours = generator.generate(images, [prompt], new_tokens, on_token=step).timings.decode_ms
+    return [ours, *(found[1:] for found in times)]  # the first includes the prompt
 
 
 class Bare:
@@ -122,47 +138,36 @@ class Bare:
         self._session: Any = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         self._value: Any = onnxruntime.OrtValue.ortvalue_from_numpy
         self._outputs = [o.name for o in self._session.get_outputs()]
-        self._past = [
-            (n, "present" + n[4:]) for n in (i.name for i in self._session.get_inputs()) if n.startswith("past_")
-        ]
+        inputs = [i.name for i in self._session.get_inputs()]
+        self._past = [(name, "present" + name[4:]) for name in inputs if name.startswith("past_")]
         self._table, self._text = table, graphs.text
 
-    def decode(self, embeds: Array, steps: int) -> list[float]:
-        """Milliseconds per step behind a prompt's embeddings [1, seq, hidden]."""
-        found = dict(zip(self._outputs, self._session.run(self._outputs, self._start(embeds)), strict=True))
-        times = []
-        token = int(found["logits"].argmax())
-        for place in range(embeds.shape[1], embeds.shape[1] + steps):
+    def decode(self, embeds: Array) -> Iterator[float]:
+        """Milliseconds of the prompt's embeddings [1, seq, hidden], then of each step."""
+        feeds, place = self._start(embeds), embeds.shape[1]
+        while True:
             mark = time.perf_counter()
-            at = np.array([[place]])
+            found = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+            token, at = int(found["logits"].argmax()), np.array([[place]])
             feeds = {"inputs_embeds": self._table[token][None, None], "position_ids": at, "order": at}
             for past, present in self._past:
                 feeds[past] = found[present]
-            found = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
-            token = int(found["logits"].argmax())
-            times.append((time.perf_counter() - mark) * 1e3)
-        return times
+            place += 1
+            yield (time.perf_counter() - mark) * 1e3
 
-    def decode_values(self, embeds: Array, steps: int) -> list[float]:
+    def decode_values(self, embeds: Array) -> Iterator[float]:
         """The same, with keys and values that never become numpy arrays."""
-        feeds = {name: self._value(value) for name, value in self._start(embeds).items()}
-        found = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, feeds), strict=True))
-        times = []
-        token = int(found["logits"].numpy().argmax())
-        for place in range(embeds.shape[1], embeds.shape[1] + steps):
+        feeds, place = {name: self._value(value) for name, value in self._start(embeds).items()}, embeds.shape[1]
+        while True:
             mark = time.perf_counter()
-            at = self._value(np.array([[place]]))
-            feeds = {
-                "inputs_embeds": self._value(np.array(self._table[token][None, None])),
-                "position_ids": at,
-                "order": at,
-            }
+            found = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, feeds), strict=True))
+            token, at = int(found["logits"].numpy().argmax()), self._value(np.array([[place]]))
+            row = self._value(np.array(self._table[token][None, None]))
+            feeds = {"inputs_embeds": row, "position_ids": at, "order": at}
             for past, present in self._past:
                 feeds[past] = found[present]
-            found = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, feeds), strict=True))
-            token = int(found["logits"].numpy().argmax())
-            times.append((time.perf_counter() - mark) * 1e3)
-        return times
+            place += 1
+            yield (time.perf_counter() - mark) * 1e3
 
     def _start(self, embeds: Array) -> dict[str, Array]:
         places = np.arange(embeds.shape[1])[None]

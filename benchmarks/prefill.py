@@ -125,7 +125,7 @@ def measure(
             for spec in specs
             for kind, case in _selection(stack, folder, exports[FIRST][0], spec, threads)
         }
-        cases += [Case(name, case) for name, case in selections.items()]
+        cases += [Case.one(name, case) for name, case in selections.items()]
         with _common.Others() as others:
             samples = _common.interleave(cases, rounds, log=log)
     found = {
@@ -186,15 +186,15 @@ def _repeats(tokens: Mapping[str, int], name: str) -> int:
 
 
 def _prefill_case(name: str, generator: Generator, visual: Visual, prompt: list[int], repeats: int) -> Case:
-    return Case(name, lambda: timed(lambda: generator.prefill(visual, [prompt]), repeats))
+    return Case.one(name, lambda: timed(lambda: generator.prefill(visual, [prompt]), repeats))
 
 
 def _genai_case(name: str, opened: _genai.Genai, ids: Array, repeats: int) -> Case:
-    return Case(name, lambda: [opened.prefill(ids) for _ in range(repeats)])
+    return Case.one(name, lambda: [opened.prefill(ids) for _ in range(repeats)])
 
 
 def _hugging_face_case(name: str, model: Any, embeds: Array, repeats: int) -> Case:
-    return Case(name, lambda: timed(lambda: _hugging_face(model, embeds), repeats))
+    return Case.one(name, lambda: timed(lambda: _hugging_face(model, embeds), repeats))
 
 
 def _hugging_face(model: Any, given: Array) -> Array:
@@ -221,7 +221,7 @@ def _reduce_cases(stack: ExitStack, folder: Path, generators: Mapping[str, Gener
     cases = []
     for name, generator in generators.items():
         signals = generator.vision(images)
-        cases.append(Case(f"reduce stage: {name}", lambda g=generator, s=signals: timed(lambda: g.reduce(s), 5)))  # type: ignore[misc]
+        cases.append(Case.one(f"reduce stage: {name}", lambda g=generator, s=signals: timed(lambda: g.reduce(s), 5)))  # type: ignore[misc]
     return cases
 
 

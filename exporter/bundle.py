@@ -63,9 +63,13 @@ class Bundle:
             files = {str(name): dict(entry) for name, entry in manifest["files"].items()}
             schema = int(manifest["schema"])
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise VerificationError(f"{path} is damaged ({type(e).__name__}: {e}). Pack or copy the bundle again.") from e
+            raise VerificationError(
+                f"{path} is damaged ({type(e).__name__}: {e}). Pack or copy the bundle again."
+            ) from e
         if schema != SCHEMA:
-            raise VerificationError(f"{path} has schema {schema}; this edgetrim reads {SCHEMA}. Use the version that packed it.")
+            raise VerificationError(
+                f"{path} has schema {schema}; this edgetrim reads {SCHEMA}. Use the version that packed it."
+            )
         bundle = cls(folder, {**manifest, "files": files})
         if verify:
             bundle.verify()
@@ -82,7 +86,9 @@ class Bundle:
         for name, entry in expected.items():
             path = self.folder / name
             if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise VerificationError(f"{self.folder}/{MANIFEST} names a file outside the bundle: {name}. Do not use it.")
+                raise VerificationError(
+                    f"{self.folder}/{MANIFEST} names a file outside the bundle: {name}. Do not use it."
+                )
             if path.is_symlink() or not path.is_file():
                 wrong.append(f"{name} is missing")
             elif path.stat().st_size != entry.get("bytes"):
@@ -102,6 +108,6 @@ class Bundle:
 
 
 def contents_names(folder: Path) -> list[str]:
-    """Names of the files that `contents` would hash."""
-    names = (p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file())
+    """Names of the files that `contents` would hash, and of links, which it would refuse."""
+    names = (p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file() or p.is_symlink())
     return [n.as_posix() for n in names if n.as_posix() != MANIFEST and not any(p.startswith(".") for p in n.parts)]

@@ -65,7 +65,9 @@ class Checkpoint:
         try:
             config = json.loads(path.read_text())
         except FileNotFoundError as e:
-            raise CheckpointError(f"{self.folder} has no config.json: it is not a Hugging Face checkpoint folder.") from e
+            raise CheckpointError(
+                f"{self.folder} has no config.json: it is not a Hugging Face checkpoint folder."
+            ) from e
         except ValueError as e:
             raise CheckpointError(f"{path} is not valid JSON ({e}). Download the checkpoint again.") from e
         if not isinstance(config, dict) or "model_type" not in config:
@@ -93,11 +95,18 @@ class Checkpoint:
         Raises:
             CheckpointError: a shard the index names is missing, or a file is shorter than its header says.
         """
-        index = self.optional_json("model.safetensors.index.json").get("weight_map")
-        names = sorted(set(index.values())) if index else ["model.safetensors"]
+        index = self.optional_json("model.safetensors.index.json").get("weight_map", {})
+        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+            raise CheckpointError(
+                f"{self.folder}/model.safetensors.index.json is no index: `weight_map` has to map tensors to files. "
+                "Download the checkpoint again."
+            )
+        names = sorted(set(index.values())) or ["model.safetensors"]
         for name in names:
             if Path(name).name != name:
-                raise CheckpointError(f"{self.folder}: the index names a shard outside the folder: {name!r}. Do not use this checkpoint.")
+                raise CheckpointError(
+                    f"{self.folder}: the index names a shard outside the folder: {name!r}. Do not use this checkpoint."
+                )
         missing = [n for n in names if not (self.folder / n).is_file()]
         if missing:
             raise CheckpointError(
@@ -113,7 +122,7 @@ class Checkpoint:
     def _where(self) -> dict[str, tuple[Path, str]]:
         where: dict[str, tuple[Path, str]] = {}
         for path in self.shards:
-            for key in self._open(path).keys():
+            for key in self._open(path).keys():  # noqa: SIM118 - not a dict
                 where[self._canonical(key)] = (path, key)
         return where
 
@@ -155,12 +164,19 @@ def _check_shard(path: Path) -> None:
     with path.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if not 2 <= length <= min(size - 8, 100_000_000):
-            raise CheckpointError(f"{path} is damaged: {size} bytes, its header cannot be read. Download this shard again.")
+            raise CheckpointError(
+                f"{path} is damaged: {size} bytes, its header cannot be read. Download this shard again."
+            )
         try:
             header = json.loads(f.read(length))
         except ValueError as e:
             raise CheckpointError(f"{path} is damaged: its header is not JSON. Download this shard again.") from e
-    ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+    try:
+        ends = [int(entry["data_offsets"][1]) for key, entry in header.items() if key != "__metadata__"]
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as e:
+        raise CheckpointError(f"{path} is damaged: its header lists no tensors. Download this shard again.") from e
     expected = 8 + length + max(ends, default=0)
     if size < expected:
-        raise CheckpointError(f"{path} is truncated: {size} bytes, its header asks for {expected}. Download this shard again.")
+        raise CheckpointError(
+            f"{path} is truncated: {size} bytes, its header asks for {expected}. Download this shard again."
+        )

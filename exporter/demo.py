@@ -35,6 +35,7 @@ IMAGE = Part(
     Job(EMBEDDED, ("visionzip:keep=32,contextual=16,score=column,cls=off,position=keep",), "cpu_int4"),
     (
         "fastv:keep={total}",
+        "visionzip:keep={keep},contextual={half},score=column,cls=off,position=keep",
         "visionzip:keep={keep},cls=off,position=keep",
         "visionzip:keep={keep}",
         "tome:keep={keep},position=keep",
@@ -74,7 +75,7 @@ def run(
     per_kind: int = 200,
     curve_questions: int = 60,
     rounds: int = 9,
-    threads: int | None = None,
+    threads: int = 1,
 ) -> Outcome:
     """Make everything below `output`, anew.
 
@@ -82,10 +83,9 @@ def run(
         per_kind: questions of each kind for the quality tables. curve_questions: for every point of the curves.
     """
     outcome = Outcome([], [], [], [])
-    if threads is not None:
-        import torch
+    import torch
 
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     for part in (IMAGE, CLIP):
         with Workspace(output / part.name).locked() as work:
             _graphs(part, work, stage)
@@ -105,7 +105,7 @@ def _graphs(part: Part, work: Workspace, stage: Stage) -> None:
 
 
 def _evidence(
-    part: Part, work: Workspace, stage: Stage, per_kind: int, curve_questions: int, rounds: int, threads: int | None,
+    part: Part, work: Workspace, stage: Stage, per_kind: int, curve_questions: int, rounds: int, threads: int,
     outcome: Outcome,
 ) -> None:  # fmt: skip
     from exporter.stages import _task, curves

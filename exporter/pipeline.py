@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -72,13 +72,21 @@ class Job:
         try:
             size = raw["image_size"]
             return cls(
-                str(raw["checkpoint"]), tuple(raw["reductions"]), str(raw["profile"]), int(raw["frames"]), tuple(size) if size else None
+                str(raw["checkpoint"]),
+                tuple(raw["reductions"]),
+                str(raw["profile"]),
+                int(raw["frames"]),
+                tuple(size) if size else None,
             )
         except (KeyError, TypeError, ValueError) as e:
-            raise ExportError(f"{work.folder}/job.json is damaged ({type(e).__name__}: {e}). Run `edgetrim export` again.") from e
+            raise ExportError(
+                f"{work.folder}/job.json is damaged ({type(e).__name__}: {e}). Run `edgetrim export` again."
+            ) from e
 
 
-def run_export(job: Job, work: Workspace, log: Log = silent, progress: Callable[[int, int], None] | None = None) -> GraphSet:
+def run_export(
+    job: Job, work: Workspace, log: Log = silent, progress: Callable[[int, int], None] | None = None
+) -> GraphSet:
     """Export into the workspace. Later stages' results, which no longer belong to these graphs, are removed."""
     from exporter.stages.export import export
 
@@ -120,7 +128,9 @@ def engine_records(work: Workspace) -> list[EngineRecord]:
 
 
 @contextmanager
-def open_runners(folder: Path, profile: Profile, threads: int | None = None) -> Iterator[tuple[dict[str, Runner], GraphSet, Any, str]]:
+def open_runners(
+    folder: Path, profile: Profile, threads: int | None = None
+) -> Iterator[tuple[dict[str, Runner], GraphSet, Any, str]]:
     """Runners for all roles, the graphs, the embedding table, and in words what runs.
 
     Engines of the profile's backend where they can run here; else ONNX Runtime runs the graphs they were built from.
@@ -208,7 +218,9 @@ def synthetic(graphs: GraphSet, count: int = 3) -> tuple[list[Any], list[list[in
     rng = np.random.default_rng(0)
     image, frames = graphs.image, graphs.visual.frames
     pixels, prompts = [], []
-    words = [t for t in range(min(graphs.text.vocab, 1000)) if t != graphs.text.image_token and t not in graphs.text.eos]
+    words = [
+        t for t in range(min(graphs.text.vocab, 1000)) if t != graphs.text.image_token and t not in graphs.text.eos
+    ]
     for _ in range(count):
         coarse = rng.normal(size=(1, frames, 3, 8, 8))
         rows, cols = -(-image.height // 8), -(-image.width // 8)
@@ -219,7 +231,12 @@ def synthetic(graphs: GraphSet, count: int = 3) -> tuple[list[Any], list[list[in
 
 
 def run_bench(
-    work: Workspace, rounds: int = 9, new_tokens: int = 16, threads: int | None = None, compare: bool = True, log: Log = silent
+    work: Workspace,
+    rounds: int = 9,
+    new_tokens: int = 16,
+    threads: int | None = None,
+    compare: bool = True,
+    log: Log = silent,
 ) -> dict[str, Any]:
     """Latency per stage; writes evidence/latency.json and returns it.
 
@@ -302,7 +319,16 @@ def run_pack(work: Workspace) -> Bundle:
 def versions() -> dict[str, str]:
     """Installed versions of what shaped the result."""
     found = {"edgetrim": __version__}
-    for name in ("torch", "transformers", "onnx", "onnxruntime-gpu", "onnxruntime", "tensorrt-rtx-cu13", "tensorrt", "numpy"):
+    for name in (
+        "torch",
+        "transformers",
+        "onnx",
+        "onnxruntime-gpu",
+        "onnxruntime",
+        "tensorrt-rtx-cu13",
+        "tensorrt",
+        "numpy",
+    ):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -367,4 +393,3 @@ def _forget(work: Workspace, *names: str) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import exporter.families
 from exporter import _discover
 from exporter.checkpoint import Checkpoint
-from exporter.errors import UsageError
+from exporter.errors import CheckpointError, UsageError
 from exporter.families._contract import Family, Geometry, Request
 from exporter.graphset import tokens_in_words
 from graphs import _spec
@@ -105,7 +105,12 @@ def make_plan(
     request = request or Request()
     family = find_family(checkpoint)
     checkpoint = checkpoint.named(family.canonical)
-    geometry = family.geometry(checkpoint, request)
+    try:
+        geometry = family.geometry(checkpoint, request)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json is not that of a {family.model_type} model ({type(e).__name__}: {e})."
+        ) from e
     _check_limits(geometry, request, profile)
     methods = []
     for text in reductions:

@@ -20,7 +20,9 @@ except ImportError:  # Windows has no fcntl; two processes in one folder are the
 
 LOCK = ".lock"
 SCRATCH = ".tmp-"
-"""Prefix of half-written folders; swept when the folder is opened."""
+"""Prefix of half-written files and folders; swept when the folder is opened."""
+OLD = f"{SCRATCH}old-"
+"""Prefix of a result while the new one takes its place."""
 
 
 class Workspace:
@@ -54,23 +56,44 @@ class Workspace:
             handle = os.open(self.folder / LOCK, os.O_CREAT | os.O_RDWR, 0o644)
         except OSError as e:
             raise UsageError(f"Cannot write to {self.folder}: {e.strerror}. Choose another --output.") from e
-        if fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                os.close(handle)  # the file stays: it is the other process's lock
-                raise UsageError(f"Another edgetrim is writing to {self.folder}. Wait for it or choose another --output.") from e
         try:
-            for left in self.folder.glob(f"{SCRATCH}*"):
-                shutil.rmtree(left, ignore_errors=True)
+            self._lock(handle)
+        except BaseException:
+            os.close(handle)  # the file stays: it is the other process's lock
+            raise
+        try:
+            self._sweep()
             yield self
         finally:
-            os.close(handle)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # while still held: whoever has it open already is refused, not let in
                 (self.folder / LOCK).unlink()
+            os.close(handle)
             if made:
                 with contextlib.suppress(OSError):  # only if nothing was written
                     self.folder.rmdir()
+
+    def _lock(self, handle: int) -> None:
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = os.path.samestat(os.fstat(handle), os.stat(self.folder / LOCK))
+            except OSError:
+                held = False  # another process has it, or had it until now and took the file away
+            if not held:
+                raise UsageError(
+                    f"Another edgetrim is writing to {self.folder}. Wait for it or choose another --output."
+                )
+
+    def _sweep(self) -> None:
+        """Remove what a killed run left half-written; a result that it had only moved aside comes back."""
+        for left in self.folder.glob(f"{SCRATCH}*"):
+            target = self.folder / left.name.removeprefix(OLD)
+            if left.name.startswith(OLD) and not target.exists():
+                left.rename(target)
+            elif left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def fresh_scratch(self, name: str) -> Iterator[Path]:
@@ -89,10 +112,15 @@ class Workspace:
             scratch.chmod(0o755)
             yield scratch
             target = self.folder / name
-            old = self.folder / f"{SCRATCH}old-{name}"
+            old = self.folder / f"{OLD}{name}"
             if target.exists():
                 target.rename(old)
-            scratch.rename(target)
+            try:
+                scratch.rename(target)
+            except BaseException:
+                if old.exists():
+                    old.rename(target)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -146,7 +146,9 @@ class Lftr(BeforeLLM):
         size = torch.ones_like(z[..., 0], dtype=torch.float32)
         slots = self.keep_frames
         if slots < frames:
-            z, head, size = _merge_runs(z, self._change(z) if slots > 1 else None, slots)
+            by_place = z.transpose(1, 2).float()
+            mean, head, size = _merge_runs(by_place, self._change(by_place) if slots > 1 else None, slots)
+            z = mean.to(z.dtype)
         topic = z[:, :, :1]
         skip = front - int(self.cls)
         z, head, size = (x[:, :, skip:].flatten(0, 1) for x in (z, head, size))  # [batch * slots, places, …]
@@ -162,18 +164,27 @@ class Lftr(BeforeLLM):
         return Reduced(tokens, index, size)
 
     def _change(self, z: Tensor) -> Tensor:
-        """Snapped [batch, frames - 1, places]: how much a token differs from its predecessor."""
+        """Snapped [batch, places, frames - 1]: how much a token differs from its predecessor.
+
+        Args:
+            z: float32 [batch, places, frames, dim].
+        """
         if self.temporal == "similarity":
-            unit = normalize(z)
-            return snap(-(unit[:, 1:] * unit[:, :-1]).sum(-1))
-        z = z.float()
+            # All products of a place's frames in one MatMul: more than are needed, but `z` is read only once.
+            product = z @ z.transpose(-1, -2)
+            same = torch.eye(z.shape[2])
+            length = ((product * same).sum(-1) + TINY).sqrt()
+            near = (product[:, :, 1:] * same[:-1]).sum(-1)
+            return snap(-near / (length[..., 1:] * length[..., :-1]))
         scale = z.abs().mean((1, 2, 3), keepdim=True).squeeze(-1) + TINY
-        return snap((z[:, 1:] - z[:, :-1]).abs().mean(-1), scale)
+        return snap((z[:, :, 1:] - z[:, :, :-1]).abs().mean(-1), scale)
 
     def _relevance(self, z: Tensor, topic: Tensor, signals: Signals) -> Tensor:
         """Snapped [batch, slots, places]: the spatial score."""
         if self.spatial == "topic":
-            return snap((normalize(z) * normalize(topic)).sum(-1))
+            z = z.float()
+            length = (z.pow(2).sum(-1) + TINY).sqrt()
+            return snap((z @ normalize(topic).transpose(-1, -2)).squeeze(-1) / length)
         mask = signals["text_mask"].float().unsqueeze(-1)
         text = (signals["text"].float() * mask).sum(1) / mask.sum(1).clamp(min=1)
         z = z.float()
@@ -185,24 +196,24 @@ def _merge_runs(z: Tensor, change: Tensor | None, slots: int) -> tuple[Tensor, T
     """Per place, cut the frames into `slots` runs before the largest changes, and take the mean of each run.
 
     Args:
-        z: [batch, frames, places, dim]. change: [batch, frames - 1, places], None if there is one run only.
+        z: float32 [batch, places, frames, dim]. change: [batch, places, frames - 1], None if there is one run only.
     Returns:
-        tokens [batch, slots, places, dim], head int64 [batch, slots, places] (first frame of the run), size
+        tokens float32 [batch, slots, places, dim], head int64 [batch, slots, places] (first frame of the run), size
         float32.
     """
-    frames = z.shape[1]
-    zero = torch.zeros_like(z[:, :1, :, 0], dtype=torch.int64).transpose(1, 2)  # [batch, places, 1]
+    frames = z.shape[2]
+    zero = torch.zeros_like(z[:, :, :1, 0], dtype=torch.int64)  # [batch, places, 1]
     head = zero
     if change is not None:
-        head = torch.cat([zero, select(change.transpose(1, 2), slots - 1) + 1], -1)
+        head = torch.cat([zero, select(change, slots - 1) + 1], -1)
     end = torch.cat([head[..., 1:], zero + frames], -1)
     time = torch.arange(frames)
     run = ((head.unsqueeze(-1) <= time) & (time < end.unsqueeze(-1))).to(
         torch.float32
     )  # [batch, places, slots, frames]
     size = run.sum(-1)
-    mean = run @ z.transpose(1, 2).float() / size.unsqueeze(-1)
-    return mean.to(z.dtype).transpose(1, 2), head.transpose(1, 2), size.transpose(1, 2)
+    mean = (run / size.unsqueeze(-1)) @ z
+    return mean.transpose(1, 2), head.transpose(1, 2), size.transpose(1, 2)
 
 
 METHOD = Lftr

@@ -12,7 +12,6 @@ import click
 from click.shell_completion import CompletionItem
 
 F = TypeVar("F", bound=Callable[..., Any])
-Decorator = Callable[[F], F]
 
 
 @dataclass
@@ -83,7 +82,7 @@ class ImageSizeType(click.ParamType[tuple[int, int]]):
         return height, width
 
 
-def checkpoint_argument(*, required: bool = True) -> Decorator[F]:
+def checkpoint_argument(*, required: bool = True) -> Callable[[F], F]:
     """CHECKPOINT: a folder in Hugging Face layout, a hub id, or `embedded`. Passed as text."""
     return click.argument("checkpoint", required=required, default=None if required else "embedded")
 
@@ -96,7 +95,7 @@ def reduce_option(function: F) -> F:
     )(function)  # fmt: skip
 
 
-def profile_option(default: str | None = "cpu_fp32") -> Decorator[F]:
+def profile_option(default: str | None = "cpu_fp32") -> Callable[[F], F]:
     """--profile → a name or an absolute path, or None where there is no default."""
     return click.option(
         "--profile", "-p", type=ProfileType(), default=default, show_default=default is not None, metavar="NAME|TOML",
@@ -104,7 +103,7 @@ def profile_option(default: str | None = "cpu_fp32") -> Decorator[F]:
     )  # fmt: skip
 
 
-def output_option(default: str | None = None) -> Decorator[F]:
+def output_option(default: str | None = None) -> Callable[[F], F]:
     """--output → Path. Required without a default."""
     return click.option(
         "--output", "-o", type=click.Path(file_okay=False, path_type=Path), default=default, required=default is None,

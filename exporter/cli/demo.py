@@ -25,9 +25,16 @@ from exporter.cli._output import Output
     help="Questions of each kind for every point of the curves.",
 )
 @options.rounds_option
-@options.threads_option
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="CPU threads of both runtimes. The model is too small to gain from more.",
+)
 @options.json_option
-def command(output: Path, per_kind: int, curve_questions: int, rounds: int, threads: int | None, as_json: bool) -> None:
+def command(output: Path, per_kind: int, curve_questions: int, rounds: int, threads: int, as_json: bool) -> None:
     """Take the embedded model through every stage, and write a report.
 
     Two bundles that run on this machine's CPU (an image model and one for clips), with accuracy against tokens kept, method

@@ -116,7 +116,7 @@ def _graph(path: Path, depth: int) -> tuple[dict[str, Any], list[Any]]:
         scope = "/".join(node.name.split("/")[:-1][:depth])
         scopes.setdefault(scope, Counter())[node.op_type] += 1
     operators = Counter(node.op_type for node in graph.node)
-    data = {
+    data: dict[str, Any] = {
         "graph": path,
         "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
         "nodes": len(graph.node),

@@ -57,7 +57,13 @@ class Llava(Family):
             placeholders=request.frames,
             grid=spec.grid,
             tower=tower,
-            in_tower=Site(tokens, request.frames, spec.grid, frozenset({"hidden", "keys", *(("cls",) if spec.cls else ())}), spec.blocks),
+            in_tower=Site(
+                tokens,
+                request.frames,
+                spec.grid,
+                frozenset({"hidden", "keys", *(("cls",) if spec.cls else ())}),
+                spec.blocks,
+            ),
             ids=tuple((i,) for i in range(tokens)),
             span=tokens,
             position_axes=1,
@@ -97,12 +103,16 @@ class Llava(Family):
         vision = config.get("vision_config") or {}
         kind = vision.get("model_type", "clip_vision_model")
         if kind not in ("clip_vision_model", "siglip_vision_model"):
-            raise CheckpointError(f"Vision tower '{kind}' is not supported. Supported: clip_vision_model, siglip_vision_model.")
+            raise CheckpointError(
+                f"Vision tower '{kind}' is not supported. Supported: clip_vision_model, siglip_vision_model."
+            )
         clip = kind == "clip_vision_model"
         layers = int(vision["num_hidden_layers"])
         layer = config.get("vision_feature_layer", -2)
         if not isinstance(layer, int):
-            raise CheckpointError(f"vision_feature_layer {layer!r}: several feature layers are not supported, only one.")
+            raise CheckpointError(
+                f"vision_feature_layer {layer!r}: several feature layers are not supported, only one."
+            )
         blocks = layer if layer >= 0 else layers + 1 + layer
         if not 1 <= blocks <= layers:
             raise CheckpointError(f"vision_feature_layer {layer} is outside the tower's {layers} blocks.")

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError, UsageError
 from exporter.families._contract import (
-    Family, Geometry, Request, check_multiple, decoder_spec, eos_tokens, normalization, rope, text_config,
+    Family,
+    Geometry,
+    Request,
+    check_multiple,
+    decoder_spec,
+    eos_tokens,
+    normalization,
+    rope,
+    text_config,
 )  # fmt: skip
 from exporter.graphset import ImageSpec
 from graphs._contract import InTower, Site
@@ -51,7 +59,9 @@ class Qwen25VL(Family):
         spec = self._tower(config, size)
         vision = config["vision_config"]
         if request.frames > 1 and request.frames % spec.temporal_patch:
-            raise UsageError(f"--frames {request.frames}: this tower merges {spec.temporal_patch} frames into one; pass a multiple.")
+            raise UsageError(
+                f"--frames {request.frames}: this tower merges {spec.temporal_patch} frames into one; pass a multiple."
+            )
         steps = max(1, request.frames // spec.temporal_patch)
         rows, cols = spec.grid
         stride = 0

@@ -114,7 +114,9 @@ class Frame(Atom):
         super().__init__()
         self.spec = spec
         self.windows = tuple(dict.fromkeys(spec.windows))
-        self.register_buffer("inv_freq", torch.tensor(spec.inv_freq, dtype=torch.float32, device="cpu"), persistent=False)
+        self.register_buffer(
+            "inv_freq", torch.tensor(spec.inv_freq, dtype=torch.float32, device="cpu"), persistent=False
+        )
 
     def key(self) -> Hashable:
         return self.spec
@@ -249,9 +251,11 @@ class Decoder(nn.Module):
         presents: list[Tensor] = []
         orders: list[Tensor] = []
         kept: list[Tensor] = []
+        before: tuple[Tensor, Tensor, Tensor] | None = None  # query, key and mask of the layer before
         for i, layer in enumerate(self.layers):
             if i in self.pruned:
-                x, order, position_ids, index = self.pruned[i](query, key, bias, x, order, position_ids)
+                assert before is not None, "nothing has looked at the tokens before the first layer"
+                x, order, position_ids, index = self.pruned[i](*before, x, order, position_ids)
                 kept.append(index)
             if i == 0 or i in self.cuts:
                 past_order = past_orders[groups[i]] if past_orders else None
@@ -261,4 +265,5 @@ class Decoder(nn.Module):
             bias = masks[self.frame.windows.index(self.spec.windows[i])]
             x, key, value, query = layer(x, cos, sin, bias, *past)
             presents += [key, value]
+            before = query, key, bias
         return (self.lm_head(self.norm(x)), *presents, *orders, *kept)

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
 from exporter.nn.decoder import Mlp
-from exporter.nn.layers import ACTIVATIONS, MASKED, Linear, RMSNorm, attend, attention_map, merge_heads, rotate, split_heads
+from exporter.nn.layers import (
+    ACTIVATIONS,
+    MASKED,
+    Linear,
+    RMSNorm,
+    attend,
+    attention_map,
+    merge_heads,
+    rotate,
+    split_heads,
+)
 
 Index = npt.NDArray[np.int64]
 

@@ -128,7 +128,9 @@ class _Sheet:
             scope = [p for p in (node.name or "").split("/")[:-1] if p != "atom"]
             name = "/".join([*path.split("."), *scope, node.op_type]) if path else "/".join([*scope, node.op_type])
             arguments = [None if v is None else mapped[id(v)] for v in node.inputs]
-            self.nodes.append(ir.Node("", node.op_type, arguments, node.attributes.values(), outputs=outputs, name=name))
+            self.nodes.append(
+                ir.Node("", node.op_type, arguments, node.attributes.values(), outputs=outputs, name=name)
+            )
         return [mapped[id(v)] for v in model.graph.outputs]
 
     def _constant(self, old: ir.Value) -> ir.Value:

@@ -23,7 +23,10 @@ class TorchRunner(Runner):
     """Calls a function of named tensors. Its device values are torch tensors."""
 
     def __init__(
-        self, call: Callable[[dict[str, Tensor]], Sequence[Tensor]], inputs: Mapping[str, torch.dtype], outputs: Sequence[str]
+        self,
+        call: Callable[[dict[str, Tensor]], Sequence[Tensor]],
+        inputs: Mapping[str, torch.dtype],
+        outputs: Sequence[str],
     ) -> None:
         self._call, self._outputs = call, list(outputs)
         self._inputs = {name: np.dtype(NUMPY[dtype]) for name, dtype in inputs.items()}
@@ -45,7 +48,9 @@ class TorchRunner(Runner):
         return self._outputs
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        tensors = {k: v if isinstance(v, Tensor) else torch.from_numpy(np.ascontiguousarray(v)) for k, v in feeds.items()}
+        tensors = {
+            k: v if isinstance(v, Tensor) else torch.from_numpy(np.ascontiguousarray(v)) for k, v in feeds.items()
+        }
         with torch.inference_mode():
             return dict(zip(self._outputs, self._call(tensors), strict=True))
 
@@ -69,7 +74,9 @@ def reference(plan: Plan, modules: Modules | None = None) -> tuple[dict[str, Run
     runners: dict[str, Runner] = {
         "vision": TorchRunner(lambda v: modules.vision(v["pixel_values"]), {"pixel_values": torch.float32}, plan.taps),
         "reduce": TorchRunner(
-            lambda v: modules.reduce(*(v[n] for n in (*kinds, *guided))), {**kinds, **guided}, ["visual_embeds", "index"]
+            lambda v: modules.reduce(*(v[n] for n in (*kinds, *guided))),
+            {**kinds, **guided},
+            ["visual_embeds", "index"],
         ),
         "prefill": _llm(modules.prefill, plan),
         "decode": _llm(modules.decode, plan),

@@ -83,7 +83,10 @@ class WeightFile:
             tensor = source.read(self.checkpoint)
             quantized = rtn.quantize(tensor, block)
             self._write(f"{name}.int4", quantized.packed, ir.DataType.INT4, source.shape)
-            self._write(f"{name}.scale", self._cast(f"{name} scale", quantized.scale), None, tuple(quantized.scale.shape))
+            to_dtype(
+                name, tensor.float().abs().amax(), self.dtype
+            )  # what is dequantised has to fit, not only the scale
+            self._write(f"{name}.scale", quantized.scale.to(self.dtype), None, tuple(quantized.scale.shape))
             self.quantized.append(name)
             self.progress(tensor.numel() * tensor.element_size())
         packed, scale = self.written[f"{name}.int4"], self.written[f"{name}.scale"]
@@ -98,7 +101,9 @@ class WeightFile:
             outputs=[out], name=f"{name}/DequantizeLinear",
         )  # fmt: skip
         uses = list(value.uses())
-        first = min((use.node for use in uses), key=lambda n: list(model.graph).index(n)) if len(uses) > 1 else uses[0].node
+        first = (
+            min((use.node for use in uses), key=lambda n: list(model.graph).index(n)) if len(uses) > 1 else uses[0].node
+        )
         model.graph.insert_before(first, node)
         for use in uses:
             use.node.replace_input_with(use.idx, out)
@@ -106,23 +111,27 @@ class WeightFile:
     def _float(self, name: str, source: Source) -> ir.ExternalTensor:
         if name not in self.written:
             tensor = source.read(self.checkpoint)
-            self._write(name, self._cast(name, tensor), None, source.shape)
+            self._write(name, to_dtype(name, tensor, self.dtype), None, source.shape)
             self.progress(tensor.numel() * tensor.element_size())
         return self.written[name]
-
-    def _cast(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        cast = tensor.to(self.dtype)
-        if self.dtype == torch.float16 and tensor.dtype != torch.float16 and not torch.isfinite(cast).all():
-            raise CheckpointError(f"`{name}` does not fit float16 (largest value {tensor.abs().max():.3g}). Use an fp32 profile.")
-        return cast.contiguous()
 
     def _write(self, name: str, tensor: torch.Tensor, dtype: ir.DataType | None, shape: Iterable[int]) -> None:
         assert self._file is not None
         self._file.write(b"\0" * (-self._file.tell() % ALIGN))
         offset = self._file.tell()
-        data = memoryview(tensor.contiguous().view(torch.uint8).reshape(-1).numpy())
+        data = tensor.contiguous().view(torch.uint8).reshape(-1).numpy().data
         self._file.write(data)
         kind = dtype or (ir.DataType.FLOAT16 if self.dtype == torch.float16 else ir.DataType.FLOAT)
         self.written[name] = ir.ExternalTensor(
             self.path.name, offset, data.nbytes, kind, shape=ir.Shape(shape), name=name, base_dir=self.path.parent
         )
+
+
+def to_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Converted. Raises CheckpointError where a value does not fit; `name` is the tensor's."""
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and tensor.dtype != torch.float16 and not torch.isfinite(cast).all():
+        raise CheckpointError(
+            f"`{name}` does not fit float16 (largest value {tensor.abs().max():.3g}). Use an fp32 profile."
+        )
+    return cast

@@ -77,7 +77,7 @@ def symbolic(model: ir.Model) -> list[ir.Value]:
 
 def _spec(value: torch.Tensor | Sequence[torch.Tensor], axes: Axes | Sequence[Axes]) -> Any:
     if isinstance(value, torch.Tensor):
-        return {axis: Dim.DYNAMIC for axis in axes}  # type: ignore[attr-defined]
+        return dict.fromkeys(axes, Dim.DYNAMIC)
     return [_spec(v, a) for v, a in zip(value, _per_tensor(value, axes), strict=True)]
 
 
@@ -131,6 +131,7 @@ def _name_dims(
             old = value.shape[axis]
             if isinstance(old, ir.SymbolicDim) and old.value is not None:
                 renamed.setdefault(old.value, name)
+
     def name_of(dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
         if isinstance(dim, int) or dim.value is None:
             return dim
@@ -176,7 +177,7 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.WARNING)
     registry = _registration.ONNXRegistry
     built = registry.from_torchlib
-    registry.from_torchlib = staticmethod(_operator_table)  # type: ignore[method-assign, assignment]
+    registry.from_torchlib = staticmethod(_operator_table)  # type: ignore[method-assign]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

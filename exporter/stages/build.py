@@ -47,7 +47,9 @@ def why_not_here(profile: Profile) -> str | None:
     return None
 
 
-def build(graphs: GraphSet, source: Path, out: Path, profile: Profile, log: Log = lambda text: None) -> list[EngineRecord]:
+def build(
+    graphs: GraphSet, source: Path, out: Path, profile: Profile, log: Log = lambda text: None
+) -> list[EngineRecord]:
     """Build one engine per graph file.
 
     Args:
@@ -85,7 +87,9 @@ def shape_profile(role: str, graphs: GraphSet, limits: Limits) -> ShapeProfile:
     return ShapeProfile(role, _llm_inputs(role, graphs, limits, batch, text))
 
 
-def _llm_inputs(role: str, graphs: GraphSet, limits: Limits, batch: Range, text: Range) -> Mapping[str, tuple[Axis, ...]]:
+def _llm_inputs(
+    role: str, graphs: GraphSet, limits: Limits, batch: Range, text: Range
+) -> Mapping[str, tuple[Axis, ...]]:
     spec = graphs.text
     prefill = role == "prefill"
     kept = graphs.visual.kept

@@ -46,27 +46,28 @@ class Picture:
 def label(template: str) -> str:
     """A template without the knobs that vary.
 
-    >>> label("visionzip:keep={keep},cls=off")
-    'visionzip:cls=off'
+    >>> label("visionzip:keep={keep},cls=off + fastv:keep={total}")
+    'visionzip:cls=off + fastv'
     """
-    name, _, rest = template.partition(":")
-    fixed = [item for item in rest.split(",") if item and "{" not in item]
-    return f"{name}:{','.join(fixed)}" if fixed else name
+    labels = []
+    for spec in template.split(" + "):
+        name, _, rest = spec.partition(":")
+        fixed = [item for item in rest.split(",") if item and "{" not in item]
+        labels.append(f"{name}:{','.join(fixed)}" if fixed else name)
+    return " + ".join(labels)
 
 
 def fill(template: str, ratio: float, tokens: int, frames: int) -> str | None:
     """The spec of a template at a keep ratio; None where it cannot be met with whole frames.
 
-    `{keep}` is tokens per frame, `{total}` tokens over all frames, `{frames}` frames, `{ratio}` the ratio itself.
+    `{keep}` is tokens per frame, `{half}` half of them, `{total}` tokens over all frames, `{frames}` frames, `{ratio}` the
+    ratio itself.
     """
     whole = ratio * frames
     if "{frames}" in template and (whole < 1 or whole != int(whole)):
         return None
-    counts = {
-        "keep": max(1, round(ratio * tokens)),
-        "total": max(1, round(ratio * tokens * frames)),
-        "frames": int(whole),
-    }
+    keep = max(1, round(ratio * tokens))
+    counts = {"keep": keep, "half": keep // 2, "total": max(1, round(ratio * tokens * frames)), "frames": int(whole)}
     return re.sub(r"\{(\w+)\}", lambda m: f"{ratio:g}" if m[1] == "ratio" else str(counts[m[1]]), template)
 
 
@@ -105,14 +106,21 @@ def measure(
     curves = []
     for template in methods:
         points = []
+        refused: UsageError | None = None
         for ratio in keep_ratios:
             spec = fill(template, ratio, site.tokens, site.frames)
             if spec is None:
                 continue
+            try:
+                plan = replace(job, reductions=tuple(spec.split(" + "))).plan()
+            except UsageError as e:  # such as more than an earlier reduction leaves
+                refused = e
+                continue
             log(spec)
-            plan = replace(job, reductions=tuple(spec.split(" + "))).plan()
             met = min(s.after for s in plan.steps) / site.total
             points.append({"keep_ratio": met, "spec": spec, "accuracy": accuracy(plan)})
+        if refused is not None and not points:
+            raise refused
         control = template.partition(":")[0] in CONTROLS
         curves.append({"method": label(template), "template": template, "control": control, "points": points})
     return {"frames": job.frames, "per_kind": per_kind, "full": full, "curves": curves}
@@ -147,7 +155,8 @@ def picture(generator: Generator, pixel_values: Array, input_ids: Sequence[int],
     index = kept(generator, pixel_values, input_ids)
     frames = seen(pixel_values, graphs.image)
     groups = graphs.visual.total // (grid[0] * grid[1])  # some towers merge frames in pairs
-    drawn = overlay.draw(frames[:: len(frames) // groups], index, grid, caption=method)
+    names = " + ".join(spec.partition(":")[0] for spec in method.split(" + "))
+    drawn = overlay.draw(frames[:: len(frames) // groups], index, grid, caption=names)
     return Picture(method, index, graphs.visual.total, drawn)
 
 

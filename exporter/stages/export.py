@@ -24,7 +24,7 @@ from exporter.nn.reduce import Reduce
 from exporter.plan import Plan
 from exporter.stages._draw import DTYPES as TORCH
 from exporter.stages._draw import Shape, draw
-from exporter.stages._store import WeightFile
+from exporter.stages._store import WeightFile, to_dtype
 from exporter.weights import Source, load, sources
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
@@ -83,7 +83,9 @@ def share(source: nn.Module, target: nn.Module) -> None:
     target.eval()
 
 
-def export(plan: Plan, folder: Path, log: Log = lambda text: None, progress: Callable[[int], None] = lambda n: None) -> GraphSet:
+def export(
+    plan: Plan, folder: Path, log: Log = lambda text: None, progress: Callable[[int], None] = lambda n: None
+) -> GraphSet:
     """Write the plan's graphs into `folder` (which must be empty) and return their description.
 
     Args:
@@ -132,9 +134,11 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None, progress: Cal
     for data in folder.glob("*.data"):
         if data.stat().st_size == 0:
             data.unlink()
-    _write_embedding(plan.checkpoint, folder / "embedding.npy", dtype, (plan.geometry.vocab, plan.geometry.hidden), progress)
+    _write_embedding(
+        plan.checkpoint, folder / "embedding.npy", dtype, (plan.geometry.vocab, plan.geometry.hidden), progress
+    )
     copy_processor(plan.checkpoint, folder / "processor")
-    graphs = describe(plan, files, {v.name or "": [int(d) for d in list(v.shape or ())[1:]] for v in vision.graph.outputs})
+    graphs = describe(plan, files, {v.name or "": sizes(v) for v in vision.graph.outputs})
     graphs.save(folder)
     return graphs
 
@@ -198,12 +202,20 @@ def draw_reduce(plan: Plan, module: Reduce, vision: ir.Model, dtype: torch.dtype
     """The reduce graph; its inputs are the outputs of the vision graph, then text_embeds and text_mask if text-guided."""
     inputs: dict[str, tuple[Shape, torch.dtype]] = {}
     for value in vision.graph.outputs:
-        assert value.name is not None and value.shape is not None and value.dtype is not None
-        inputs[value.name] = ("batch", *(int(d) for d in value.shape[1:])), TORCH[value.dtype]
+        assert value.name is not None and value.dtype is not None
+        inputs[value.name] = ("batch", *sizes(value)), TORCH[value.dtype]
     if plan.text_guided:
         inputs["text_embeds"] = ("batch", "text", plan.geometry.hidden), dtype
         inputs["text_mask"] = ("batch", "text"), dtype
     return draw(module, inputs, lambda v: module(*v.values()), ["visual_embeds", "index"])
+
+
+def sizes(value: ir.Value) -> list[int]:
+    """Behind the batch axis; all static."""
+    assert value.shape is not None
+    found = [d for d in value.shape if isinstance(d, int)]
+    assert len(found) == len(value.shape) - 1, f"{value.name} {value.shape} is not static"
+    return found
 
 
 def draw_llm(plan: Plan, module: Decoder, dtype: torch.dtype) -> ir.Model:
@@ -259,6 +271,6 @@ def _write_embedding(
     table = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
     for start in range(0, shape[0], 4096):
         rows = source[start : start + 4096]
-        table[start : start + 4096] = rows.to(dtype).numpy()
+        table[start : start + 4096] = to_dtype("embed_tokens.weight", rows, dtype).numpy()
         progress(rows.numel() * rows.element_size())
     table.flush()

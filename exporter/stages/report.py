@@ -235,7 +235,11 @@ def _overlays(work: Workspace) -> list[report.Overlay]:
     found = []
     for entry in listed:
         files = [folder / Path(name).name for name in entry["files"]]
-        found.append(report.Overlay(entry["caption"], entry["method"], [f.read_bytes() for f in files if f.is_file()]))
+        found.append(
+            report.Overlay(
+                entry["caption"], entry["method"].replace(",", ", "), [f.read_bytes() for f in files if f.is_file()]
+            )
+        )
     return found
 
 

@@ -21,7 +21,21 @@ SPEC = "visionzip:keep=32,contextual=16,score=column,cls=off,position=keep"
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
     """`edgetrim run` of the embedded model: the output folder, the exit code, what it printed."""
     folder = tmp_path_factory.mktemp("run") / "out"
-    arguments = ["run", "-r", SPEC, "-p", "cpu_fp32", "-o", str(folder), "--per-kind", "2", "--rounds", "1", "--threads", "1"]
+    arguments = [
+        "run",
+        "-r",
+        SPEC,
+        "-p",
+        "cpu_fp32",
+        "-o",
+        str(folder),
+        "--per-kind",
+        "2",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+    ]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         code = main(arguments)
@@ -38,7 +52,7 @@ def bundle(finished: tuple[Path, int, str], tmp_path: Path) -> Path:
 def tiny(tmp_path: Path) -> Callable[..., Path]:
     """Makes a bundle of small files: `tiny({"graphs/a": b"…"}, schema=1)`."""
 
-    def make(files: dict[str, bytes], **changes: object) -> Path:
+    def make(files: dict[str, bytes], /, **changes: object) -> Path:
         folder = tmp_path / "tiny"
         for name, content in files.items():
             path = folder / name

@@ -31,7 +31,11 @@ def failing(error: BaseException) -> Callable[..., Any]:
 FULL = OSError(errno.ENOSPC, "No space left on device", "llm.data")
 ENDINGS = [
     (KeyboardInterrupt(), 130, "Interrupted; nothing half-written is left."),
-    (FULL, 1, "The disk is full while writing llm.data. Free some space or choose another --output; nothing half-written is left."),
+    (
+        FULL,
+        1,
+        "The disk is full while writing llm.data. Free some space or choose another --output; nothing half-written is left.",
+    ),
 ]
 
 

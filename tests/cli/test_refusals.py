@@ -16,7 +16,10 @@ Run = Callable[..., Said]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("-r", "vizionzip"), "--reduce vizionzip: there is no reduction 'vizionzip'. Did you mean 'visionzip'? Known: "),
+        (
+            ("-r", "vizionzip"),
+            "--reduce vizionzip: there is no reduction 'vizionzip'. Did you mean 'visionzip'? Known: ",
+        ),
         (("-r", "visionzip:kep=3"), "visionzip has no knob `kep`. Did you mean 'keep'? Knobs: "),
         (
             ("-r", "uniform:keep=65"),
@@ -26,7 +29,10 @@ Run = Callable[..., Said]
         (("-p", "cpu_fp23"), "Unknown profile 'cpu_fp23'. Did you mean 'cpu_fp32'? Known: "),
         (("-p", "absent.toml"), "absent.toml cannot be read: No such file or directory."),
         (("--frames", "17"), "Profile `cpu_fp32` allows 16 frames, --frames asks for 17. "),
-        (("-r", "random:keep=4", "-r", "random:keep=2"), "The same reduction is given twice (random, random). Give each once."),
+        (
+            ("-r", "random:keep=4", "-r", "random:keep=2"),
+            "The same reduction is given twice (random, random). Give each once.",
+        ),
     ],
 )
 def test_what_does_not_fit(edgetrim: Run, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -118,7 +124,10 @@ def test_corrupted(edgetrim: Run, tiny: Callable[..., Path]) -> None:
     ("changes", "message"),
     [
         ({"schema": 2}, "has schema 2; this edgetrim reads 1. Use the version that packed it."),
-        ({"files": 3}, "is damaged (AttributeError: 'int' object has no attribute 'items'). Pack or copy the bundle again."),
+        (
+            {"files": 3},
+            "is damaged (AttributeError: 'int' object has no attribute 'items'). Pack or copy the bundle again.",
+        ),
         ({"files": {"../x": {}}}, "names a file outside the bundle: ../x. Do not use it."),
     ],
 )

@@ -64,7 +64,10 @@ def test_inspect_a_bundle(edgetrim: Run, finished: Finished) -> None:
 def test_inspect_a_folder_that_is_not_packed(edgetrim: Run, bundle: Path) -> None:
     (bundle / "manifest.json").unlink()
     first = edgetrim("inspect", bundle).out.splitlines()[0]
-    assert first == f"Folder {bundle}: not packed, so there is nothing to verify it with. `edgetrim pack {bundle}` packs it."
+    assert (
+        first
+        == f"Folder {bundle}: not packed, so there is nothing to verify it with. `edgetrim pack {bundle}` packs it."
+    )
 
 
 def test_inspect_a_graph(edgetrim: Run, finished: Finished) -> None:
@@ -85,7 +88,7 @@ def test_inspect_what_is_no_graph(edgetrim: Run, tmp_path: Path) -> None:
 
 
 def test_chat(edgetrim: Run, finished: Finished, tmp_path: Path) -> None:
-    """The white digit on black is the only one: whatever the weights, the answer is a word of the vocabulary."""
+    """Whatever the weights answer: what is streamed and what is data is the same."""
     Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
     said = edgetrim("chat", finished[0], "--image", tmp_path / "black.png", "How many sevens are there?", "--json")
     assert (said.code, said.err) == (0, "")
@@ -102,9 +105,7 @@ def test_chat_about_a_sample(edgetrim: Run, finished: Finished) -> None:
     assert " The right answer is: " in lines[1]
 
 
-def test_a_conversation(
-    edgetrim: Run, finished: Finished, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_conversation(edgetrim: Run, finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     typed = iter(["How many sevens are there?", "How many ones are there?", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)

@@ -1,16 +1,89 @@
-"""Tiny matrices gain nothing from threads, and lose a lot on a busy machine."""
+"""Tiny models exported once and asked by many tests."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
+from exporter.backends.ort import OnnxRuntime
+from exporter.families._contract import Request
+from exporter.graphset import ROLES, GraphSet
+from exporter.plan import Plan
+from exporter.runtime.generate import Generator, embedding
+from exporter.stages._reference import reference
+from exporter.stages.export import export
+from tests.families import tiny
+
+SIZES = {"llava": None, "qwen2_5_vl": (140, 112)}
+"""Image size of a family; Qwen's windows are cut by the border."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    plan: Plan
+    folder: Path
+    graphs: GraphSet
+
+    def theirs(self) -> Generator:
+        """The PyTorch reference. Its answers have no end."""
+        runners, graphs, table = reference(self.plan)
+        return Generator(runners, tiny.endless(graphs), table)
+
+
+Export = Callable[..., Exported]
+Engine = Callable[..., Generator]
+
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and lose a lot on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Family → folder of its tiny checkpoint."""
+    folders = {}
+    for family in SIZES:
+        folders[family] = tmp_path_factory.mktemp(family)
+        getattr(tiny, family)(folders[family])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """exported(family, reductions, frames=1, profile="cpu_fp32"): exports once per session."""
+    done: dict[tuple[str, tuple[str, ...], int, str], Exported] = {}
+
+    def run(family: str, reductions: tuple[str, ...] = (), frames: int = 1, profile: str = "cpu_fp32") -> Exported:
+        key = family, reductions, frames, profile
+        if key not in done:
+            plan = tiny.plan(checkpoints[family], reductions, Request(frames, SIZES[family]), profile)
+            folder = tmp_path_factory.mktemp("graphs")
+            done[key] = Exported(plan, folder, export(plan, folder))
+        return done[key]
+
+    return run
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """engine(exported): a generator over ONNX Runtime whose answers have no end; exact, also for INT4 weights."""
+    with ExitStack() as stack:
+
+        def run(found: Exported) -> Generator:
+            backend, opened = OnnxRuntime(threads=1, accuracy_level=0), {}
+            for file in set(found.graphs.files.values()):
+                opened[file] = stack.enter_context(backend.runner(found.folder / file))
+            runners = {role: opened[found.graphs.files[role]] for role in ROLES}
+            return Generator(runners, tiny.endless(found.graphs), embedding(found.folder, found.graphs))
+
+        yield run

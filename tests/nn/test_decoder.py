@@ -1,0 +1,130 @@
+"""The decoder's order of tokens, its masks and its cuts. Parity with Hugging Face: tests/families."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from exporter.graphset import PAD
+from exporter.nn.decoder import Cut, Decoder, DecoderSpec
+from graphs.fastv import FastV
+
+SPEC = DecoderSpec(
+    hidden=32, layers=4, heads=4, kv_heads=2, head_dim=8, intermediate=48, vocab=40, eps=1e-6, activation="silu",
+    qkv_bias=False, output_bias=False, inv_freq=tuple(0.5**i for i in range(4)), rope_scale=1.0, mrope_section=None,
+    windows=(None,) * 4,
+)  # fmt: skip
+WINDOWED = replace(SPEC, windows=(None, 5, None, 5))
+MROPE = replace(SPEC, mrope_section=(1, 1, 2))
+VISUAL, TEXT = 6, 5
+BEFORE = 2
+"""Text tokens before the image."""
+
+FITTED = FastV(layer=2, keep=3)
+
+
+def decoder(spec: DecoderSpec, reductions: tuple[tuple[str, FastV], ...] = (), visual: int | None = None) -> Decoder:
+    found, generator = Decoder(spec, reductions, visual), torch.Generator().manual_seed(0)
+    for parameter in found.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    return found
+
+
+def positions(spec: DecoderSpec, order: Tensor) -> Tensor:
+    return torch.stack([order, order * 2, order // 2]) if spec.mrope_section else order
+
+
+def embeds(batch: int, tokens: int) -> Tensor:
+    return torch.randn(batch, tokens, SPEC.hidden, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("spec", [SPEC, WINDOWED, MROPE], ids=["plain", "windowed", "mrope"])
+def test_the_order_of_tokens_does_not_matter(spec: DecoderSpec) -> None:
+    """Visual tokens in front with `order` telling their places: the same logits as the prompt as it stands."""
+    module, x = decoder(spec), embeds(2, VISUAL + TEXT)
+    order = torch.arange(VISUAL + TEXT).expand(2, -1)
+    place = [*range(BEFORE, BEFORE + VISUAL), *range(BEFORE), *range(BEFORE + VISUAL, VISUAL + TEXT)]
+    straight = module(x, positions(spec, order), order)[0]
+    moved = module(x[:, place], positions(spec, order[:, place]), order[:, place])[0]
+    torch.testing.assert_close(moved, straight, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(module(x[:, place], positions(spec, order), order)[0], straight, atol=1e-3)
+
+
+@pytest.mark.parametrize("spec", [SPEC, WINDOWED, MROPE], ids=["plain", "windowed", "mrope"])
+def test_padding_changes_nothing(spec: DecoderSpec) -> None:
+    module, x = decoder(spec), embeds(1, VISUAL + TEXT)
+    order = torch.arange(VISUAL + TEXT)[None]
+    padded = torch.cat([x[:, :VISUAL], 9 * embeds(1, 3), x[:, VISUAL:]], 1)
+    with_pad = torch.cat([order[:, :VISUAL], torch.full((1, 3), PAD), order[:, VISUAL:]], 1)
+    place = torch.where(with_pad == PAD, 0, with_pad)
+    expected = module(x, positions(spec, order), order)[0]
+    torch.testing.assert_close(module(padded, positions(spec, place), with_pad)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [SPEC, WINDOWED, MROPE], ids=["plain", "windowed", "mrope"])
+def test_a_cache_changes_nothing(spec: DecoderSpec) -> None:
+    """In one go, and in two parts with the first part's keys, values and orders handed on."""
+    module, x = decoder(spec), embeds(2, 9)
+    order = torch.arange(9).expand(2, -1)
+    whole = module(x, positions(spec, order), order)
+    first, rest = order[:, :6], order[:, 6:]
+    _, *presents, total = module(x[:, :6], positions(spec, first), first)
+    found = module(x[:, 6:], positions(spec, rest), rest, presents[::2], presents[1::2], [total])
+    for a, b in zip(found, whole, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_windows_hide_what_is_far() -> None:
+    """Changing a token out of every window's reach changes nothing; within reach it does."""
+    spec = replace(SPEC, layers=1, windows=(5,))
+    module, x = decoder(spec), embeds(1, 9)
+    order = torch.arange(9)[None]
+    expected = module(x, order, order)[0]
+    for token, seen in ((3, False), (4, True)):
+        changed = x.clone()
+        changed[:, token] += 1
+        assert torch.allclose(module(changed, order, order)[0], expected, atol=1e-6) != seen
+
+
+def test_a_cut_keeps_what_the_last_token_looks_at() -> None:
+    cut, batch, seq = Cut(SPEC, 2, FITTED, VISUAL), 2, VISUAL + TEXT
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(batch, SPEC.heads, seq, SPEC.head_dim, generator=generator)
+    key = torch.randn(batch, SPEC.kv_heads, seq, SPEC.head_dim, generator=generator)
+    x, order = embeds(batch, seq), torch.arange(seq).expand(batch, -1)
+    bias = torch.zeros(batch, 1, SPEC.heads // SPEC.kv_heads * seq, seq)
+    found, found_order, found_positions, index = cut(query, key, bias, x, order, order + 7)
+    for b in range(batch):
+        row = torch.zeros(seq)
+        for head in range(SPEC.heads):
+            scores = key[b, head // 2] @ query[b, head, -1] / SPEC.head_dim**0.5
+            row += scores.softmax(0) / SPEC.heads
+        kept = sorted(row[:VISUAL].topk(3).indices.tolist())
+        assert index[b].tolist() == kept
+        stays = [*kept, *range(VISUAL, seq)]
+        assert torch.equal(found[b], x[b, stays])
+        assert found_order[b].tolist() == stays
+        assert torch.equal(found_positions[b], found_order[b] + 7)
+
+
+@pytest.mark.parametrize("spec", [SPEC, MROPE], ids=["plain", "mrope"])
+def test_groups_have_their_own_lengths(spec: DecoderSpec) -> None:
+    module = decoder(spec, (("fastv", FITTED),), VISUAL)
+    order = torch.arange(VISUAL + TEXT).expand(2, -1)
+    logits, *rest = module(embeds(2, VISUAL + TEXT), positions(spec, order), order)
+    presents, orders, kept = rest[: 2 * spec.layers], rest[2 * spec.layers : -1], rest[-1]
+    assert module.groups == [0, 0, 1, 1]
+    assert logits.shape == (2, spec.vocab)
+    assert [p.shape[2] for p in presents[::2]] == [VISUAL + TEXT] * 2 + [3 + TEXT] * 2
+    assert [o.shape[1] for o in orders] == [VISUAL + TEXT, 3 + TEXT]
+    assert torch.equal(orders[1][:, :3], kept)
+
+
+def test_keeping_everything_is_pruning_nothing() -> None:
+    order = torch.arange(VISUAL + TEXT).expand(2, -1)
+    x = embeds(2, VISUAL + TEXT)
+    pruned = decoder(SPEC, (("fastv", FastV(layer=2, keep=VISUAL)),), VISUAL)(x, order, order)[0]
+    torch.testing.assert_close(pruned, decoder(SPEC)(x, order, order)[0])

@@ -1,0 +1,62 @@
+"""TensorRT-RTX takes every graph and builds real engines, without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exporter.errors import ExportError
+from exporter.pipeline import Job, engine_records, run_build, run_export
+from exporter.workspace import Workspace
+from tests.stages.conftest import SIZES
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
+)
+
+PRUNED = ("visionzip:keep=8", "fastv:keep=4")
+CASES = [
+    pytest.param("llava", PRUNED, "rtx_fp16", {"vision", "reduce", "prefill", "decode"}, id="llava-fp16"),
+    pytest.param("llava", PRUNED, "rtx_int4", {"vision", "reduce", "prefill", "decode"}, id="llava-int4"),
+    pytest.param("qwen2_5_vl", ("uniform:keep=8",), "rtx_int4", {"vision", "reduce", "decode"}, id="qwen2_5_vl-int4"),
+]
+
+
+@pytest.mark.parametrize(("family", "reductions", "profile", "engines"), CASES)
+def test_engines_are_built(
+    family: str, reductions: tuple[str, ...], profile: str, engines: set[str], checkpoints: Any, tmp_path: Path
+) -> None:
+    work = Workspace(tmp_path)
+    run_export(Job(str(checkpoints[family]), reductions, profile, 1, SIZES[family]), work)
+    records = run_build(work)
+    assert {Path(r.file).stem for r in records} == engines
+    assert {role for r in records for role in r.roles} == {"vision", "reduce", "prefill", "decode"}
+    for record in records:
+        data = (work.engines / record.file).read_bytes()
+        assert data[:4] == b"vtrt"
+        assert len(data) == record.bytes
+    assert engine_records(work) == records
+    assert json.loads((work.engines / "engines.json").read_text())
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_failing_build_leaves_the_engines_that_were_there(
+    checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Workspace(tmp_path)
+    run_export(Job(str(checkpoints["llava"]), (), "cpu_fp32"), work)
+    run_build(work)
+    before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+
+    def fail(graphs: Any, source: Path, out: Path, *rest: Any) -> None:
+        (out / "vision.engine").write_bytes(b"half")
+        raise ExportError("refused")
+
+    monkeypatch.setattr("exporter.stages.build.build", fail)
+    with pytest.raises(ExportError, match="refused"):
+        run_build(work)
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
