@@ -144,6 +144,9 @@ class GraphSet:
                 values[name] = kind(
                     **{k: tuple(v) if k in ("mean", "std", "grid") and v else v for k, v in raw[name].items()}
                 )
+            for name in [*values["files"].values(), values["embedding"]]:
+                if Path(name).name != name:
+                    raise ValueError(f"it names a file outside the folder: {name!r}")
             return cls(**values)
         except (OSError, KeyError, TypeError, ValueError) as e:
             raise VerificationError(
