@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -159,8 +158,54 @@ Samples = Mapping[str, Sequence[Sequence[float]]]
 """Case → round → milliseconds."""
 
 
+class Load:
+    """What other programs take of the machine's processors, from /proc; 0 where that is missing."""
+
+    limit = 0.2
+    """A case with more than this is disturbed."""
+
+    def __init__(self, patience_s: float = 0.0) -> None:
+        self.patience_s = patience_s
+        self._others = self._all = 0.0
+
+    @property
+    def share(self) -> float:
+        """Over all measurements that counted."""
+        return round(self._others / self._all, 3) if self._all else 0.0
+
+    def undisturbed(self, run: Callable[[], Sequence[Sequence[float]]]) -> Sequence[Sequence[float]]:
+        """Run, and again as long as others disturb it and there is patience left."""
+        while True:
+            begin = time.monotonic()
+            while self.patience_s > time.monotonic() - begin and self._measure(lambda: time.sleep(2.0))[1] > self.limit:
+                pass
+            samples: list[Sequence[Sequence[float]]] = []
+            seconds, share = self._measure(lambda found=samples: found.append(run()))  # type: ignore[misc]
+            if share > self.limit and (spent := time.monotonic() - begin) < self.patience_s:
+                self.patience_s -= spent
+                continue
+            self._others, self._all = self._others + share * seconds, self._all + seconds
+            return samples[0]
+
+    def _measure(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Processor seconds that there were meanwhile, and the share of them that others took."""
+        before = self._seconds()
+        call()
+        mine, busy, total = (b - a for a, b in zip(before, self._seconds(), strict=True))
+        return total, max(0.0, busy - mine) / total if total else 0.0
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float]:
+        """Processor time of this process, of all, and that there was."""
+        with contextlib.suppress(OSError):
+            ticks = [int(t) for t in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
+            tick, idle = os.sysconf("SC_CLK_TCK"), ticks[3] + ticks[4]
+            return time.process_time(), (sum(ticks) - idle) / tick, sum(ticks) / tick
+        return 0.0, 0.0, 0.0
+
+
 def interleave(
-    cases: Sequence[Case], rounds: int, warmup: int = 1, log: Callable[[str], None] = lambda text: None
+    cases: Sequence[Case], rounds: int, load: Load, warmup: int = 1, log: Callable[[str], None] = lambda text: None
 ) -> Samples:
     """Run all cases in every round, forwards and backwards in turn, so that the machine's mood hits all alike."""
     found: dict[str, list[list[float]]] = {name: [] for case in cases for name in case.names}
@@ -168,10 +213,11 @@ def interleave(
         begin = time.perf_counter()
         for case in cases if i % 2 else reversed(cases):
             time.sleep(PAUSE_S)
-            samples = case.run()
-            if i >= warmup:
-                for name, ms in zip(case.names, samples, strict=True):
-                    found[name].append(list(ms))
+            if i < warmup:
+                case.run()
+                continue
+            for name, ms in zip(case.names, load.undisturbed(case.run), strict=True):
+                found[name].append(list(ms))
         log(f"round {i + 1} of {warmup + rounds}: {time.perf_counter() - begin:.0f} s")
     return found
 
@@ -199,33 +245,6 @@ class Ratio:
         return f"{self.median:.3g} ({self.low:.3g}–{self.high:.3g})"
 
 
-class Others:
-    """Share of the machine's processor time that went to other processes inside the block; None where /proc is missing."""
-
-    share: float | None = None
-
-    def __enter__(self) -> Others:
-        self._before = self._seconds()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._before and (after := self._seconds()):
-            mine, busy, total = (b - a for a, b in zip(self._before, after, strict=True))
-            self.share = round(max(0.0, busy - mine) / total, 3) if total else None
-
-    @staticmethod
-    def _seconds() -> tuple[float, float, float] | None:
-        """Processor time of this process, of all, and that there was."""
-        with contextlib.suppress(OSError):
-            ticks = [int(t) for t in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
-            tick = os.sysconf("SC_CLK_TCK")
-            idle = ticks[3] + ticks[4]
-            return time.process_time(), (sum(ticks) - idle) / tick, sum(ticks) / tick
-        return None
-
-
 def peak_rss_mib() -> float | None:
     """The most memory that this process has held."""
     with contextlib.suppress(OSError, StopIteration):
@@ -243,6 +262,7 @@ def options(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the language model's weights")
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=2, help="for every engine alike")
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait in all for other programs to rest")
     parser.add_argument("--no-genai", action="store_true", help="leave onnxruntime-genai out")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON record")
     return parser
@@ -259,7 +279,7 @@ def quiet() -> None:
 
 
 def record(
-    benchmark: str, precision: str, model: Model, settings: Mapping[str, Any], found: Mapping[str, Any], others: Others
+    benchmark: str, precision: str, model: Model, settings: Mapping[str, Any], found: Mapping[str, Any], load: Load
 ) -> dict[str, Any]:
     versions = pipeline.versions()
     with contextlib.suppress(metadata.PackageNotFoundError):
@@ -269,7 +289,7 @@ def record(
         "command": f"python -m benchmarks.{benchmark} --precision {precision} --rounds {settings['rounds']} --threads {settings['threads']}",
         "precision": precision,
         "machine": bench.machine(),
-        "others_share": others.share,
+        "others_share": load.share,
         "peak_rss_mib": peak_rss_mib(),
         "versions": versions,
         "model": asdict(model),
@@ -298,9 +318,11 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
 
 def footer(entry: Mapping[str, Any]) -> str:
     """Device, threads, precision, and how undisturbed the run was."""
-    machine, share = entry["machine"], entry["others_share"]
-    busy = "" if share is None else f", {100 * share:.0f} % of the processor used by others"
-    return f"{machine['processor']}, {machine['cores']} cores, {entry['threads']} threads, {entry['precision']}{busy}, {machine['utc']} UTC"
+    machine = entry["machine"]
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {entry['threads']} threads, {entry['precision']}, "
+        f"{100 * entry['others_share']:.0f} % of the processors used by others, {machine['utc']} UTC"
+    )
 
 
 def say(text: str) -> None:

@@ -44,15 +44,16 @@ def main() -> None:
     _common.quiet()
     with tempfile.TemporaryDirectory(prefix="edgetrim-") as scratch:
         entry = measure(
-            Path(scratch), Model(), Setting(), args.precision, args.rounds, args.threads, not args.no_genai, _common.say
-        )
+            Path(scratch), Model(), Setting(), args.precision, args.rounds, args.threads, _common.Load(args.patience),
+            not args.no_genai, _common.say,
+        )  # fmt: skip
     print(text(entry))
     print(_common.write(args.results, entry))
 
 
 def measure(
-    folder: Path, model: Model, setting: Setting, precision: str, rounds: int, threads: int, genai: bool = True,
-    log: Callable[[str], None] = lambda text: None,
+    folder: Path, model: Model, setting: Setting, precision: str, rounds: int, threads: int, load: _common.Load,
+    genai: bool = True, log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
     """The record. `folder` takes some gigabytes."""
     import torch
@@ -95,8 +96,7 @@ def measure(
             cases.append(Case.one(GENAI, lambda: opened.decode(ids, steps)))
         else:
             notes[GENAI] = why if genai and why else "left out"
-        with _common.Others() as others:
-            samples = _common.interleave(cases, rounds, log=log)
+        samples = _common.interleave(cases, rounds, load, log=log)
     found = {
         "times": _common.times(samples),
         "against": {name: asdict(Ratio.of(samples, name, OURS)) for name in samples if name != OURS},
@@ -108,7 +108,7 @@ def measure(
         "rounds": rounds, "threads": threads, "prompt_tokens": embeds.shape[1], "new_tokens": setting.new_tokens,
         "reductions": list(setting.reductions),
     }  # fmt: skip
-    return _common.record("decode", precision, model, settings, found, others)
+    return _common.record("decode", precision, model, settings, found, load)
 
 
 def _side_by_side(

@@ -57,15 +57,16 @@ def main() -> None:
     _common.quiet()
     with tempfile.TemporaryDirectory(prefix="edgetrim-") as scratch:
         entry = measure(
-            Path(scratch), Model(), Setting(), args.precision, args.rounds, args.threads, not args.no_genai, _common.say
-        )
+            Path(scratch), Model(), Setting(), args.precision, args.rounds, args.threads, _common.Load(args.patience),
+            not args.no_genai, _common.say,
+        )  # fmt: skip
     print(text(entry))
     print(_common.write(args.results, entry))
 
 
 def measure(
-    folder: Path, model: Model, setting: Setting, precision: str, rounds: int, threads: int, genai: bool = True,
-    log: Callable[[str], None] = lambda text: None,
+    folder: Path, model: Model, setting: Setting, precision: str, rounds: int, threads: int, load: _common.Load,
+    genai: bool = True, log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
     """The record. `folder` takes some gigabytes."""
     import torch
@@ -126,8 +127,7 @@ def measure(
             for kind, case in _selection(stack, folder, exports[FIRST][0], spec, threads)
         }
         cases += [Case.one(name, case) for name, case in selections.items()]
-        with _common.Others() as others:
-            samples = _common.interleave(cases, rounds, log=log)
+        samples = _common.interleave(cases, rounds, load, log=log)
     found = {
         "visual_tokens": {name: v.embeds.shape[1] for name, v in visuals.items()},
         "tokens": tokens,
@@ -147,7 +147,7 @@ def measure(
         "text_tokens": setting.text,
         "reductions": dict(setting.reductions),
     }
-    return _common.record("prefill", precision, model, settings, found, others)
+    return _common.record("prefill", precision, model, settings, found, load)
 
 
 # --- what is timed ----------------------------------------------------------------------------------------------------

@@ -31,11 +31,10 @@ class Part:
 
 IMAGE = Part(
     "image",
-    # Merging half of what is kept, from tokens chosen by received attention, is what this model counts best with.
-    Job(EMBEDDED, ("visionzip:keep=32,contextual=16,score=column,cls=off,position=keep",), "cpu_int4"),
+    # Without CLS and with the tokens' own positions: the language model was trained on patches where they stand.
+    Job(EMBEDDED, ("visionzip:keep=32,cls=off,position=keep",), "cpu_int4"),
     (
         "fastv:keep={total}",
-        "visionzip:keep={keep},contextual={half},score=column,cls=off,position=keep",
         "visionzip:keep={keep},cls=off,position=keep",
         "visionzip:keep={keep}",
         "tome:keep={keep},position=keep",

@@ -136,9 +136,9 @@ def latency(record: Mapping[str, Any]) -> list[RenderableType]:
         rows.append(row)
     machine = record["machine"]
     load = "" if machine["load"] is None else f", load {machine['load']:g}"
-    where = f"{machine['processor']}, {machine['cores']} cores{load}"
-    title = f"Latency: median ms of {record['rounds']} rounds; engine: {record['executed']}; {where}"
-    return [table(title, columns, rows)]
+    title = f"Latency: median ms of {record['rounds']} rounds; engine: {record['executed']}"
+    where = f"Measured on {machine['processor']}, {machine['cores']} cores{load}.\n"
+    return [table(title, columns, rows), where]
 
 
 STAGES = {

@@ -60,15 +60,13 @@ def label(template: str) -> str:
 def fill(template: str, ratio: float, tokens: int, frames: int) -> str | None:
     """The spec of a template at a keep ratio; None where it cannot be met with whole frames.
 
-    `{keep}` is tokens per frame, `{half}` half of them, `{total}` tokens over all frames, `{frames}` frames, `{ratio}` the
-    ratio itself.
+    `{keep}` is tokens per frame, `{total}` tokens over all frames, `{frames}` frames, `{ratio}` the ratio itself.
     """
     whole = ratio * frames
     if "{frames}" in template and (whole < 1 or whole != int(whole)):
         return None
-    keep = max(1, round(ratio * tokens))
-    counts = {"keep": keep, "half": keep // 2, "total": max(1, round(ratio * tokens * frames)), "frames": int(whole)}
-    return re.sub(r"\{(\w+)\}", lambda m: f"{ratio:g}" if m[1] == "ratio" else str(counts[m[1]]), template)
+    counts = {"keep": round(ratio * tokens), "total": round(ratio * tokens * frames), "frames": int(whole)}
+    return re.sub(r"\{(\w+)\}", lambda m: f"{ratio:g}" if m[1] == "ratio" else str(max(1, counts[m[1]])), template)
 
 
 def measure(

@@ -138,7 +138,7 @@ def export(
         plan.checkpoint, folder / "embedding.npy", dtype, (plan.geometry.vocab, plan.geometry.hidden), progress
     )
     copy_processor(plan.checkpoint, folder / "processor")
-    graphs = describe(plan, files, {v.name or "": sizes(v) for v in vision.graph.outputs})
+    graphs = describe(plan, files, {v.name or "": static_sizes(v) for v in vision.graph.outputs})
     graphs.save(folder)
     return graphs
 
@@ -203,14 +203,14 @@ def draw_reduce(plan: Plan, module: Reduce, vision: ir.Model, dtype: torch.dtype
     inputs: dict[str, tuple[Shape, torch.dtype]] = {}
     for value in vision.graph.outputs:
         assert value.name is not None and value.dtype is not None
-        inputs[value.name] = ("batch", *sizes(value)), TORCH[value.dtype]
+        inputs[value.name] = ("batch", *static_sizes(value)), TORCH[value.dtype]
     if plan.text_guided:
         inputs["text_embeds"] = ("batch", "text", plan.geometry.hidden), dtype
         inputs["text_mask"] = ("batch", "text"), dtype
     return draw(module, inputs, lambda v: module(*v.values()), ["visual_embeds", "index"])
 
 
-def sizes(value: ir.Value) -> list[int]:
+def static_sizes(value: ir.Value) -> list[int]:
     """Behind the batch axis; all static."""
     assert value.shape is not None
     found = [d for d in value.shape if isinstance(d, int)]

@@ -20,7 +20,9 @@ DECODE = decode.Setting(frames=4, text=6, reductions=(LFTR,), new_tokens=5)
 
 
 def test_prefill(tmp_path: Path) -> None:
-    entry = prefill.measure(tmp_path / "scratch", MODEL, PREFILL, "fp32", rounds=1, threads=1, genai=False)
+    entry = prefill.measure(
+        tmp_path / "scratch", MODEL, PREFILL, "fp32", rounds=1, threads=1, load=_common.Load(), genai=False
+    )
     assert entry["visual_tokens"] == {"1x": 64, "8x": 8}
     assert entry["speed_up"]["EdgeTrim, ONNX Runtime: 8x"]["ideal"] == (64 + 6) / (8 + 6)
     assert set(entry["selection"]) == {LFTR}
@@ -33,7 +35,7 @@ def test_prefill(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", _common.PRECISIONS)
 def test_decode(tmp_path: Path, precision: str) -> None:
-    entry = decode.measure(tmp_path, MODEL, DECODE, precision, rounds=1, threads=1, genai=False)
+    entry = decode.measure(tmp_path, MODEL, DECODE, precision, rounds=1, threads=1, load=_common.Load(), genai=False)
     assert entry["prompt_tokens"] == 8 + 6
     assert all(t["rounds"] == DECODE.new_tokens - 1 for t in entry["times"].values())
     assert decode.OURS in decode.text(entry)

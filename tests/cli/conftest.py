@@ -14,7 +14,7 @@ import pytest
 from exporter.bundle import MANIFEST, contents
 from exporter.cli import main
 
-SPEC = "visionzip:keep=32,contextual=16,score=column,cls=off,position=keep"
+SPEC = "visionzip:keep=32,cls=off,position=keep"
 
 
 @pytest.fixture(scope="session")

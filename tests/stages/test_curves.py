@@ -21,7 +21,6 @@ from exporter.workspace import Workspace
     ("template", "ratio", "spec"),
     [
         ("uniform:keep={keep}", 0.25, "uniform:keep=16"),
-        ("visionzip:keep={keep},contextual={half}", 0.5, "visionzip:keep=32,contextual=16"),
         ("fastv:keep={total}", 0.25, "fastv:keep=64"),
         ("random:keep_ratio={ratio}", 0.125, "random:keep_ratio=0.125"),
         ("lftr:temporal=similarity,keep_frames={frames}", 0.5, "lftr:temporal=similarity,keep_frames=2"),
