@@ -26,7 +26,9 @@ def test_build_bench_and_pack_need_no_torch(bundle: Path) -> None:
     assert built.returncode == 0, built.stderr
     timed = device("bench", str(bundle), "--no-compare", "--rounds", "2", "--json")
     assert timed.returncode == 0, timed.stderr
-    assert json.loads((bundle / "evidence/latency.json").read_text())["variants"]["engine_reduced"]["ttft"]["rounds"] == 2
+    assert (
+        json.loads((bundle / "evidence/latency.json").read_text())["variants"]["engine_reduced"]["ttft"]["rounds"] == 2
+    )
     packed = device("pack", str(bundle), "--json")
     assert packed.returncode == 0, packed.stderr
     looked = device("inspect", str(bundle), "--json")
