@@ -15,7 +15,7 @@ help:
 	@echo 'make test      the tests that need no GPU and no network'
 	@echo 'make test-all  the slow ones too, and those for a GPU where there is one'
 	@echo 'make lint      ruff and mypy'
-	@echo 'make bench     latency of the demo bundle'
+	@echo 'make bench     latency of the demo bundles (more: docs/benchmarks.md)'
 	@echo 'make format    let ruff format the code'
 	@echo 'make clean     remove what these targets made'
 
@@ -38,8 +38,9 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	@test -f $(OUT)/manifest.json || $(MAKE) demo
-	$(BIN)/edgetrim bench $(OUT)
+	@test -f $(OUT)/image/manifest.json || $(MAKE) demo
+	$(BIN)/edgetrim bench $(OUT)/image
+	$(BIN)/edgetrim bench $(OUT)/clip
 
 # The extra `rtx` installs nothing outside x86-64 Linux (a marker in pyproject.toml).
 $(READY): pyproject.toml constraints.txt

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,11 +259,12 @@ def _notes(
     if latency is None:
         notes.append("Latency: not measured; `edgetrim bench` has not run on this folder.")
     else:
-        threads = latency["threads"] or "the runtime's own choice of"
+        count = latency["threads"]
+        threads = f"{count} thread{'' if count == 1 else 's'}" if count else "the runtime's own choice of threads"
         load = latency["machine"].get("load")
         notes.append(
             f"Latency: batch 1, a random image, {latency['rounds']} rounds after 2 to warm up, all variants in turn in one "
-            f"process, {latency['new_tokens']} tokens each, {threads} threads"
+            f"process, {latency['new_tokens']} tokens each, {threads}"
             f"{'' if load is None else f'; load average {load} when it was written'}."
         )
     if executed and profile.stack.backend != "ort":
@@ -325,9 +326,3 @@ def optional(work: Workspace, name: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise VerificationError(f"{path} is damaged ({e}). Run the verb that writes it again.") from e
-
-
-def fidelity_passed(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """Gates that passed, and gates there are."""
-    judged = [row["passed"] for row in rows if row["passed"] is not None]
-    return sum(judged), len(judged)
