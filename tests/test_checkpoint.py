@@ -129,7 +129,9 @@ def test_a_tensor_of_another_shape(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nowhere", "/nowhere/at/all", "a/b/c", "../x", "owner/na me"])
-def test_a_name_that_is_neither_folder_nor_hub_id(name: str) -> None:
+def test_a_name_that_is_neither_folder_nor_hub_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UsageError, match="neither a folder nor a hub id"):
         resolve(name)
 
