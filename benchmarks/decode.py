@@ -4,8 +4,8 @@
 
 All in one process and in turn: a prompt of 32 text and 256 visual tokens, then 64 tokens, greedily, end-of-sequence
 ignored. The bare loops do the least that generates: look the embedding up, run the session, take the best logit, feed
-keys and values back. One passes numpy arrays, as the generator does; the other `OrtValue`s, which never become numpy.
-They take turns with the generator step by step, the other engines answer by answer.
+keys and values back. One passes numpy arrays; the other `OrtValue`s, which never become numpy, as the generator does.
+They take turns with the generator step by step, on its session; the other engines answer by answer.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def measure(
         }
         table = embedding(files, graphs)
         generator = Generator({**runners, "prefill": llm, "decode": llm}, endless, table)
-        bare = Bare(files / "decode.onnx", graphs, table, threads)
+        bare = Bare(llm._session, graphs, table)
         seen = generator.reduce(generator.vision(images)).embeds
         words = [t for t in prompt if t != graphs.text.image_token]
         embeds = np.concatenate([seen, np.asarray(table[words], np.float32)[None]], 1)
@@ -127,15 +127,12 @@ def _side_by_side(
 
 
 class Bare:
-    """A session of its own, driven by hand."""
+    """A session driven by hand: the generator's own, as the worker threads of a second one would spin in its way."""
 
-    def __init__(self, graph: Path, graphs: GraphSet, table: Array, threads: int) -> None:
+    def __init__(self, session: Any, graphs: GraphSet, table: Array) -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads
-        self._session: Any = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self._session = session
         self._value: Any = onnxruntime.OrtValue.ortvalue_from_numpy
         self._outputs = [o.name for o in self._session.get_outputs()]
         inputs = [i.name for i in self._session.get_inputs()]

@@ -81,7 +81,7 @@ def test_a_cache_grows_from_device_value_to_device_value(tmp_path: Path, dtype: 
             assert np.array_equal(runner.numpy(found["logits"]), wanted[0])
             assert np.array_equal(runner.numpy(found["present"]), whole)
             past = found["present"]
-            assert isinstance(past, onnxruntime.OrtValue) if bound else not past.flags.owndata, "a copy was made"
+            assert isinstance(past, onnxruntime.OrtValue), "it came to the host"
             first = first or (past, whole)
     assert np.array_equal(runner.numpy(first[0]), first[1]), "a later run wrote into an earlier result"
 

@@ -43,7 +43,7 @@ def test_decode(tmp_path: Path, precision: str) -> None:
 
 
 def test_the_generator_copies_no_keys_or_values(tmp_path: Path) -> None:
-    """What a step is fed is what the step before returned: the very arrays, at the same addresses."""
+    """What a step is fed is what the step before returned: the very values."""
     llava, _ = _common.checkpoint(tmp_path / "checkpoint", MODEL)
     _, graphs = _common.export(llava, tmp_path / "export", (LFTR,), 4, "fp32")
     files = tmp_path / "export" / "graphs"
@@ -65,12 +65,12 @@ class Spy:
     def __init__(self, session: Any) -> None:
         self._session, self._last, self.steps = session, dict[str, Any](), -1
 
-    def run(self, outputs: Any, feeds: dict[str, Any]) -> Any:
+    def run_with_ort_values(self, outputs: Any, feeds: dict[str, Any]) -> Any:
         if self._last:
             for name, value in feeds.items():
                 if name.startswith("past_"):
                     assert value is self._last["present" + name[4:]], name
-        found = self._session.run(outputs, feeds)
+        found = self._session.run_with_ort_values(outputs, feeds)
         self._last = dict(zip(outputs, found, strict=True))
         self.steps += 1
         return found
