@@ -233,7 +233,7 @@ def _selection(
     import torch
 
     plan = replace(job, reductions=(spec,)).plan()
-    module = Reduce(plan.before_llm, None, plan.taps, plan.text_guided, plan.geometry.tower.tokens)
+    module = Reduce(plan.before_llm, None, (*plan.taps, *plan.side))
     graph = draw_reduce(plan, module, draw_vision(plan, build_modules(plan).vision, torch.float32), torch.float32)
     path = folder / f"selection-{len(list(folder.glob('selection-*.onnx')))}.onnx"
     ir.save(graph, path)
@@ -258,7 +258,7 @@ def _noise(graph: Any, plan: Plan) -> dict[str, Array]:
     for value in graph.graph.inputs:
         shape = [d if isinstance(d, int) else sizes[str(d)] for d in value.shape]
         feeds[value.name] = rng.normal(size=shape).astype(np.float32)
-    if plan.text_guided:
+    if "text_mask" in plan.side:
         feeds["text_mask"] = np.ones_like(feeds["text_mask"])
     return feeds
 

@@ -6,7 +6,7 @@ Four roles, each an ONNX file (prefill and decode are one file when nothing is p
 role     inputs                                                       outputs
 ======== ============================================================ ==============================================
 vision   pixel_values [batch, frames, 3, height, width]               the signals `reduce` asks for
-reduce   those signals; text_embeds, text_mask if text-guided         visual_embeds [batch, kept, hidden],
+reduce   those signals; text and text_mask if text-guided, …          visual_embeds [batch, kept, hidden],
                                                                       index int64 [batch, kept]
 prefill  inputs_embeds [batch, seq, hidden], position_ids, order       logits [batch, vocab], present_key_i,
                                                                       present_value_i, present_order_g, kept_l
@@ -18,6 +18,9 @@ decode   the same and past_key_i, past_value_i, past_order_g           logits, p
 token's place in the prompt and the attention mask is `order_kv <= order_q`, so the result is the same, and the visual
 tokens are a static slice. Padding sits between the visual tokens and the text and has order `PAD`; the last token is
 always real. `position_ids` [batch, seq] (or [3, batch, seq] with M-RoPE) feed the rotary embedding only.
+
+Where merged tokens shall count as many times as they have parts, `reduce` returns `visual_size` too, and the language
+model takes `size` float32 [batch, seq] and `past_size_g` and returns `present_size_g`, as with `order`.
 
 Layers between two in-LLM reductions form a *KV group* and share a cache length and one `order` tensor per group.
 """
@@ -125,7 +128,10 @@ class GraphSet:
     text: TextSpec
     signals: dict[str, list[int]]
     """Outputs of `vision` = inputs of `reduce`, in order: name → shape without the batch axis."""
-    text_guided: bool
+    side: dict[str, list[int | str]]
+    """Further inputs of `reduce`, that do not come from `vision`: name → shape without the batch axis."""
+    sized: bool
+    """Whether `reduce` tells the tokens' sizes and the language model's attention counts them."""
     embedding: str = "embedding.npy"
     """File of the token embedding table [vocab, hidden], float16 or float32, memory-mapped."""
 

@@ -13,12 +13,13 @@ from exporter.errors import CheckpointError, UsageError
 from exporter.families._contract import Family, Geometry, Request
 from exporter.graphset import tokens_in_words
 from graphs import _spec
-from graphs._contract import BeforeLLM, InLLM, InTower, Reduction, ReductionError, Site
+from graphs._contract import OF_PROMPT, BeforeLLM, InLLM, InTower, Reduction, ReductionError, Site
 
 if TYPE_CHECKING:
     from profiles._schema import Profile
 
-TEXT_SIGNALS = frozenset({"text", "text_mask"})
+SIDE = ("text", "text_mask", "aligned_text", "warp")
+"""Signals of a reduction before the LLM that do not come from the tower, in the order of the graph's inputs."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,15 @@ class Plan:
         return [(s.name, cast(InLLM, s.method)) for s in self.at("in_llm")]
 
     @property
-    def text_guided(self) -> bool:
-        return any(TEXT_SIGNALS & set(m.needs) for _, m, _ in self.before_llm)
+    def side(self) -> tuple[str, ...]:
+        """Signals that have to come from elsewhere than the tower."""
+        needed = {name for _, method, _ in self.before_llm for name in method.needs}
+        return tuple(name for name in SIDE if name in needed)
+
+    @property
+    def sized(self) -> bool:
+        """Whether the language model counts a merged token as many times as it has parts."""
+        return any(method.sized for _, method, _ in self.before_llm)
 
     def record(self) -> list[dict[str, Any]]:
         """The reductions as data, for manifests and reports."""
@@ -174,7 +182,8 @@ class _Fitting:
         for text, method in methods:
             if isinstance(method, InTower):
                 site = self._in_tower(text, method, site)
-                taps.append("anchor")
+                if site.total < self.geometry.tower.total:
+                    taps.append("anchor")
             elif isinstance(method, BeforeLLM):
                 fitted = self.fit(text, method, site)
                 assert isinstance(fitted, BeforeLLM)
@@ -184,7 +193,7 @@ class _Fitting:
                         "Put it first."
                     )
                 projected = projected or fitted.space == "llm"
-                taps += [n for n in fitted.needs if n not in TEXT_SIGNALS and n not in taps]
+                taps += [n for n in fitted.needs if n not in SIDE and n not in taps]
                 after = fitted.after(site)
                 self._add(text, fitted, site, site.total, after.total)
                 self.policies.append(fitted.resolved_position(site))
@@ -224,8 +233,8 @@ class _Fitting:
         after = fitted.after(where)
         self._add(text, fitted, where, where.total, after.total)
         self.policies.append(fitted.resolved_position())
-        left = site.signals & {"hidden", "cls", *TEXT_SIGNALS}
-        return replace(site, tokens=after.tokens, grid=None, signals=left)
+        left = site.signals & {"hidden", "cls", *OF_PROMPT}
+        return replace(site, tokens=after.tokens, frames=after.frames, grid=None, signals=left)
 
     def _add(self, text: str, method: Reduction, site: Site, before: int, after: int) -> None:
         self.steps.append(Step(text.partition(":")[0], method, site, before, after))

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 SNAP = 4096.0
 """Score grid: differences below 1/4096 of a score's unit count as ties."""
 
+FORCED = 2.0**22
+"""Above the range of snapped scores of a few units; float32 still tells every two of them apart."""
+
 TOPK_LIMIT = 3840
 """TensorRT's TopK takes at most this K."""
 
@@ -45,6 +48,20 @@ def rank(score: Tensor, k: int, *, largest: bool = True) -> Tensor:
     hit = placement(score, largest=largest).unsqueeze(-2) == torch.arange(k).unsqueeze(-1)
     found = hit.to(torch.float32) @ torch.arange(n, dtype=torch.float32).unsqueeze(-1)
     return found.squeeze(-1).to(torch.int64)
+
+
+def first(score: Tensor, *, largest: bool = True) -> Tensor:
+    """int64 [...]: index of the best score along the last axis, the earlier one among equals."""
+    return torch.argmax(score if largest else -score, dim=-1)
+
+
+def force(score: Tensor, chosen: Tensor) -> Tensor:
+    """Scores that rank every token of the bool mask `chosen` before all others, and keep their order otherwise.
+
+    A selection of K then takes the chosen ones first and fills up with the best of the rest: how a union of sets
+    gets a fixed count.
+    """
+    return torch.where(chosen, score + FORCED, score)
 
 
 def placement(score: Tensor, *, largest: bool = True) -> Tensor:

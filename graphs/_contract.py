@@ -3,19 +3,19 @@
 A reduction is a frozen dataclass whose fields are its knobs. It acts at one of three places:
 
 * `BeforeLLM`: once, on the visual tokens between tower and language model (`PerFrame` when frames are
-  independent).
-* `InTower`: in every tower block, between attention and MLP.
+  independent, `PerClip` when they share one budget).
+* `InTower`: in tower blocks, between attention and MLP (`PerFrameInTower` when frames are independent).
 * `InLLM`: before chosen decoder layers, during prefill.
 
 `fit` resolves the knobs against a `Site` (static counts and the signals there are) before anything is traced.
 `forward` is plain torch with static shapes: run eagerly it is the reference, traced it is the subgraph.
 A method asks for *signals* by name and never learns which family supplies them.
 
-Signals, all with leading axes [batch, frames, tokens] unless said otherwise; `name@7` means tower block 7
-instead of the block that produces the features:
+Signals, all with leading axes [batch, frames, tokens] unless said otherwise. `name@7` means tower block 7 instead of
+the block that produces the features; blocks behind that one can be asked for too.
 
 =================== ================================ =====================================================
-signal              shape                            meaning
+before the LLM      shape                            meaning
 =================== ================================ =====================================================
 hidden              [batch, frames, tokens, dim]     patch (or merged) tokens at the site, no CLS
 cls                 [batch, frames, dim]             CLS token at the same layer as `hidden`
@@ -23,10 +23,28 @@ cls_attention       [batch, frames, tokens]          attention of CLS to each to
 column_attention    [batch, frames, tokens]          attention each token receives, mean (heads, queries)
 keys                [batch, frames, tokens, head_dim] keys, mean over heads
 cls_keys            [batch, frames, head_dim]        key of CLS, mean over heads
+joint_keys          [batch, frames, tokens, dim]     keys, heads side by side
+joint_cls_attention [batch, frames, tokens]          attention of CLS with all heads as one vector, scale 1/√dim
+aligned             [batch, frames, tokens, shared]  tokens in the space that a CLIP tower shares with its text
+aligned_text        [batch, shared]                  the question in that space
 text                [batch, text, dim]               embeddings of the prompt's text tokens (LLM width)
 text_mask           [batch, text]                    1 for real text tokens, 0 for padding
-attention_row       [batch, tokens]                  in the LLM: last token's attention to each visual token
+warp                int64 [batch, frames, tokens]    where a token was in the frame before, -1 if out of sight
 =================== ================================ =====================================================
+
+=================== ================================ =====================================================
+in the tower        shape, tokens counting CLS       meaning, at the block in question
+=================== ================================ =====================================================
+hidden              [batch, frames, tokens, dim]     tokens between attention and MLP
+size                [batch, frames, tokens]          float32: how many tokens each one stands for
+keys                [batch, frames, tokens, head_dim] keys, mean over heads
+attention           [batch, frames, tokens, tokens]  attention, mean over heads; rows are queries
+cls_attention       [batch, frames, tokens]          its row of CLS
+column_attention    [batch, frames, tokens]          its mean over queries
+value_norm          [batch, frames, tokens]          length of the values, all heads
+=================== ================================ =====================================================
+
+In the LLM: `attention_row` [batch, tokens], the last prompt token's attention to each visual token.
 """
 
 from __future__ import annotations
@@ -43,6 +61,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Signals = Mapping[str, "Tensor"]
+OF_PROMPT = frozenset({"text", "text_mask", "aligned_text"})
+"""Signals without a frames axis: they come from the prompt, not from the tower."""
+
 Space = Literal["tower", "llm"]
 R = TypeVar("R", bound="Reduction")
 
@@ -58,8 +79,9 @@ class Site:
     tokens: per frame, without CLS. frames: images or clip frames in one sample (after temporal merging of the
         tower).
     grid: rows and columns of `tokens` in raster order, or None once the raster is lost.
-    depth: tower blocks (InTower) or decoder layers (InLLM) the site offers; 0 for BeforeLLM.
+    depth: tower blocks up to the features (InTower, BeforeLLM) or decoder layers (InLLM).
     signals: names that can be supplied. grid_positions: positions are t/h/w triplets, not a count.
+    dim, llm_dim: width of `hidden` in the tower and of the language model; 0 where unknown.
     """
 
     tokens: int
@@ -68,6 +90,8 @@ class Site:
     signals: frozenset[str] = frozenset()
     depth: int = 0
     grid_positions: bool = False
+    dim: int = 0
+    llm_dim: int = 0
 
     @property
     def total(self) -> int:
@@ -110,6 +134,11 @@ class Reduction(ABC):
     def after(self, site: Site) -> Site:
         """The site behind this (fitted) method: its token counts, and the signals that still make sense."""
 
+    @property
+    def merges(self) -> bool:
+        """Whether kept tokens are changed by those that go; False: each is one of the tokens that came in."""
+        return False
+
     def check(self) -> None:
         """Refuse knob values that are not of their annotated type. Every `fit` does this first.
 
@@ -130,6 +159,11 @@ class Reduction(ABC):
                 f"it needs {', '.join(f'`{s}`' for s in missing)}, but this model offers only "
                 f"{', '.join(f'`{s}`' for s in plain) or 'nothing'} there"
             )
+
+    def trained(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """Trained tensors, name (an identifier) → shape: `forward` finds them among its signals. They come from the
+        safetensors file that the method's knob `weights` names; matrices are [in, out] there too."""
+        return {}
 
     def knobs(self) -> dict[str, object]:
         """Knob names and values, in the order of definition."""
@@ -152,6 +186,22 @@ def keep_count(keep: int | None, keep_ratio: float | None, tokens: int, *, what:
     if not 1 <= keep <= tokens:
         raise ReductionError(f"`keep` must be in 1..{tokens}, as there are {tokens} {what}; found {keep}")
     return keep
+
+
+def block_of(site: Site, signal: str, share: float) -> int:
+    """The tower block nearest to `share` of the depth (0: first, 1: the features' block) that offers `signal`.
+
+    So a paper's "block 8 of 23" finds its counterpart in a tower of another depth, or one where only some blocks
+    attend to all tokens. Equally near: the earlier.
+
+    Raises:
+        ReductionError: no block offers it.
+    """
+    blocks = [int(b) for name, _, b in (s.partition("@") for s in site.signals) if name == signal and b]
+    blocks = sorted(b for b in blocks if b < site.depth)
+    if not blocks:
+        raise ReductionError(f"it needs `{signal}` of a block inside the tower, which this model does not offer")
+    return min(blocks, key=lambda b: abs(b - share * (site.depth - 1)))
 
 
 Position = Literal["auto", "keep", "compact"]
@@ -179,6 +229,11 @@ class BeforeLLM(Reduction):
         if self.position != "auto":
             return self.position
         return "keep" if site.grid_positions else self.paper_position
+
+    @property
+    def sized(self) -> bool:
+        """Whether the language model shall add log(size) of a kept token to its attention logits."""
+        return False
 
     @abstractmethod
     def forward(self, signals: Signals) -> Reduced:
@@ -209,13 +264,12 @@ class PerFrame(BeforeLLM):
 
     def after(self, site: Site) -> Site:
         assert self.keep is not None
-        return replace(site, tokens=self.keep, grid=None, signals=site.signals & {"hidden", "cls", "text", "text_mask"})
+        return replace(site, tokens=self.keep, grid=None, signals=site.signals & {"hidden", "cls", *OF_PROMPT})
 
     def forward(self, signals: Signals) -> Reduced:
         hidden = signals["hidden"]
         frames, tokens = hidden.shape[1:3]
-        per_sample = {"text", "text_mask"}
-        folded = {k: v if k in per_sample else v.flatten(0, 1) for k, v in signals.items()}
+        folded = {k: _repeated(v, frames) if k in OF_PROMPT else v.flatten(0, 1) for k, v in signals.items()}
         out = self.reduce_frame(folded)
         kept = out.index.shape[1]
         index = out.index.reshape(-1, frames, kept)
@@ -226,33 +280,82 @@ class PerFrame(BeforeLLM):
 
     @abstractmethod
     def reduce_frame(self, signals: Signals) -> Reduced:
-        """Reduce one frame: leading axes [batch * frames, tokens]; text and text_mask keep [batch, text]."""
+        """Reduce one frame: leading axes [batch * frames, tokens]; signals of the prompt are repeated per frame."""
+
+
+@dataclass(frozen=True)
+class PerClip(BeforeLLM):
+    """A `BeforeLLM` method with one budget for the whole clip: `keep` counts tokens over all frames."""
+
+    keep: int | None = None
+    keep_ratio: float | None = None
+
+    def fit(self: R, site: Site) -> R:
+        assert isinstance(self, PerClip)
+        self.check()
+        keep = keep_count(self.keep, self.keep_ratio, site.total, what=f"tokens in {site.frames} frames")
+        fitted = replace(self, keep=keep, keep_ratio=None, position=self.resolved_position(site))
+        fitted.require(site)
+        return fitted
+
+    def after(self, site: Site) -> Site:
+        assert self.keep is not None
+        return replace(site, tokens=self.keep, frames=1, grid=None, signals=site.signals & {"hidden", *OF_PROMPT})
 
 
 @dataclass(frozen=True)
 class InTower(Reduction):
-    """Acts in every tower block, between attention and MLP, and so shortens the tower itself.
+    """Acts in tower blocks, between attention and MLP, and so shortens the tower itself.
 
-    The token axis includes CLS at 0 if the tower has one (`cls_tokens` 1, else 0).
+    The token axis includes CLS at 0 if the tower has one. In the blocks behind, log(size) of a key is added to its
+    attention logits, if the method is `proportional`.
     """
 
     place: ClassVar[str] = "in_tower"
     paper_position: ClassVar[Literal["keep", "compact"]] = "compact"
     position: Position = field(default="auto", kw_only=True)
 
+    @property
+    def proportional(self) -> bool:
+        """Whether attention in later blocks counts a merged token as many times as it has parts."""
+        return self.merges
+
+    @property
     @abstractmethod
-    def forward(self, block: int, hidden: Tensor, keys: Tensor, size: Tensor, cls_tokens: int) -> Reduced:
-        """One block's reduction.
+    def blocks(self) -> tuple[int, ...]:
+        """Tower blocks (0-based) it acts in, ascending (fitted method)."""
+
+    @abstractmethod
+    def forward(self, block: int, signals: Signals, cls_tokens: int) -> Reduced:
+        """One block's reduction; called for the blocks in `blocks` only.
 
         Args:
-            hidden: [batch, tokens, dim]. keys: [batch, tokens, head_dim], mean over heads.
-            size: float32 [batch, tokens], tokens each one stands for.
+            signals: what `needs` names, and always hidden and size.
+            cls_tokens: 1 if CLS is at place 0, else 0.
         Returns:
-            Reduced with `index` into this block's tokens and the new `size`.
+            tokens [batch, frames, kept, dim]; index int64 [batch, frames, kept] into this block's tokens, CLS included,
+            frames one after another; size float32 [batch, frames, kept].
         """
 
     def resolved_position(self) -> Literal["keep", "compact"]:
         return self.paper_position if self.position == "auto" else self.position
+
+
+@dataclass(frozen=True)
+class PerFrameInTower(InTower):
+    """An `InTower` method that treats every frame alone. Subclasses write `reduce_frame`, with frames in the batch."""
+
+    def forward(self, block: int, signals: Signals, cls_tokens: int) -> Reduced:
+        frames, tokens = signals["hidden"].shape[1:3]
+        out = self.reduce_frame(block, {k: v.flatten(0, 1) for k, v in signals.items()}, cls_tokens)
+        assert out.size is not None
+        x, index, size = (t.unflatten(0, (-1, frames)) for t in (out.tokens, out.index, out.size))
+        return Reduced(x, index + (_arange(frames) * tokens)[None, :, None], size)
+
+    @abstractmethod
+    def reduce_frame(self, block: int, signals: Signals, cls_tokens: int) -> Reduced:
+        """One block's reduction of one frame: signals with leading axes [batch * frames, tokens]; `index` and `size`
+        [batch * frames, kept]."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +382,11 @@ def _arange(n: int) -> Tensor:
     from graphs._torch import torch
 
     return torch.arange(n)
+
+
+def _repeated(x: Tensor, frames: int) -> Tensor:
+    """[batch, ...] → [batch * frames, ...]"""
+    return x.unsqueeze(1).expand(-1, frames, *x.shape[1:]).flatten(0, 1)
 
 
 def _where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -79,6 +79,10 @@ class Lftr(BeforeLLM):
         cls = ("cls",) if self.cls or self.spatial == "topic" else ()
         return ("hidden", *cls, *(("text", "text_mask") if self.spatial == "text" else ()))
 
+    @property
+    def merges(self) -> bool:
+        return self.temporal is not None
+
     def fit(self, site: Site) -> Lftr:
         self.check()
         if self.temporal is None and self.spatial is None:

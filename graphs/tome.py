@@ -1,8 +1,8 @@
 """Merge similar tokens in every tower block, so that the tower itself gets shorter.
 
-hidden [batch, tokens, dim], keys [batch, tokens, head_dim] (mean over heads), size [batch, tokens] →
-tokens [batch, tokens - r, dim], index int64 [batch, tokens - r] into this block's tokens, size
-[batch, tokens - r].
+hidden [batch, frames, tokens, dim], keys [batch, frames, tokens, head_dim] (mean over heads), size
+[batch, frames, tokens] → tokens [batch, frames, tokens - r, dim], index int64 [batch, frames, tokens - r] into
+this block's tokens, size [batch, frames, tokens - r].
 
 Between attention and MLP of block l:
 1. Tokens at even places (CLS first, if there is one) form set A, those at odd places set B.
@@ -32,20 +32,16 @@ Position: *compact*, because the raster is lost.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from graphs._blocks import ascending, complement, normalize, one_hot, rank, snap, spread, take
-from graphs._contract import InTower, Reduced, ReductionError, Site, keep_count
-from graphs._torch import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from graphs._bipartite import match, merge
+from graphs._contract import OF_PROMPT, PerFrameInTower, Reduced, ReductionError, Signals, Site, keep_count
 
 EXAMPLES = ("tome:keep=144", "tome:keep_ratio=0.5,schedule=linear", "tome:schedule=13")
 
 
 @dataclass(frozen=True)
-class ToMe(InTower):
+class ToMe(PerFrameInTower):
     """Merge the most similar tokens of every tower block."""
 
     paper: ClassVar[str] = "Bolya et al. 2023, arXiv:2210.09461"
@@ -78,35 +74,23 @@ class ToMe(InTower):
         Attention and keys are from before the last block's merge: they fit the tokens only if it merges none.
         """
         assert self.keep is not None and isinstance(self.schedule, tuple)
-        kept = {"hidden", "cls", "text", "text_mask"}
+        kept = {"hidden", "cls", *OF_PROMPT}
         if self.schedule[-1] == 0:
             kept |= {s for s in site.signals if "@" not in s}
         return replace(site, tokens=self.keep, grid=None, signals=site.signals & kept)
 
-    def forward(self, block: int, hidden: Tensor, keys: Tensor, size: Tensor, cls_tokens: int) -> Reduced:
-        assert isinstance(self.schedule, tuple) and cls_tokens in (0, 1)
-        r, n = self.schedule[block], hidden.shape[1]
-        if r == 0:
-            return Reduced(hidden, spread(list(range(n)), hidden), size)
-        odd, even = n // 2, n - n // 2
-        metric = normalize(keys)
-        similarity = snap(metric[:, ::2] @ metric[:, 1::2].transpose(1, 2))
-        best = similarity.amax(-1)
-        if cls_tokens:
-            best = torch.where(torch.arange(even) < cls_tokens, torch.full((), -1e9), best)
-        goes = ascending(rank(best, r))
-        stays = complement(goes, even)
+    @property
+    def merges(self) -> bool:
+        return True
 
-        partner = take(rank(similarity, 1).squeeze(-1), goes)
-        merge = one_hot(partner, odd, torch.float32).transpose(1, 2)
-        weighted = hidden.float() * size.unsqueeze(-1)
-        source = take(weighted[:, ::2], goes)
-        new_size = size[:, 1::2] + (merge @ take(size[:, ::2], goes).unsqueeze(-1)).squeeze(-1)
-        merged = (weighted[:, 1::2] + merge @ source) / new_size.unsqueeze(-1)
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        assert isinstance(self.schedule, tuple)
+        return tuple(block for block, r in enumerate(self.schedule) if r)
 
-        tokens = torch.cat([take(hidden[:, ::2], stays), merged.to(hidden.dtype)], 1)
-        index = torch.cat([2 * stays, spread(list(range(1, n, 2)), hidden)], 1)
-        return Reduced(tokens, index, torch.cat([take(size[:, ::2], stays), new_size], 1))
+    def reduce_frame(self, block: int, signals: Signals, cls_tokens: int) -> Reduced:
+        assert isinstance(self.schedule, tuple)
+        return merge(signals["hidden"], signals["size"], match(signals["keys"], self.schedule[block], cls_tokens))
 
 
 def _explicit(schedule: tuple[int, ...], site: Site) -> tuple[int, ...]:

@@ -68,6 +68,10 @@ class VisionZip(PerFrame):
     def _cls_on(self) -> bool:
         return self.cls == "on" or (self.cls == "auto" and self.score != "column")
 
+    @property
+    def merges(self) -> bool:
+        return self.contextual != 0
+
     def capacity(self, site: Site) -> int:
         return site.tokens + self._cls_on
 

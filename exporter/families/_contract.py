@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from exporter.nn.decoder import DecoderSpec
 
 
+PROMPT = frozenset({"text", "text_mask"})
+"""Signals every family has, as they come from the prompt and the language model's embedding table."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What the user fixes about the input: images or clip frames per sample, and the image size (height, width) for

@@ -6,11 +6,21 @@ One placeholder token per image or clip frame; the raster is fixed by the tower'
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError, UsageError
-from exporter.families._contract import Family, Geometry, Request, decoder_spec, eos_tokens, normalization, text_config
+from exporter.families._contract import (
+    PROMPT,
+    Family,
+    Geometry,
+    Request,
+    decoder_spec,
+    eos_tokens,
+    normalization,
+    text_config,
+)
 from exporter.graphset import ImageSpec
 from graphs._contract import InTower, Site
 
@@ -39,7 +49,7 @@ class Llava(Family):
         return key
 
     def geometry(self, checkpoint: Checkpoint, request: Request) -> Geometry:
-        from exporter.nn.vit import tower_signals
+        from exporter.nn.vit import in_tower_signals, tower_signals
 
         config = checkpoint.config
         spec = self._tower(config)
@@ -50,20 +60,17 @@ class Llava(Family):
         decoder = decoder_spec(config)
         rows, cols = spec.grid
         tokens = rows * cols
-        tower = Site(tokens, request.frames, spec.grid, tower_signals(spec) | {"text", "text_mask"})
+        tower = Site(
+            tokens, request.frames, spec.grid, tower_signals(spec) | PROMPT, spec.blocks,
+            dim=spec.hidden, llm_dim=decoder.hidden,
+        )  # fmt: skip
         return Geometry(
             image=self._image(checkpoint, spec.image),
             frames=request.frames,
             placeholders=request.frames,
             grid=spec.grid,
             tower=tower,
-            in_tower=Site(
-                tokens,
-                request.frames,
-                spec.grid,
-                frozenset({"hidden", "keys", *(("cls",) if spec.cls else ())}),
-                spec.blocks,
-            ),
+            in_tower=replace(tower, signals=in_tower_signals(spec)),
             ids=tuple((i,) for i in range(tokens)),
             span=tokens,
             position_axes=1,
@@ -134,6 +141,7 @@ class Llava(Family):
             cls=clip,
             pre_norm=clip,
             patch_bias=not clip,
+            layers=layers,
         )
 
     def _image(self, checkpoint: Checkpoint, side: int) -> ImageSpec:

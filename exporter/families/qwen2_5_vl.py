@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError, UsageError
 from exporter.families._contract import (
+    PROMPT,
     Family,
     Geometry,
     Request,
@@ -69,7 +70,10 @@ class Qwen25VL(Family):
             stride = int(int(vision.get("tokens_per_second", 4)) * spec.temporal_patch / FRAMES_PER_SECOND)
         ids = tuple((t * stride, r, c) for t in range(steps) for r in range(rows) for c in range(cols))
         decoder = self.decoder(checkpoint)
-        site = Site(rows * cols, steps, spec.grid, tower_signals(spec) | {"text", "text_mask"}, grid_positions=True)
+        site = Site(
+            rows * cols, steps, spec.grid, tower_signals(spec) | PROMPT, spec.blocks,
+            grid_positions=True, dim=spec.out, llm_dim=decoder.hidden,
+        )  # fmt: skip
         token = config.get("image_token_id" if request.frames == 1 else "video_token_id")
         if token is None:
             token = 151655 if request.frames == 1 else 151656

@@ -108,7 +108,7 @@ class Layer(Atom):
 
 
 class Frame(Atom):
-    """What the layers of a KV group share: rotary factors, the group's order, and a mask per sliding window."""
+    """What the layers of a KV group share: rotary factors, order (and size) of all its tokens, a mask per sliding window."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -121,8 +121,17 @@ class Frame(Atom):
     def key(self) -> Hashable:
         return self.spec
 
-    def forward(self, x: Tensor, position_ids: Tensor, order: Tensor, past_order: Tensor | None) -> tuple[Tensor, ...]:
-        """cos, sin [batch, 1, seq, head_dim / 2]; order with the past [batch, total]; masks [batch, 1, group * seq, total]."""
+    def forward(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        order: Tensor,
+        past_order: Tensor | None,
+        size: Tensor | None,
+        past_size: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """cos, sin [batch, 1, seq, head_dim / 2]; order, and size if given, with the past [batch, total]; masks
+        [batch, 1, group * seq, total], to which log(size) of the keys is added."""
         s = self.spec
         angle = position_ids.float().unsqueeze(-1) * self.get_buffer("inv_freq")
         if s.mrope_section is not None:
@@ -133,19 +142,21 @@ class Frame(Atom):
         if s.rope_scale != 1.0:
             cos, sin = cos * s.rope_scale, sin * s.rope_scale
         total = order if past_order is None else torch.cat([past_order, order], 1)
+        sizes = [] if size is None else [size if past_size is None else torch.cat([past_size, size], 1)]
+        allowed = torch.log(sizes[0])[:, None, None, :] if sizes else torch.zeros(())
         q, kv = order[:, None, :, None], total[:, None, None, :]
         masks = []
         for window in self.windows:
             visible = kv <= q
             if window is not None:
                 visible = visible & (kv > q - window)
-            bias = torch.where(visible, 0.0, MASKED).to(x.dtype)
+            bias = torch.where(visible, allowed, MASKED).to(x.dtype)
             masks.append(torch.cat([bias] * (s.heads // s.kv_heads), 2))
-        return (cos.to(x.dtype), sin.to(x.dtype), total, *masks)
+        return (cos.to(x.dtype), sin.to(x.dtype), total, *sizes, *masks)
 
 
 class Cut(Atom):
-    """A reduction before one layer: scores from the layer before, then hidden states, order and positions are gathered."""
+    """A reduction before one layer: scores from the layer before, then all there is per token is gathered."""
 
     def __init__(self, spec: DecoderSpec, layer: int, method: InLLM, visual: int) -> None:
         super().__init__()
@@ -155,9 +166,17 @@ class Cut(Atom):
         return self.spec, self.layer, self.method, self.visual
 
     def forward(
-        self, query: Tensor, key: Tensor, bias: Tensor, x: Tensor, order: Tensor, position_ids: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns x, order, position_ids without the dropped tokens, and the kept index int64 [batch, kept]."""
+        self,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor,
+        x: Tensor,
+        position_ids: Tensor,
+        order: Tensor,
+        size: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """Returns x, position_ids, order, and size if given, without the dropped tokens, and the kept index int64
+        [batch, kept]."""
         row = self.attention_row(query, key, bias[:, :, -1:])
         signals = {"attention_row": row[:, : self.visual], "hidden": x[:, : self.visual]}
         index = self.method.forward(self.layer, signals)
@@ -165,7 +184,8 @@ class Cut(Atom):
             position_ids = torch.stack([self.prune(axis, index) for axis in position_ids.unbind(0)])
         else:
             position_ids = self.prune(position_ids, index)
-        return self.prune(x, index), self.prune(order, index), position_ids, index
+        sizes = [] if size is None else [self.prune(size, index)]
+        return (self.prune(x, index), position_ids, self.prune(order, index), *sizes, index)
 
     def prune(self, x: Tensor, index: Tensor) -> Tensor:
         """x [batch, seq, ...]: keep `index` of the visual tokens in front and all that follow."""
@@ -236,6 +256,8 @@ class Decoder(nn.Module):
         past_keys: Sequence[Tensor] = (),
         past_values: Sequence[Tensor] = (),
         past_orders: Sequence[Tensor] = (),
+        size: Tensor | None = None,
+        past_sizes: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
         """Run prefill or a decode step.
 
@@ -243,27 +265,35 @@ class Decoder(nn.Module):
             inputs_embeds: [batch, seq, hidden], visual tokens first. position_ids: int64 [batch, seq] or [3, batch, seq].
             order: int64 [batch, seq]. past_keys, past_values: per layer [batch, kv_heads, past, head_dim].
             past_orders: int64, per KV group [batch, past].
+            size: float32 [batch, seq], how many tokens each one stands for; attention counts them. past_sizes: as orders.
         Returns:
             logits [batch, vocab] of the last token, present key and value per layer (alternating), present order per
-            group, and for every pruned layer the kept index int64 [batch, kept] into that layer's visual tokens.
+            group, present size per group if there are sizes, and for every pruned layer the kept index int64
+            [batch, kept] into that layer's visual tokens.
         """
         x, groups = inputs_embeds, self.groups
         presents: list[Tensor] = []
         orders: list[Tensor] = []
+        sizes: list[Tensor] = []
         kept: list[Tensor] = []
         before: tuple[Tensor, Tensor, Tensor] | None = None  # query, key and mask of the layer before
         for i, layer in enumerate(self.layers):
             if i in self.pruned:
                 assert before is not None, "nothing has looked at the tokens before the first layer"
-                x, order, position_ids, index = self.pruned[i](*before, x, order, position_ids)
+                x, position_ids, order, *more, index = self.pruned[i](*before, x, position_ids, order, size)
+                size = more[0] if more else None
                 kept.append(index)
             if i == 0 or i in self.cuts:
-                past_order = past_orders[groups[i]] if past_orders else None
-                cos, sin, total, *masks = self.frame(x, position_ids, order, past_order)
+                group = groups[i]
+                past_order = past_orders[group] if past_orders else None
+                past_size = past_sizes[group] if past_sizes else None
+                cos, sin, total, *masks = self.frame(x, position_ids, order, past_order, size, past_size)
                 orders.append(total)
+                if size is not None:
+                    sizes.append(masks.pop(0))
             past = (past_keys[i], past_values[i]) if past_keys else (None, None)
             bias = masks[self.frame.windows.index(self.spec.windows[i])]
             x, key, value, query = layer(x, cos, sin, bias, *past)
             presents += [key, value]
             before = query, key, bias
-        return (self.lm_head(self.norm(x)), *presents, *orders, *kept)
+        return (self.lm_head(self.norm(x)), *presents, *orders, *sizes, *kept)

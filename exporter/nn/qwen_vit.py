@@ -212,6 +212,9 @@ class Tap(Atom):
     def keys(self, q: Tensor, k: Tensor) -> Tensor:
         return k.mean(1).unflatten(1, (-1, self.spec.merge**2)).mean(2)
 
+    def joint_keys(self, q: Tensor, k: Tensor) -> Tensor:
+        return merge_heads(k).unflatten(1, (-1, self.spec.merge**2)).mean(2)
+
     def column_attention(self, q: Tensor, k: Tensor) -> Tensor:
         real = (self.get_buffer("bias")[0, 0, 0] == 0).float()
         rows = attention_map(q, k, self.get_buffer("bias").to(q.dtype) if self.spec.padded else None)
@@ -247,6 +250,6 @@ class QwenVit(nn.Module):
 
 def tower_signals(spec: QwenVitSpec) -> frozenset[str]:
     """Keys of any block; attention columns of full-attention blocks only (a window's column is not global)."""
-    keys = {f"keys@{b}" for b in range(spec.blocks)}
+    keys = {f"{s}@{b}" for s in ("keys", "joint_keys") for b in range(spec.blocks)}
     columns = {f"column_attention@{b}" for b in spec.full}
-    return frozenset({"hidden", "keys", "column_attention"} | keys | columns)
+    return frozenset({"hidden", "keys", "joint_keys", "column_attention"} | keys | columns)

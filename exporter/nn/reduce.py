@@ -9,18 +9,20 @@ from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
 from graphs._blocks import take
-from graphs._contract import BeforeLLM, Reduced, Signals, Site
+from graphs._contract import OF_PROMPT, BeforeLLM, Reduced, Site
 
 
 class _Method(nn.Module):
     """Gives the reduction's nodes its name in the graph."""
 
-    def __init__(self, method: BeforeLLM) -> None:
+    def __init__(self, method: BeforeLLM, site: Site) -> None:
         super().__init__()
-        self.method = method
+        self.method, self.trained = method, method.trained(site)
+        for name, shape in self.trained.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=False))
 
-    def forward(self, signals: Signals) -> Reduced:
-        return self.method.forward(signals)
+    def forward(self, signals: dict[str, Tensor]) -> Reduced:
+        return self.method.forward(signals | {name: self.get_parameter(name) for name in self.trained})
 
 
 class Reduce(Atom):
@@ -29,8 +31,8 @@ class Reduce(Atom):
     Args:
         methods: (name, fitted method, its site), in order; those of space "tower" come before those of space "llm".
         projector: tower width → LLM width, or None.
-        names: the signals of the vision graph, in order; text embeddings and mask follow when `text_guided`.
-        per_frame: tokens of a frame before any reduction; `anchor` counts within a frame.
+        names: what `forward` gets, in order: the signals of the vision graph, then those from elsewhere.
+        sized: whether to return the tokens' sizes too.
     """
 
     def __init__(
@@ -38,46 +40,48 @@ class Reduce(Atom):
         methods: Sequence[tuple[str, BeforeLLM, Site]],
         projector: nn.Module | None,
         names: Sequence[str],
-        text_guided: bool,
-        per_frame: int,
+        sized: bool = False,
     ) -> None:
         super().__init__()
-        self.names = (*names, *(("text", "text_mask") if text_guided else ()))
-        self.per_frame = per_frame
+        self.names, self.sized = tuple(names), sized
         self.methods = [(name, method, method.after(site).frames) for name, method, site in methods]
         self.projector = projector
-        for name, method, _ in methods:
-            self.add_module(name, _Method(method))
+        for name, method, site in methods:
+            self.add_module(name, _Method(method, site))
 
     def key(self) -> Hashable:
         shapes = None if self.projector is None else tuple(tuple(p.shape) for p in self.projector.parameters())
-        return tuple(self.methods), self.names, self.per_frame, type(self.projector), shapes
+        return tuple(self.methods), self.names, self.sized, type(self.projector), shapes
 
-    def forward(self, *signals: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns visual_embeds [batch, kept, hidden] and index int64 [batch, kept] into the tokens before any reduction."""
+    def forward(self, *signals: Tensor) -> tuple[Tensor, ...]:
+        """Returns visual_embeds [batch, kept, hidden], index int64 [batch, kept] into the tokens before any reduction, and
+        if `sized` the float32 size [batch, kept] of every token."""
         found = dict(zip(self.names, signals, strict=True))
         index = self.first_index(found["hidden"], found.pop("anchor", None))
+        size = torch.ones_like(index, dtype=torch.float32)
         projected = False
         for name, method, frames in self.methods:
             if method.space == "llm" and not projected:
                 found, projected = self.project(found), True
             out: Reduced = self.get_submodule(name)({k: found[k] for k in method.needs})
-            index = torch.where(out.index >= 0, take(index, out.index.clamp_min(0)), -1)
-            found = {k: v for k, v in found.items() if k in ("cls", "text", "text_mask")}
+            came = out.index.clamp_min(0)
+            index = torch.where(out.index >= 0, take(index, came), -1)
+            size = take(size, came) if out.size is None else out.size
+            found = {k: v for k, v in found.items() if k == "cls" or k in OF_PROMPT}
             found["hidden"] = out.tokens.unflatten(1, (frames, -1))
         if not projected:
             found = self.project({"hidden": found["hidden"]})
-        return found["hidden"].flatten(1, 2), index
+        return (found["hidden"].flatten(1, 2), index, *((size,) if self.sized else ()))
 
     def first_index(self, hidden: Tensor, anchor: Tensor | None) -> Tensor:
         """int64 [batch, frames * tokens]: the place of every token among the tokens before any reduction."""
         frames, tokens = hidden.shape[1:3]
         if anchor is None:
             return torch.zeros_like(hidden[..., 0], dtype=torch.int64).flatten(1) + torch.arange(frames * tokens)
-        return (anchor + torch.arange(frames)[None, :, None] * self.per_frame).flatten(1)
+        return anchor.flatten(1)
 
     def project(self, signals: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same signals with `hidden` and `cls` at the language model's width."""
         if self.projector is None:
             return signals
-        return {k: self.projector(v) if k in ("hidden", "cls") else v for k, v in signals.items()}
+        return {k: self.projector(v) if k.partition("@")[0] in ("hidden", "cls") else v for k, v in signals.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,8 @@ from graphs._contract import InTower
 
 @dataclass(frozen=True)
 class VitSpec:
-    """`cls`: a class token at 0. `pre_norm`: CLIP's norm before the first block. `blocks`: how many blocks run, i.e. the
-    feature is the output of block `blocks - 1`."""
+    """`cls`: a class token at 0. `pre_norm`: CLIP's norm before the first block. `layers`: blocks the tower has;
+    `blocks`: those up to the features, which are the output of block `blocks - 1`."""
 
     hidden: int
     intermediate: int
@@ -30,6 +30,7 @@ class VitSpec:
     cls: bool
     pre_norm: bool
     patch_bias: bool
+    layers: int
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -75,10 +76,14 @@ class SelfAttention(nn.Module):
             self.add_module(name, Linear(spec.hidden, spec.hidden))
         self.heads = spec.heads
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the output and the q, k that made it, [batch, heads, tokens, head_dim]."""
-        q, k, v = (split_heads(self.get_submodule(f"{n}_proj")(x), self.heads) for n in "qkv")
-        return self.get_submodule("out_proj")(merge_heads(attend(q, k, v, bias))), q, k
+    def project(self, x: Tensor, names: str) -> list[Tensor]:
+        """Those of q, k, v that are named, each [batch, heads, tokens, head_dim]."""
+        return [split_heads(self.get_submodule(f"{n}_proj")(x), self.heads) for n in names]
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns the output and the q, k, v that made it."""
+        q, k, v = self.project(x, "qkv")
+        return self.get_submodule("out_proj")(merge_heads(attend(q, k, v, bias))), q, k, v
 
 
 class Mlp(nn.Module):
@@ -106,51 +111,87 @@ class Block(Atom):
     def key(self) -> Hashable:
         return self.spec
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out, q, k = self.self_attn(self.layer_norm1(x), None)
+    def forward(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, ...]:
+        """size float32 [batch, frames, tokens]: attention is proportional to it."""
+        out, q, k, _ = self.self_attn(self.layer_norm1(x), _proportional(size, x))
         x = x + out
         return x + self.mlp(self.layer_norm2(x)), q, k
 
 
-class MergingBlock(Block):
-    """A block with an in-tower reduction between attention and MLP. Attention is proportional to token size."""
+class Probe(Block):
+    """The q, k of a block behind the features, without the rest of it."""
 
-    def __init__(self, spec: VitSpec, index: int, name: str, method: InTower) -> None:
+    def forward(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, ...]:
+        q, k = self.self_attn.project(self.layer_norm1(x), "qk")
+        return q, k
+
+
+def _proportional(size: Tensor | None, x: Tensor) -> Tensor | None:
+    """The bias on attention logits that lets a token count `size` times: [n, 1, 1, tokens]."""
+    return None if size is None else torch.log(size).flatten(0, 1)[:, None, None, :].to(x.dtype)
+
+
+class ReducingBlock(Block):
+    """A block with an in-tower reduction between attention and MLP.
+
+    x [batch * frames, tokens, hidden], size and anchor [batch, frames, tokens] (None before the first) → the same.
+    `anchor`: each token's place among the patches of all frames, -1 for CLS.
+    """
+
+    def __init__(self, spec: VitSpec, index: int, name: str, method: InTower, frames: int) -> None:
         super().__init__(spec)
-        self.index, self.name, self.method = index, name, method
-        self.add_module(name, _Merge(method))
+        self.index, self.name, self.method, self.frames = index, name, method, frames
+        self.add_module(name, _Reduce(method))
 
     def key(self) -> Hashable:
-        return self.spec, self.index, self.name, self.method
+        return self.spec, self.index, self.name, self.method, self.frames
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, size: Tensor | None, anchor: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """size float32 [n, tokens], anchor int64 [n, tokens] (None before the first block) → x, size, anchor."""
+    def forward(self, x: Tensor, size: Tensor | None = None, anchor: Tensor | None = None) -> tuple[Tensor, ...]:
+        bias = _proportional(size, x) if self.method.proportional else None
+        out, q, k, v = self.self_attn(self.layer_norm1(x), bias)
+        x = x + out
         if size is None or anchor is None:
-            bias = None
-            size = torch.ones_like(x[..., 0], dtype=torch.float32)
-            anchor = size.to(torch.int64) * torch.arange(x.shape[1])
-        else:
-            bias = torch.log(size)[:, None, None, :].to(x.dtype)
-        out, _, k = self.self_attn(self.layer_norm1(x), bias)
-        x, index, size = self.get_submodule(self.name)(self.index, x + out, k.mean(1), size, int(self.spec.cls))
-        return x + self.mlp(self.layer_norm2(x)), size, take(anchor, index)
+            size, anchor = self.first(x)
+        frames, cls = size.shape[1], int(self.spec.cls)
+        needs = self.method.needs
+        signals = {n: f(q, k, v, bias).unflatten(0, (-1, frames)) for n, f in IN_TOWER.items() if n in needs}
+        signals |= {"hidden": x.unflatten(0, (-1, frames)), "size": size}
+        tokens, index, size = self.get_submodule(self.name)(self.index, signals, cls)
+        anchor = take(anchor.flatten(1), index.flatten(1)).unflatten(1, index.shape[1:])
+        x = tokens.flatten(0, 1)
+        return x + self.mlp(self.layer_norm2(x)), size, anchor
+
+    def first(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Size and anchor where nothing has been reduced yet."""
+        size = torch.ones_like(x[..., 0], dtype=torch.float32).unflatten(0, (-1, self.frames))
+        cls = int(self.spec.cls)
+        patches = x.shape[1] - cls
+        place = torch.arange(-cls, patches)
+        place = torch.where(place >= 0, place + patches * torch.arange(self.frames)[:, None], -1)
+        return size, size.to(torch.int64) * place
 
 
-class _Merge(nn.Module):
+class _Reduce(nn.Module):
     """Gives the reduction's nodes its name in the graph."""
 
     def __init__(self, method: InTower) -> None:
         super().__init__()
         self.method = method
 
-    def forward(
-        self, block: int, x: Tensor, keys: Tensor, size: Tensor, cls_tokens: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        out = self.method.forward(block, x, keys, size, cls_tokens)
+    def forward(self, block: int, signals: dict[str, Tensor], cls_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        out = self.method.forward(block, signals, cls_tokens)
         assert out.size is not None
         return out.tokens, out.index, out.size
+
+
+IN_TOWER: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
+    "keys": lambda q, k, v, bias: k.mean(1),
+    "attention": lambda q, k, v, bias: attention_map(q, k, bias),
+    "cls_attention": lambda q, k, v, bias: attention_map(q[:, :, :1], k, bias)[:, 0],
+    "column_attention": lambda q, k, v, bias: attention_map(q, k, bias).mean(1),
+    "value_norm": lambda q, k, v, bias: merge_heads(v).float().pow(2).sum(-1).sqrt(),
+}
+"""Signals inside the tower, beside hidden and size, from a block's q, k, v and the bias of its attention."""
 
 
 class PreNorm(Atom, LayerNorm):
@@ -161,7 +202,7 @@ class PreNorm(Atom, LayerNorm):
 
 
 class Tap(Atom):
-    """A signal from the q, k of one block, or from the tower's output; unfolds [batch * frames, ...] to [batch, frames, ...]."""
+    """A signal from the q, k of one block, or from a block's output; unfolds [batch * frames, ...] to [batch, frames, ...]."""
 
     def __init__(self, kind: str, cls: int, frames: int) -> None:
         super().__init__()
@@ -171,17 +212,19 @@ class Tap(Atom):
         return self.kind, self.cls, self.frames
 
     def forward(self, *values: Tensor) -> Tensor:
-        out: Tensor = getattr(self, self.kind)(*values)
-        return out.unflatten(0, (-1, self.frames))
+        """Of a block's output: x, and the tokens' sizes [batch, frames, tokens] if frames may have merged."""
+        frames = values[1].shape[1] if self.kind in FROM_OUTPUT and len(values) > 1 else self.frames
+        out: Tensor = getattr(self, FROM_OUTPUT.get(self.kind, self.kind))(*values)
+        return out if self.kind == "anchor" else out.unflatten(0, (-1, frames))
 
-    def hidden(self, x: Tensor) -> Tensor:
+    def patches(self, x: Tensor, size: Tensor | None = None) -> Tensor:
         return x[:, self.cls :]
 
-    def cls_token(self, x: Tensor) -> Tensor:
+    def cls_token(self, x: Tensor, size: Tensor | None = None) -> Tensor:
         return x[:, 0]
 
     def anchor(self, anchor: Tensor) -> Tensor:
-        return anchor[:, self.cls :] - self.cls
+        return anchor[:, :, self.cls :]
 
     def keys(self, q: Tensor, k: Tensor) -> Tensor:
         return k.mean(1)[:, self.cls :]
@@ -189,19 +232,26 @@ class Tap(Atom):
     def cls_keys(self, q: Tensor, k: Tensor) -> Tensor:
         return k.mean(1)[:, 0]
 
+    def joint_keys(self, q: Tensor, k: Tensor) -> Tensor:
+        return merge_heads(k)[:, self.cls :]
+
     def cls_attention(self, q: Tensor, k: Tensor) -> Tensor:
         return attention_map(q[:, :, :1], k)[:, 0, 1:]
+
+    def joint_cls_attention(self, q: Tensor, k: Tensor) -> Tensor:
+        q, k = merge_heads(q)[:, None, :1], merge_heads(k)[:, None]
+        return attention_map(q, k)[:, 0, 1:]
 
     def column_attention(self, q: Tensor, k: Tensor) -> Tensor:
         return attention_map(q, k).mean(1)[:, self.cls :]
 
 
-FROM_OUTPUT = {"hidden": "hidden", "cls": "cls_token"}
-"""Signals read from the tower's output, and the tap's method for each."""
+FROM_OUTPUT = {"hidden": "patches", "cls": "cls_token"}
+"""Signals read from a block's output, and the tap's method for each."""
 
 
 class Vit(nn.Module):
-    """The tower up to its feature block.
+    """The tower up to its feature block, and as far behind it as a signal asks.
 
     Args:
         taps: signals to output, e.g. ("hidden", "cls_attention", "keys@7"); see `graphs._contract`.
@@ -217,12 +267,20 @@ class Vit(nn.Module):
         self.embeddings = Embeddings(spec)
         if spec.pre_norm:
             self.pre_layrnorm = PreNorm(spec.hidden, spec.eps)
-        blocks = [MergingBlock(spec, i, *in_tower) if in_tower else Block(spec) for i in range(spec.blocks)]
+        self.reduces = in_tower[1].blocks if in_tower else ()
+        self.proportional = bool(in_tower and in_tower[1].proportional)
+        named = [_parts(name, spec) for name in taps]
+        count = max(spec.blocks, *(block + 1 for _, block in named))
+        last_is_read = any(kind in FROM_OUTPUT and block == count - 1 for kind, block in named)
+        blocks: list[Block] = []
+        for i in range(count):
+            if in_tower and i in self.reduces:
+                blocks.append(ReducingBlock(spec, i, *in_tower, frames))
+            else:
+                blocks.append(Block(spec) if i < spec.blocks or i < count - 1 or last_is_read else Probe(spec))
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
-        self.merging = in_tower is not None
-        for name in taps:
-            kind = name.partition("@")[0]
-            self.add_module(f"tap_{name}", Tap(FROM_OUTPUT.get(kind, kind), int(spec.cls), frames))
+        for name, (kind, _) in zip(taps, named, strict=True):
+            self.add_module(f"tap_{name}", Tap(kind, int(spec.cls), frames))
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """pixel_values [batch, frames, 3, height, width] → the taps in order, leading axes [batch, frames]."""
@@ -234,27 +292,43 @@ class Vit(nn.Module):
         layers = self.encoder["layers"]
         assert isinstance(layers, nn.ModuleList)
         for i, block in enumerate(layers):
-            if self.merging:
+            if i in self.reduces:
                 x, size, anchor = block(x, size, anchor)
-                continue
-            x, q, k = block(x)
+                qk: tuple[Tensor, ...] = ()
+            elif isinstance(block, Probe):
+                qk = block(x)
+            else:
+                x, *rest = block(x, size if self.proportional else None)
+                qk = tuple(rest)
             for name in self.taps:
-                kind, _, at = name.partition("@")
-                if kind not in FROM_OUTPUT and i == (int(at) if at else self.spec.blocks - 1):
-                    found[name] = self.get_submodule(f"tap_{name}")(q, k)
-        for name in self.taps:
-            if name in FROM_OUTPUT:
-                found[name] = self.get_submodule(f"tap_{name}")(x)
-            elif name == "anchor":
-                found[name] = self.get_submodule(f"tap_{name}")(anchor)
+                kind, at = _parts(name, self.spec)
+                if i == at and kind != "anchor":
+                    values = qk if kind not in FROM_OUTPUT else (x,) if size is None else (x, size)
+                    found[name] = self.get_submodule(f"tap_{name}")(*values)
+        if anchor is not None:
+            found["anchor"] = self.get_submodule("tap_anchor")(anchor)
         return [found[name] for name in self.taps]
 
 
+def _parts(name: str, spec: VitSpec) -> tuple[str, int]:
+    """A signal's kind and block: "keys@7" → keys, 7; without a block that of the features."""
+    kind, _, at = name.partition("@")
+    return kind, int(at) if at else spec.blocks - 1
+
+
 def tower_signals(spec: VitSpec) -> frozenset[str]:
-    """Signals this tower can supply at any of its blocks."""
-    per_block = {"keys", "column_attention"} | ({"cls_attention", "cls_keys"} if spec.cls else set())
-    anywhere = {f"{s}@{b}" for s in per_block for b in range(spec.blocks)}
-    return frozenset({"hidden"} | ({"cls"} if spec.cls else set()) | per_block | anywhere)
+    """Signals this tower can supply, at the features' block and at any other."""
+    any_block = {"hidden", "keys", "joint_keys", "column_attention"}
+    if spec.cls:
+        any_block |= {"cls", "cls_attention", "cls_keys", "joint_cls_attention"}
+    return frozenset(any_block | {f"{s}@{b}" for s in any_block for b in range(spec.layers)})
+
+
+def in_tower_signals(spec: VitSpec) -> frozenset[str]:
+    """Signals there are inside every block."""
+    return frozenset({"hidden", "size", *IN_TOWER} - (set() if spec.cls else {"cls_attention"})) | (
+        {"cls"} if spec.cls else set()
+    )
 
 
 class Projector(nn.Module):

@@ -55,6 +55,8 @@ class Visual:
     """[batch, kept, hidden], on the host."""
     index: Ints
     """[batch, kept]"""
+    size: Array | None = None
+    """float32 [batch, kept]: tokens each one stands for, where the language model counts them."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Generator:
         runners = _complete(runners, graphs)
         self._vision, self._reduce = runners["vision"], runners["reduce"]
         self._prefill, self._decode = runners["prefill"], runners["decode"]
-        self._signals = [name for name in self._reduce.inputs if name not in ("text_embeds", "text_mask")]
+        self._signals = [name for name in self._reduce.inputs if name not in graphs.side]
         self._present = {name: "present" + name[4:] for name in self._decode.inputs if name.startswith("past_")}
         _check(self._vision, "vision", self._signals)
         _check(self._reduce, "reduce", ["visual_embeds", "index"])
@@ -177,6 +179,7 @@ class Generator:
         max_new_tokens: int,
         on_token: OnToken | None = None,
         sampler: Sampler = greedy,
+        side: Mapping[str, Array] | None = None,
     ) -> Result:
         """Answer prompts about images.
 
@@ -186,6 +189,7 @@ class Generator:
             max_new_tokens: most tokens per row, >= 1; a row ends at an eos.
             on_token: called with (row, token) for every token.
             sampler: chooses tokens from logits.
+            side: see `reduce`.
         """
         _positive(max_new_tokens)
         if len(pixel_values) != len(input_ids):
@@ -197,7 +201,7 @@ class Generator:
         mark = time.perf_counter()
         signals = self.vision(pixel_values)
         timings.vision_ms, mark = _ms(mark), time.perf_counter()
-        visual = self.reduce(signals, text)
+        visual = self.reduce(signals, text, side)
         timings.reduce_ms, mark = _ms(mark), time.perf_counter()
         prefilled = self.prefill(visual, input_ids, text)
         timings.prefill_ms = _ms(mark)
@@ -230,22 +234,41 @@ class Generator:
             )
         return self._vision.run({"pixel_values": self._as(self._vision, "pixel_values", pixel_values)})
 
-    def reduce(self, signals: Mapping[str, Any], text: Text | None = None) -> Visual:
+    def reduce(
+        self, signals: Mapping[str, Any], text: Text | None = None, side: Mapping[str, Array] | None = None
+    ) -> Visual:
         """Keep the visual tokens that the exported reduction keeps.
 
         Args:
-            signals: from `vision`, or arrays of any float type. text: only matters if the reduction is text-guided.
+            signals: from `vision`, or arrays of any float type. text: only matters if the reduction takes more than
+                those.
+            side: inputs of the reduction that neither the images nor the prompt give. `warp` int64
+                [batch, frames, tokens], see `exporter.runtime.warp`; without it the camera is taken to be at rest.
         """
         runner = self._reduce
         feeds = {name: self._hand(signals[name], self._vision, runner) for name in self._signals}
         feeds |= {n: self._as(runner, n, v) for n, v in feeds.items() if isinstance(v, np.ndarray)}
-        if "text_embeds" in runner.inputs:
-            if text is None:
-                raise UsageError("This reduction is guided by the prompt: give `reduce` the text.")
-            feeds["text_embeds"] = self._as(runner, "text_embeds", self._embedding[text.ids])
-            feeds["text_mask"] = self._as(runner, "text_mask", text.mask)
-        found = runner.run(feeds)
-        return Visual(runner.numpy(found["visual_embeds"]), runner.numpy(found["index"]).astype(np.int64, copy=False))
+        feeds |= self._side(text, side or {})
+        found = {name: runner.numpy(value) for name, value in runner.run(feeds).items()}
+        return Visual(found["visual_embeds"], found["index"].astype(np.int64, copy=False), found.get("visual_size"))
+
+    def _side(self, text: Text | None, given: Mapping[str, Array]) -> dict[str, Array]:
+        """The inputs of `reduce` that do not come from `vision`."""
+        runner, feeds = self._reduce, {}
+        for name in self.graphs.side:
+            if name in ("text", "text_mask"):
+                if text is None:
+                    raise UsageError("This reduction is guided by the prompt: give `reduce` the text.")
+                value: Array = self._embedding[text.ids] if name == "text" else text.mask
+            elif name in given:
+                value = given[name]
+            elif name == "warp" and text is not None:
+                frames, tokens = self.graphs.signals["hidden"][:2]
+                value = np.broadcast_to(np.arange(tokens, dtype=np.int64), (len(text.ids), frames, tokens))
+            else:
+                raise UsageError(f"This reduction needs `{name}`; give it to `generate` in `side`.")
+            feeds[name] = self._as(runner, name, value)
+        return feeds
 
     def prefill(self, visual: Visual, input_ids: Prompts, text: Text | None = None) -> Prefilled:
         """Run the prompts.
@@ -266,8 +289,10 @@ class Generator:
             "order": self._as(runner, "order", places.order),
         }
         batch = len(input_ids)
+        if visual.size is not None:
+            feeds["size"] = np.concatenate([visual.size, np.ones(text.ids.shape, np.float32)], axis=1)
         for name, dtype in runner.inputs.items():
-            if name.startswith("past_order_"):
+            if name.startswith(("past_order_", "past_size_")):
                 feeds[name] = np.empty((batch, 0), dtype)
             elif name.startswith("past_"):
                 feeds[name] = np.empty((batch, spec.kv_heads, 0, spec.head_dim), dtype)
@@ -360,6 +385,7 @@ class Generator:
             "inputs_embeds": self._as(runner, "inputs_embeds", self._embedding[ids]),
             "position_ids": self._as(runner, "position_ids", positions),
             "order": self._as(runner, "order", order),
+            **({"size": np.ones(order.shape, np.float32)} if self.graphs.sized else {}),
             **cache.past,
         }
         found = runner.run(feeds)

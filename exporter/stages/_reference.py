@@ -14,7 +14,7 @@ from exporter.backends._contract import Array, Runner
 from exporter.graphset import GraphSet
 from exporter.nn.decoder import Decoder
 from exporter.plan import Plan
-from exporter.stages.export import Modules, describe, llm_outputs, load_reference
+from exporter.stages.export import Modules, describe, llm_outputs, load_reference, reduce_outputs, side_inputs
 
 NUMPY: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
 
@@ -70,13 +70,13 @@ def reference(plan: Plan, modules: Modules | None = None) -> tuple[dict[str, Run
     if modules.prefill is modules.decode:
         files["prefill"] = "decode"
     graphs = describe(plan, files, signals)
-    guided = {"text_embeds": torch.float32, "text_mask": torch.float32} if plan.text_guided else {}
+    side = {name: kind or torch.float32 for name, (_, kind) in side_inputs(plan).items()}
     runners: dict[str, Runner] = {
         "vision": TorchRunner(lambda v: modules.vision(v["pixel_values"]), {"pixel_values": torch.float32}, plan.taps),
         "reduce": TorchRunner(
-            lambda v: modules.reduce(*(v[n] for n in (*kinds, *guided))),
-            {**kinds, **guided},
-            ["visual_embeds", "index"],
+            lambda v: modules.reduce(*(v[n] for n in (*kinds, *side))),
+            {**kinds, **side},
+            reduce_outputs(plan.sized),
         ),
         "prefill": _llm(modules.prefill, plan),
         "decode": _llm(modules.decode, plan),
@@ -92,16 +92,18 @@ def _llm(module: Decoder, plan: Plan) -> TorchRunner:
         "position_ids": torch.int64,
         "order": torch.int64,
     }
+    tokens = {"order": torch.int64} | ({"size": torch.float32} if plan.sized else {})
+    inputs |= tokens
     if not module.pruned:
         inputs |= {f"past_{kind}_{i}": torch.float32 for kind in ("key", "value") for i in range(layers)}
-        inputs |= {f"past_order_{g}": torch.int64 for g in range(max(groups) + 1)}
+        inputs |= {f"past_{kind}_{g}": dtype for kind, dtype in tokens.items() for g in range(max(groups) + 1)}
 
     def call(v: dict[str, Tensor]) -> Sequence[Tensor]:
         past: dict[str, list[Tensor]] = {}
         if not module.pruned:
             past = {f"past_{kind}s": [v[f"past_{kind}_{i}"] for i in range(layers)] for kind in ("key", "value")}
-            past["past_orders"] = [v[f"past_order_{g}"] for g in range(max(groups) + 1)]
-        out: Sequence[Tensor] = module(v["inputs_embeds"], v["position_ids"], v["order"], **past)
+            past |= {f"past_{kind}s": [v[f"past_{kind}_{g}"] for g in range(max(groups) + 1)] for kind in tokens}
+        out: Sequence[Tensor] = module(v["inputs_embeds"], v["position_ids"], v["order"], **past, size=v.get("size"))
         return out
 
-    return TorchRunner(call, inputs, llm_outputs(layers, groups, list(module.pruned)))
+    return TorchRunner(call, inputs, llm_outputs(layers, groups, list(module.pruned), plan.sized))

@@ -80,9 +80,8 @@ def shape_profile(role: str, graphs: GraphSet, limits: Limits) -> ShapeProfile:
         return ShapeProfile(role, {"pixel_values": (batch, frames, 3, image.height, image.width)})
     if role == "reduce":
         inputs: dict[str, tuple[Axis, ...]] = {name: (batch, *shape) for name, shape in graphs.signals.items()}
-        if graphs.text_guided:
-            inputs["text_embeds"] = (batch, text, graphs.text.hidden)
-            inputs["text_mask"] = (batch, text)
+        for name, side in graphs.side.items():
+            inputs[name] = (batch, *(axis if isinstance(axis, int) else text for axis in side))
         return ShapeProfile(role, inputs)
     return ShapeProfile(role, _llm_inputs(role, graphs, limits, batch, text))
 
@@ -99,6 +98,7 @@ def _llm_inputs(
         "inputs_embeds": (batch, seq, spec.hidden),
         "position_ids": (*axes, batch, seq),
         "order": (batch, seq),
+        **({"size": (batch, seq)} if graphs.sized else {}),
     }
     shared = graphs.files["prefill"] == graphs.files["decode"]
     if prefill and not shared:
@@ -108,7 +108,8 @@ def _llm_inputs(
         for kind in ("key", "value"):
             inputs[f"past_{kind}_{layer}"] = (batch, spec.kv_heads, past, spec.head_dim)
     for group, kept_here in enumerate(spec.kept):
-        inputs[f"past_order_{group}"] = (batch, _past(prefill, kept_here, limits))
+        for kind in ("order", "size") if graphs.sized else ("order",):
+            inputs[f"past_{kind}_{group}"] = (batch, _past(prefill, kept_here, limits))
     return inputs
 
 

@@ -59,7 +59,7 @@ def build_modules(plan: Plan) -> Modules:
     with torch.device("meta"):
         vision = plan.family.vision(plan.checkpoint, plan.geometry, plan.taps, plan.in_tower)
         projector = plan.family.projector(plan.checkpoint)
-        reduce = Reduce(plan.before_llm, projector, plan.taps, plan.text_guided, plan.geometry.tower.tokens)
+        reduce = Reduce(plan.before_llm, projector, (*plan.taps, *plan.side), plan.sized)
         decode = Decoder(spec, plan.in_llm)
         prefill = Decoder(spec, plan.in_llm, plan.kept) if plan.in_llm else decode
     return Modules(vision, reduce, prefill, decode)
@@ -188,7 +188,8 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
             eos=list(g.eos),
         ),
         signals=signals,
-        text_guided=plan.text_guided,
+        side={name: list(shape) for name, (shape, _) in side_inputs(plan).items()},
+        sized=plan.sized,
     )
 
 
@@ -199,15 +200,30 @@ def draw_vision(plan: Plan, module: nn.Module, dtype: torch.dtype) -> ir.Model:
 
 
 def draw_reduce(plan: Plan, module: Reduce, vision: ir.Model, dtype: torch.dtype) -> ir.Model:
-    """The reduce graph; its inputs are the outputs of the vision graph, then text_embeds and text_mask if text-guided."""
+    """The reduce graph; its inputs are the outputs of the vision graph, then what comes from elsewhere."""
     inputs: dict[str, tuple[Shape, torch.dtype]] = {}
     for value in vision.graph.outputs:
         assert value.name is not None and value.dtype is not None
         inputs[value.name] = ("batch", *static_sizes(value)), TORCH[value.dtype]
-    if plan.text_guided:
-        inputs["text_embeds"] = ("batch", "text", plan.geometry.hidden), dtype
-        inputs["text_mask"] = ("batch", "text"), dtype
-    return draw(module, inputs, lambda v: module(*v.values()), ["visual_embeds", "index"])
+    for name, (shape, kind) in side_inputs(plan).items():
+        inputs[name] = ("batch", *shape), kind or dtype
+    return draw(module, inputs, lambda v: module(*v.values()), reduce_outputs(plan.sized))
+
+
+def side_inputs(plan: Plan) -> dict[str, tuple[tuple[int | str, ...], torch.dtype | None]]:
+    """Inputs of the reduce graph that do not come from vision: name → shape behind the batch axis, and dtype (None: as
+    everything else)."""
+    site = plan.geometry.tower
+    known: dict[str, tuple[tuple[int | str, ...], torch.dtype | None]] = {
+        "text": (("text", plan.geometry.hidden), None),
+        "text_mask": (("text",), None),
+        "warp": ((site.frames, site.tokens), torch.int64),
+    }
+    return {name: known[name] for name in plan.side}
+
+
+def reduce_outputs(sized: bool) -> list[str]:
+    return ["visual_embeds", "index", *(["visual_size"] if sized else [])]
 
 
 def static_sizes(value: ir.Value) -> list[int]:
@@ -229,7 +245,9 @@ def draw_llm(plan: Plan, module: Decoder, dtype: torch.dtype) -> ir.Model:
         "position_ids": ((*axes, "batch", "seq"), torch.int64),
         "order": (("batch", "seq"), torch.int64),
     }
-    past: dict[str, list[str]] = {"past_keys": [], "past_values": [], "past_orders": []}
+    if plan.sized:
+        inputs["size"] = ("batch", "seq"), torch.float32
+    past: dict[str, list[str]] = {"past_keys": [], "past_values": [], "past_orders": [], "past_sizes": []}
     if not prefill:
         lengths = [f"past_{group}" if max(groups) else "past" for group in range(max(groups) + 1)]
         for kind in ("key", "value"):
@@ -240,21 +258,26 @@ def draw_llm(plan: Plan, module: Decoder, dtype: torch.dtype) -> ir.Model:
         for group, length in enumerate(lengths):
             inputs[f"past_order_{group}"] = ("batch", length), torch.int64
             past["past_orders"].append(f"past_order_{group}")
+            if plan.sized:
+                inputs[f"past_size_{group}"] = ("batch", length), torch.float32
+                past["past_sizes"].append(f"past_size_{group}")
 
     def call(values: dict[str, ir.Value]) -> Sequence[ir.Value]:
         first = [values[n] for n in ("inputs_embeds", "position_ids", "order")]
-        found: Sequence[ir.Value] = module(*first, **{k: [values[n] for n in names] for k, names in past.items()})
+        rest = {k: [values[n] for n in names] for k, names in past.items()}
+        found: Sequence[ir.Value] = module(*first, **rest, size=values.get("size"))
         return found
 
     sizes = {"seq": plan.kept + 7} if prefill else {}
-    return draw(module, inputs, call, llm_outputs(g.layers, groups, list(module.pruned)), sizes)
+    return draw(module, inputs, call, llm_outputs(g.layers, groups, list(module.pruned), plan.sized), sizes)
 
 
-def llm_outputs(layers: int, groups: Sequence[int], pruned: Sequence[int]) -> list[str]:
+def llm_outputs(layers: int, groups: Sequence[int], pruned: Sequence[int], sized: bool) -> list[str]:
     """Output names of the language model graphs, in order."""
     presents = [f"present_{kind}_{i}" for i in range(layers) for kind in ("key", "value")]
-    orders = [f"present_order_{i}" for i in range(max(groups) + 1)]
-    return ["logits", *presents, *orders, *(f"kept_{layer}" for layer in pruned)]
+    kinds = ("order", "size") if sized else ("order",)
+    tokens = [f"present_{kind}_{i}" for kind in kinds for i in range(max(groups) + 1)]
+    return ["logits", *presents, *tokens, *(f"kept_{layer}" for layer in pruned)]
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:

@@ -38,19 +38,22 @@ ALLOWED = frozenset(
 """Operators that TensorRT 10.3 and TensorRT-RTX both take, with static shapes. A method that needs another one should
 find out first whether both parse it."""
 
-PER_BLOCK = ("keys", "cls_keys", "cls_attention", "column_attention")
-NO_CLS = frozenset({"hidden", "keys", "column_attention", "text", "text_mask"})
-ALL = NO_CLS | {"cls", "cls_keys", "cls_attention"} | {f"{s}@{b}" for s in PER_BLOCK for b in range(24)}
+PLAIN = ("hidden", "keys", "joint_keys", "column_attention")
+WITH_CLS = (*PLAIN, "cls", "cls_keys", "cls_attention", "joint_cls_attention")
+NO_CLS = frozenset({*PLAIN, *(f"{s}@{b}" for s in PLAIN for b in range(8)), "text", "text_mask", "warp"})
+ALL = NO_CLS | {*WITH_CLS, *(f"{s}@{b}" for s in WITH_CLS for b in range(24)), "aligned", "aligned_text"}
+IN_TOWER = frozenset({"hidden", "size", "keys", "attention", "column_attention", "value_norm"})
 
 SITES = {
     "before_llm": (
-        Site(576, 1, (24, 24), ALL),
-        Site(20, 2, (4, 5), NO_CLS, grid_positions=True),
-        Site(144, 8, (12, 12), ALL),
+        Site(576, 1, (24, 24), ALL, 23, dim=DIM, llm_dim=DIM),
+        Site(20, 2, (4, 5), NO_CLS, 8, grid_positions=True, dim=DIM, llm_dim=DIM),
+        Site(144, 8, (12, 12), ALL, 23, dim=DIM, llm_dim=DIM),
     ),
     "in_tower": (
-        Site(576, 1, (24, 24), frozenset({"hidden", "keys", "cls"}), 2),
-        Site(21, 2, (3, 7), frozenset({"hidden", "keys"}), 2),
+        Site(576, 1, (24, 24), IN_TOWER | {"cls", "cls_attention"}, 2, dim=DIM),
+        Site(21, 2, (3, 7), IN_TOWER, 2, dim=DIM),
+        Site(64, 4, (8, 8), IN_TOWER | {"cls", "cls_attention"}, 6, dim=DIM),
     ),
     "in_llm": (
         Site(576, 1, (24, 24), frozenset({"attention_row"}), 8),
@@ -95,29 +98,45 @@ class Once(torch.nn.Module):
     def forward(self, signals: list[torch.Tensor]) -> list[torch.Tensor]:
         if isinstance(self.method, InTower):
             return self.tower(*signals)
-        named = dict(zip(self.method.needs, signals, strict=True))
+        named = dict(zip((*self.method.needs, *self.method.trained(self.site)), signals, strict=True))
         if isinstance(self.method, InLLM):
             return [self.method.forward(layer, named) for layer in self.method.layers]
         assert isinstance(self.method, BeforeLLM)
         return [x for x in self.method.forward(named) if x is not None]
 
     def tower(self, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """All blocks in a row; the keys of a block are a part of its tokens."""
+        """All blocks in a row; a block's signals are made of its tokens, snapped like scores, so that they are the same
+        in every runtime."""
         assert isinstance(self.method, InTower)
         size, indices = torch.ones_like(hidden[..., 0], dtype=torch.float32), []
-        for block in range(self.site.depth):
-            out: Reduced = self.method.forward(block, hidden, hidden[..., :HEAD_DIM], size, self.cls)
+        for block in self.method.blocks:
+            signals = {name: f(hidden) for name, f in MADE_OF_TOKENS.items() if name in self.method.needs}
+            out: Reduced = self.method.forward(block, signals | {"hidden": hidden, "size": size}, self.cls)
             assert out.size is not None
             hidden, size = out.tokens, out.size
             indices.append(out.index)
         return [hidden, size, *indices]
 
 
+def attention_of(hidden: torch.Tensor) -> torch.Tensor:
+    part = torch.round(hidden[..., :HEAD_DIM].float() * 16) / 16
+    return torch.softmax(part @ part.transpose(-1, -2), -1)
+
+
+MADE_OF_TOKENS = {
+    "keys": lambda x: x[..., :HEAD_DIM],
+    "attention": attention_of,
+    "cls_attention": lambda x: attention_of(x)[..., 0, :],
+    "column_attention": lambda x: attention_of(x).mean(-2),
+    "value_norm": lambda x: x.float().pow(2).sum(-1).sqrt(),
+}
+
+
 def inputs(method: Reduction, site: Site, kind: str, batch: int) -> list[torch.Tensor]:
     """Signals for a method, in the order of its needs."""
     if isinstance(method, InTower):
         tokens = site.tokens + ("cls" in site.signals)
-        return [torch.from_numpy(features(kind, (batch, 1, tokens, DIM))[:, 0])]
+        return [torch.from_numpy(features(kind, (batch, site.frames, tokens, DIM)))]
     made = []
     for seed, name in enumerate(method.needs):
         signal = name.partition("@")[0]
@@ -127,6 +146,10 @@ def inputs(method: Reduction, site: Site, kind: str, batch: int) -> list[torch.T
             value[0, 3:] = 0
         elif signal == "text":
             value = features(kind, (batch, TEXT, DIM), seed)
+        elif signal == "warp":
+            value = np.random.default_rng(seed).integers(-1, site.tokens, (*lead, site.tokens))
+        elif signal == "aligned_text":
+            value = features(kind, (batch, 1, HEAD_DIM), seed)[:, 0]
         elif signal == "attention_row":
             value = attention(kind, (batch, site.total), seed)
         elif signal.endswith("attention"):
@@ -136,6 +159,8 @@ def inputs(method: Reduction, site: Site, kind: str, batch: int) -> list[torch.T
         else:
             value = features(kind, (*lead, site.tokens, DIM if signal == "hidden" else HEAD_DIM), seed)
         made.append(torch.from_numpy(np.ascontiguousarray(value)))
+    for seed, shape in enumerate(method.trained(site).values()):
+        made.append(torch.from_numpy(features("random", (batch, *shape), seed)[0]))
     return made
 
 
@@ -143,7 +168,9 @@ def inputs(method: Reduction, site: Site, kind: str, batch: int) -> list[torch.T
 def traced(method: Reduction, site: Site) -> tuple[ir.Model, ort.InferenceSession]:
     module, example = Once(method, site), inputs(method, site, "random", 3)
     names = [f"out_{i}" for i in range(len(module(example)))]
-    model = trace(module, {"signals": example}, {"signals": {0: "batch"}}, names)
+    signals = len(example) - len(method.trained(site))
+    axes = [{0: "batch"} if i < signals else {} for i in range(len(example))]
+    model = trace(module, {"signals": example}, {"signals": axes}, names)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
@@ -226,7 +253,8 @@ def test_runtime_equals_eager(method: Reduction, site: Site, kind: str) -> None:
     both = None
     for batch in (2, 1):
         given = inputs(method, site, kind, 2)
-        given = [x[:batch] for x in given]
+        signals = len(given) - len(method.trained(site))
+        given = [x[:batch] if i < signals else x for i, x in enumerate(given)]
         eager = module(given)
         found = session.run(None, {n: given[int(n.rpartition("_")[2])].numpy() for n in feed_names})
         both = both or eager
@@ -251,9 +279,15 @@ def test_counts_and_indices(method: Reduction, site: Site) -> None:
             assert out[-1].shape[1] == after.total
         elif isinstance(method, InTower):
             cls = int("cls" in site.signals)
-            assert out[0].shape == (2, after.tokens + cls, DIM)
-            assert (out[1].sum(1) == site.tokens + cls).all(), "no token may get lost or count twice"
-            assert not cls or (out[-1][:, 0] == 0).all(), "CLS stays in front"
+            assert out[0].shape == (2, after.frames, after.tokens + cls, DIM)
+            if method.merges:
+                total = torch.full((2,), site.frames * (site.tokens + cls))
+                torch.testing.assert_close(
+                    out[1].sum((1, 2)), total.float(), msg="no token may get lost or count twice"
+                )
+            else:
+                assert (out[1] == 1).all()
+            assert not cls or (out[-1][:, 0, 0] == 0).all(), "CLS stays in front"
         else:
             tokens, index = out[:2]
             assert tokens.shape == (2, after.total, DIM)
@@ -268,8 +302,9 @@ def test_counts_and_indices(method: Reduction, site: Site) -> None:
 
 @pytest.mark.parametrize(("method", "site"), CASES)
 def test_half_precision_chooses_by_float32_scores(method: Reduction, site: Site) -> None:
-    half = [x.half() for x in inputs(method, site, "random", 2)]
-    narrow, wide = Once(method, site)(half), Once(method, site)([x.float() for x in half])
+    half = [x.half() if x.is_floating_point() else x for x in inputs(method, site, "random", 2)]
+    wide_in = [x.float() if x.is_floating_point() else x for x in half]
+    narrow, wide = Once(method, site)(half), Once(method, site)(wide_in)
     if not isinstance(method, InTower):  # there a block's rounding reaches the next block's scores
         assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True) if a.dtype == torch.int64)
     if not isinstance(method, InLLM):

@@ -96,7 +96,7 @@ def test_a_cut_keeps_what_the_last_token_looks_at() -> None:
     key = torch.randn(batch, SPEC.kv_heads, seq, SPEC.head_dim, generator=generator)
     x, order = embeds(batch, seq), torch.arange(seq).expand(batch, -1)
     bias = torch.zeros(batch, 1, SPEC.heads // SPEC.kv_heads * seq, seq)
-    found, found_order, found_positions, index = cut(query, key, bias, x, order, order + 7)
+    found, found_positions, found_order, found_size, index = cut(query, key, bias, x, order + 7, order, order + 0.5)
     for b in range(batch):
         row = torch.zeros(seq)
         for head in range(SPEC.heads):
@@ -108,6 +108,27 @@ def test_a_cut_keeps_what_the_last_token_looks_at() -> None:
         assert torch.equal(found[b], x[b, stays])
         assert found_order[b].tolist() == stays
         assert torch.equal(found_positions[b], found_order[b] + 7)
+        assert torch.equal(found_size[b], found_order[b] + 0.5)
+
+
+def test_a_token_of_size_two_is_two_equal_tokens() -> None:
+    """In prefill and in the steps behind it: sizes are part of the cache."""
+    module, batch = decoder(SPEC), 2
+    x, more = embeds(batch, VISUAL + TEXT), embeds(batch, 1)
+    twice = torch.cat([x[:, :1], x], 1)
+    order = torch.arange(VISUAL + TEXT).expand(batch, -1)
+    orders = torch.cat([order[:, :1], order], 1)
+    size = torch.ones(batch, VISUAL + TEXT)
+    size[:, 0] = 2
+    single = module(x, order, order, size=size)
+    double = module(twice, orders, orders)
+    torch.testing.assert_close(single[0], double[0])
+    past, sizes = {"past_keys": single[1:9:2], "past_values": single[2:9:2], "past_orders": single[9:10]}, single[10:]
+    now = order[:, -1:] + 1
+    step = module(more, now, now, **past, size=torch.ones(batch, 1), past_sizes=sizes)
+    past = {"past_keys": double[1:9:2], "past_values": double[2:9:2], "past_orders": double[9:]}
+    torch.testing.assert_close(step[0], module(more, now, now, **past)[0])
+    assert torch.equal(step[10], torch.cat([size, torch.ones(batch, 1)], 1))
 
 
 @pytest.mark.parametrize("spec", [SPEC, MROPE], ids=["plain", "mrope"])

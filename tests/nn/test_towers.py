@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from exporter.families._contract import Request
 from exporter.nn.qwen_vit import QwenVitSpec, Tap
 from exporter.nn.reduce import Reduce
-from exporter.nn.vit import SelfAttention, VitSpec
+from exporter.nn.vit import SelfAttention, Vit, VitSpec
 from exporter.stages.export import load_reference
 from exporter.weights import load
 from graphs._contract import Site
@@ -104,7 +105,7 @@ def test_attention_columns_leave_padding_out() -> None:
 
 def test_a_merged_token_counts_as_often_as_it_stands_for() -> None:
     """Proportional attention: two equal tokens, or one of size 2, are the same to everybody else."""
-    spec = VitSpec(16, 16, 1, 2, 14, 28, 1e-5, "gelu", cls=False, pre_norm=False, patch_bias=True)
+    spec = VitSpec(16, 16, 1, 2, 14, 28, 1e-5, "gelu", cls=False, pre_norm=False, patch_bias=True, layers=1)
     attention, generator = SelfAttention(spec), torch.Generator().manual_seed(0)
     for parameter in attention.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
@@ -123,8 +124,25 @@ def test_tome_in_the_tower(tmp_path: Path) -> None:
     assert hidden.shape == (2, 1, 8, 48)
     assert all(len(set(row)) == 8 and set(row) <= set(range(16)) for row in anchor[:, 0].tolist())
     nothing, plain = (load_reference(tiny.plan(tmp_path, specs)).vision(pixels) for specs in (("tome:schedule=0",), ()))
-    torch.testing.assert_close(nothing[0], plain[0], atol=1e-5, rtol=1e-5)
-    assert nothing[1][:, 0].tolist() == [list(range(16))] * 2
+    assert len(nothing) == len(plain) == 1
+    assert torch.equal(nothing[0], plain[0])
+
+
+@pytest.mark.parametrize("name", ["keys@2", "cls_attention@2", "hidden@2", "cls@0", "column_attention@0"])
+def test_signals_of_any_block_leave_the_features_alone(name: str, tmp_path: Path) -> None:
+    """Block 2 is behind the features; what it gives is that of a tower whose features it produces."""
+    tiny.llava(tmp_path)
+    pixels = torch.randn(2, 2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    plan = tiny.plan(tmp_path, request=Request(2))
+    spec = plan.family._tower(plan.checkpoint.config)  # type: ignore[attr-defined]
+    kind, _, at = name.partition("@")
+    usual = Vit(spec, ("hidden", name), 2)
+    other = Vit(replace(spec, blocks=int(at) + 1), (kind,), 2)
+    for tower in (usual, other):
+        load(tower, "vision", plan.checkpoint)
+    hidden, found = usual(pixels)
+    torch.testing.assert_close(found, other(pixels)[0])
+    torch.testing.assert_close(hidden, load_reference(plan).vision(pixels)[0])
 
 
 def test_indices_compose_over_reductions() -> None:
@@ -133,7 +151,7 @@ def test_indices_compose_over_reductions() -> None:
     uniform = Uniform(keep=8).fit(first)
     second = uniform.after(first)
     random = Random(keep=3, seed=1).fit(second)
-    module = Reduce([("uniform", uniform, first), ("random", random, second)], None, ("hidden",), False, 16)
+    module = Reduce([("uniform", uniform, first), ("random", random, second)], None, ("hidden",))
     hidden = torch.randn(2, 2, 16, 6, generator=torch.Generator().manual_seed(0))
     tokens, index = module(hidden)
     assert index.shape == (2, 6)

@@ -28,7 +28,7 @@ def graphs(
         image=ImageSpec(8, 8, "exact", 8, 8, 3, (0.5,) * 3, (0.5,) * 3),
         visual=VisualLayout(placeholders, placeholders, total, total if kept is None else kept, None, ids, span or each, policy),
         text=TextSpec(8, 1, 1, 8, 100, len(ids[0]), [0], [total], I, [2]),
-        signals={}, text_guided=False,
+        signals={}, side={}, sized=False,
     )  # fmt: skip
 
 

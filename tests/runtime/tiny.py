@@ -79,9 +79,9 @@ def reduce(path: Path, frames: int, keep: int, half: bool = False, guided: bool 
     inputs = {"hidden": (g.type, ["batch", frames, PATCHES, HIDDEN]), "score": (g.type, ["batch", frames, PATCHES])}
     if guided:
         mask = g.op("Unsqueeze", "text_mask", g.const(np.array([2])))
-        words = g.op("ReduceSum", g.op("Mul", "text_embeds", mask), g.const(np.array([1])))
+        words = g.op("ReduceSum", g.op("Mul", "text", mask), g.const(np.array([1])))
         kept = g.op("Add", kept, g.op("Div", words, g.op("ReduceSum", mask, g.const(np.array([1])))))
-        inputs |= {"text_embeds": (g.type, ["batch", "text", HIDDEN]), "text_mask": (g.type, ["batch", "text"])}
+        inputs |= {"text": (g.type, ["batch", "text", HIDDEN]), "text_mask": (g.type, ["batch", "text"])}
     g.op("Identity", kept, out="visual_embeds")
     outputs = {"visual_embeds": (g.type, ["batch", keep, HIDDEN]), "index": (TensorProto.INT64, ["batch", keep])}
     return g.save(path, inputs, outputs)
@@ -231,7 +231,7 @@ def export(
             groups=[0, 1 if stay else 0], kept=[keep, stay] if stay else [keep], image_token=IMAGE, eos=[EOS],
         ),
         signals={"hidden": [frames, PATCHES, HIDDEN], "score": [frames, PATCHES]},
-        text_guided=guided,
+        side={"text": ["text", HIDDEN], "text_mask": ["text"]} if guided else {}, sized=False,
     )  # fmt: skip
     graphs.save(folder)
     return graphs

@@ -35,7 +35,7 @@ def work(tmp_path: Path) -> Workspace:
         image=ImageSpec(32, 48, "exact", 32, 48, 3, (0.5,) * 3, (0.5,) * 3),
         visual=VisualLayout(1, 1, 16, 8, (4, 4), [[i] for i in range(16)], 16, "keep"),
         text=TextSpec(8, 2, 1, 4, 32, 1, [0, 1], [8, 4], 3, [1]),
-        signals={"hidden": [1, 16, 8]}, text_guided=False,
+        signals={"hidden": [1, 16, 8]}, side={}, sized=False,
     )  # fmt: skip
     graphs.save(tmp_path / "graphs")
     node = bytes([0x0A, 3, 0x22, 1, ord("A")])  # a node of operator "A"

@@ -1,0 +1,54 @@
+"""Pooling and resizing on a static grid as constant matrices [out, in], so that no runtime's Resize is involved."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from graphs._torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Grid = tuple[int, int]
+Rows = list[list[float]]
+
+
+def average(grid: Grid, out: Grid) -> Tensor:
+    """Adaptive average pooling (PyTorch's cell borders): float32 [out tokens, in tokens], raster order."""
+    return _separable(_average(grid[0], out[0]), _average(grid[1], out[1]))
+
+
+def bilinear(grid: Grid, out: Grid) -> Tensor:
+    """Bilinear resize, half-pixel centres (align_corners=False), no antialias: float32 [out tokens, in tokens]."""
+    return _separable(_bilinear(grid[0], out[0]), _bilinear(grid[1], out[1]))
+
+
+def pool(matrix: Tensor, x: Tensor) -> Tensor:
+    """[..., in, dim] → [..., out, dim], in float32, then cast back."""
+    return (matrix @ x.float()).to(x.dtype)
+
+
+def _average(n: int, m: int) -> Rows:
+    rows = []
+    for i in range(m):
+        start, end = i * n // m, -(-(i + 1) * n // m)
+        rows.append([1 / (end - start) if start <= j < end else 0.0 for j in range(n)])
+    return rows
+
+
+def _bilinear(n: int, m: int) -> Rows:
+    rows = []
+    for i in range(m):
+        at = max(0.0, (i + 0.5) * n / m - 0.5)
+        low = min(math.floor(at), n - 1)
+        high, part = min(low + 1, n - 1), at - low
+        row = [0.0] * n
+        row[low] += 1 - part
+        row[high] += part
+        rows.append(row)
+    return rows
+
+
+def _separable(rows: Rows, cols: Rows) -> Tensor:
+    return torch.tensor([[a * b for a in row for b in col] for row in rows for col in cols], dtype=torch.float32)
