@@ -159,7 +159,23 @@ class Checkpoint:
         return sum(p.stat().st_size for p in self.shards)
 
 
-def _check_shard(path: Path) -> None:
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name → shape of what a safetensors file holds, read from its header.
+
+    Raises:
+        CheckpointError: it cannot be read, or is shorter than its header says.
+    """
+    try:
+        header = _check_shard(path)
+        return {name: tuple(int(n) for n in entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e.strerror}.") from e
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{path} is damaged: its header gives no shapes.") from e
+
+
+def _check_shard(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file that is as long as it says."""
     size = path.stat().st_size
     with path.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -168,7 +184,7 @@ def _check_shard(path: Path) -> None:
                 f"{path} is damaged: {size} bytes, its header cannot be read. Download this shard again."
             )
         try:
-            header = json.loads(f.read(length))
+            header: dict[str, Any] = json.loads(f.read(length))
         except ValueError as e:
             raise CheckpointError(f"{path} is damaged: its header is not JSON. Download this shard again.") from e
     try:
@@ -180,3 +196,4 @@ def _check_shard(path: Path) -> None:
         raise CheckpointError(
             f"{path} is truncated: {size} bytes, its header asks for {expected}. Download this shard again."
         )
+    return header

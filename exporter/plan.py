@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import exporter.families
 from exporter import _discover
-from exporter.checkpoint import Checkpoint
+from exporter.checkpoint import Checkpoint, tensor_shapes
 from exporter.errors import CheckpointError, UsageError
 from exporter.families._contract import Family, Geometry, Request
 from exporter.graphset import tokens_in_words
@@ -31,6 +32,11 @@ class Step:
     site: Site
     before: int
     after: int
+
+    @property
+    def weights(self) -> str:
+        """The safetensors file with the method's own trained tensors; empty if it has none."""
+        return str(getattr(self.method, "weights", None) or "")
 
     @property
     def summary(self) -> str:
@@ -93,7 +99,7 @@ class Plan:
                 "spec": _spec.format(s.method),
                 "before": s.before,
                 "after": s.after,
-                "knobs": s.method.knobs(),
+                "knobs": {k: _spec.format(v) if isinstance(v, Reduction) else v for k, v in s.method.knobs().items()},
                 "paper": s.method.paper,
             }
             for s in self.steps
@@ -152,6 +158,21 @@ def _check_limits(geometry: Geometry, request: Request, profile: Profile) -> Non
         )
 
 
+def _check_weights(text: str, step: Step) -> None:
+    """Refuse a file that lacks a tensor the method needs, or has it in another shape."""
+    wanted = step.method.trained(step.site)
+    if not wanted:
+        return
+    found = tensor_shapes(Path(step.weights))
+    wrong = [
+        f"`{n}` {list(s)} (found {list(found[n]) if n in found else 'none'})"
+        for n, s in wanted.items()
+        if found.get(n) != s
+    ]
+    if wrong:
+        raise UsageError(f"--reduce {text}: {step.weights} does not fit this model. Expected {', '.join(wrong)}.")
+
+
 class _Fitting:
     """Walks the places in order, handing each method the site its predecessors left."""
 
@@ -169,7 +190,7 @@ class _Fitting:
             fitted.require(site)
             return fitted
         except ReductionError as e:
-            name = text.partition(":")[0]
+            name = _spec.title(method)
             raise UsageError(
                 f"--reduce {text} does not fit {self.family.model_type}: {e}. `edgetrim list reductions` shows what `{name}` needs."
             ) from e
@@ -195,8 +216,9 @@ class _Fitting:
                 projected = projected or fitted.space == "llm"
                 taps += [n for n in fitted.needs if n not in SIDE and n not in taps]
                 after = fitted.after(site)
-                self._add(text, fitted, site, site.total, after.total)
+                self._add(fitted, site, site.total, after.total)
                 self.policies.append(fitted.resolved_position(site))
+                _check_weights(text, self.steps[-1])
                 site = after
             else:
                 assert isinstance(method, InLLM)
@@ -205,7 +227,7 @@ class _Fitting:
                 )
                 fitted_llm = self.fit(text, method, llm_site)
                 after = fitted_llm.after(llm_site)
-                self._add(text, fitted_llm, llm_site, llm_site.total, after.total)
+                self._add(fitted_llm, llm_site, llm_site.total, after.total)
                 llm_site = after
         names = [s.name for s in self.steps]
         if len(set(names)) < len(names):
@@ -231,10 +253,10 @@ class _Fitting:
         fitted = self.fit(text, method, where)
         assert isinstance(fitted, InTower)
         after = fitted.after(where)
-        self._add(text, fitted, where, where.total, after.total)
+        self._add(fitted, where, where.total, after.total)
         self.policies.append(fitted.resolved_position())
         left = site.signals & {"hidden", "cls", *OF_PROMPT}
         return replace(site, tokens=after.tokens, frames=after.frames, grid=None, signals=left)
 
-    def _add(self, text: str, method: Reduction, site: Site, before: int, after: int) -> None:
-        self.steps.append(Step(text.partition(":")[0], method, site, before, after))
+    def _add(self, method: Reduction, site: Site, before: int, after: int) -> None:
+        self.steps.append(Step(_spec.title(method), method, site, before, after))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,9 @@ from torch import Tensor, nn
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.nn.layers import Linear
+
+if TYPE_CHECKING:
+    from exporter.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,29 @@ class Source:
         return tensor
 
 
+@dataclass(frozen=True)
+class FileSource(Source):
+    """A parameter that comes from a safetensors file of its own, not from the checkpoint."""
+
+    file: Path
+
+    def read(self, checkpoint: Checkpoint) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self.file, framework="pt") as f:
+            tensor: Tensor = f.get_tensor(self.name)
+        return tensor
+
+
+def trained(plan: Plan) -> dict[str, Source]:
+    """Parameter of the reduce stage → source, for reductions with weights of their own."""
+    return {
+        f"{step.name}.{name}": FileSource(name, shape, False, Path(step.weights))
+        for step in plan.at("before_llm")
+        for name, shape in step.method.trained(step.site).items()
+    }
+
+
 def sources(module: nn.Module, prefix: str) -> dict[str, Source]:
     """Parameter name → source, for a module whose names start with `prefix` in the checkpoint ("vision", "text", …)."""
     found = {}
@@ -55,7 +84,12 @@ def sources(module: nn.Module, prefix: str) -> dict[str, Source]:
 
 def load(module: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Fill a module on the meta device with the checkpoint's weights, converted to `dtype`. For the reference, not for export."""
-    for name, source in sources(module, prefix).items():
+    return fill(module, sources(module, prefix), checkpoint, dtype)
+
+
+def fill(module: nn.Module, found: Mapping[str, Source], checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    """Give a module the parameters that `found` names, converted to `dtype`."""
+    for name, source in found.items():
         owner, _, leaf = name.rpartition(".")
         value = source.read(checkpoint).to(dtype).contiguous()
         setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))

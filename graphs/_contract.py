@@ -146,7 +146,7 @@ class Reduction(ABC):
             ReductionError: names the knob, what was found and what it takes.
         """
         hints = get_type_hints(type(self))
-        for name, value in self.knobs().items():
+        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
             if not accepts(hints[name], value):
                 raise ReductionError(f"`{name}` takes {expected(hints[name])}; found {value!r}")
 
@@ -229,6 +229,11 @@ class BeforeLLM(Reduction):
         if self.position != "auto":
             return self.position
         return "keep" if site.grid_positions else self.paper_position
+
+    @property
+    def passes_cls(self) -> bool:
+        """Whether CLS is among the tokens that stay."""
+        return False
 
     @property
     def sized(self) -> bool:

@@ -1,6 +1,7 @@
 """Knob values: what a field's annotation accepts, in words, and as text in `NAME:knob=value` specs.
 
-Annotations used by methods: int, float, bool, str, None, Literal, tuple[int, ...] and unions of them.
+Annotations used by methods: int, float, bool, str, None, Literal, tuple[int, ...] and unions of them; another
+reduction where a method wraps one.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _words(hint: Any) -> list[str]:
         str: "a word",
         types.NoneType: "none",
     }
-    return [known[hint]]
+    return [known.get(hint, "a reduction")]
 
 
 def read(hint: Any, text: str) -> object:

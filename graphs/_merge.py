@@ -27,6 +27,20 @@ def members(owner: Tensor, groups: int) -> Tensor:
     return one_hot(owner, groups, torch.float32).transpose(-1, -2)
 
 
+def around(metric: Tensor, targets: Tensor) -> Tensor:
+    """0/1 float32 [batch, k, n]: groups of all n tokens around k targets, each other token with the most similar target.
+
+    Args:
+        metric: [batch, n, dim], compared by cosine. targets: int64 [batch, k], ascending.
+    """
+    n, k = metric.shape[1], targets.shape[1]
+    own = one_hot(targets, n, torch.float32)
+    if k == n:
+        return own
+    others = complement(targets, n)
+    return own + members(nearest(metric, others, targets), k) @ one_hot(others, n, torch.float32)
+
+
 def mean(member: Tensor, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Weighted mean of every group, and its weight; 0 for an empty group. Accumulated in float32.
 

@@ -1,7 +1,10 @@
 """Reduction specs, `NAME[:knob=value,…]`: text to method and back, and what there is to write.
 
+A method that wraps another one is written in front of it: `NAME[:knob=value,…]+SPEC`.
+
 A method is a module of this package without a leading underscore; its name is the module's, its object
-`METHOD`. Optional module constant `EXAMPLES`: specs worth showing, which the contract tests run too.
+`METHOD`. Optional module constants: `EXAMPLES`, specs worth showing, which the contract tests run too, and `SWEEP`,
+see `sweep`.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import get_type_hints
@@ -29,7 +33,7 @@ class Knob:
 
 @dataclass(frozen=True)
 class Description:
-    """What `describe` tells about a method. `needs`: signals with the knobs at their defaults."""
+    """What `describe` tells about a method. `needs`: signals with the knobs at their defaults. `sweep`: see there."""
 
     name: str
     summary: str
@@ -39,6 +43,7 @@ class Description:
     needs: tuple[str, ...]
     examples: tuple[str, ...]
     doc: str
+    sweep: str
 
 
 def names() -> list[str]:
@@ -67,13 +72,17 @@ def parse(text: str) -> Reduction:
     Raises:
         ReductionError: unknown name or knob, a value of the wrong type, a knob given twice, or bad syntax.
     """
-    name, colon, rest = (part.strip() for part in text.partition(":"))
-    method = load(name)
+    method = load(re.split("[:+]", text, maxsplit=1)[0].strip())
+    wrapped = _wrapped(method)
+    head, _, inner = text.partition("+") if wrapped else (text, "", "")
+    name, colon, rest = (part.strip() for part in head.partition(":"))
+    if wrapped and not inner.strip():
+        raise ReductionError(f"{name} wraps another reduction; write {name}+NAME or {name}:knob=value,…+NAME:…")
     if colon and not rest:
         raise ReductionError(f"'{text}' ends after the colon; write NAME or NAME:knob=value,…")
     hints = get_type_hints(method)
-    known = {f.name: f for f in fields(method)}
-    values: dict[str, object] = {}
+    known = {f.name: f for f in fields(method) if f.name != wrapped}
+    values: dict[str, object] = {wrapped: parse(inner.strip())} if wrapped else {}
     for item in rest.split(",") if rest else ():
         knob, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not knob or not value:
@@ -95,19 +104,49 @@ def parse(text: str) -> Reduction:
 
 def format(reduction: Reduction) -> str:
     """The spec of a method, knobs at their defaults left out: `parse(format(x)) == x`."""
-    name = type(reduction).__module__.rpartition(".")[2]
+    wrapped = _wrapped(type(reduction))
     given = [
         f"{f.name}={write(getattr(reduction, f.name))}"
         for f in fields(reduction)
-        if f.default is MISSING or getattr(reduction, f.name) != f.default
+        if f.name != wrapped and (f.default is MISSING or getattr(reduction, f.name) != f.default)
     ]
-    return f"{name}:{','.join(given)}" if given else name
+    own = f"{_name(reduction)}:{','.join(given)}" if given else _name(reduction)
+    return f"{own}+{format(getattr(reduction, wrapped))}" if wrapped else own
+
+
+def title(reduction: Reduction) -> str:
+    """The method's name, and that of what it wraps: "restore+divprune"."""
+    wrapped = _wrapped(type(reduction))
+    return f"{_name(reduction)}+{title(getattr(reduction, wrapped))}" if wrapped else _name(reduction)
+
+
+def _name(reduction: Reduction) -> str:
+    return type(reduction).__module__.rpartition(".")[2]
+
+
+def _wrapped(method: type[Reduction]) -> str | None:
+    """The field that holds another reduction."""
+    hints = get_type_hints(method)
+    return next(
+        (f.name for f in fields(method) if isinstance(hints[f.name], type) and issubclass(hints[f.name], Reduction)),
+        None,
+    )
 
 
 def examples(name: str) -> tuple[str, ...]:
     """Specs the method's module offers as examples."""
     load(name)
     return tuple(getattr(importlib.import_module(f"graphs.{name}"), "EXAMPLES", ()))
+
+
+def sweep(name: str) -> str:
+    """The method at any keep ratio: a spec with `{ratio}` in it, all else at its default.
+
+    >>> sweep("visionzip")
+    'visionzip:keep_ratio={ratio}'
+    """
+    load(name)
+    return str(getattr(importlib.import_module(f"graphs.{name}"), "SWEEP", f"{name}:keep_ratio={{ratio}}"))
 
 
 def describe(name: str) -> Description:
@@ -125,6 +164,7 @@ def describe(name: str) -> Description:
         needs=() if required else method().needs,
         examples=examples(name),
         doc=doc,
+        sweep=sweep(name),
     )
 
 

@@ -53,6 +53,8 @@ EXAMPLES = (
     "lftr:spatial=text,keep_ratio=0.25,cls=on",
 )
 
+SWEEP = "lftr:spatial=topic,keep_ratio={ratio}"
+
 TINY = 1e-12
 
 
@@ -78,6 +80,10 @@ class Lftr(BeforeLLM):
     def needs(self) -> tuple[str, ...]:
         cls = ("cls",) if self.cls or self.spatial == "topic" else ()
         return ("hidden", *cls, *(("text", "text_mask") if self.spatial == "text" else ()))
+
+    @property
+    def passes_cls(self) -> bool:
+        return self.cls
 
     @property
     def merges(self) -> bool:

@@ -69,6 +69,10 @@ class VisionZip(PerFrame):
         return self.cls == "on" or (self.cls == "auto" and self.score != "column")
 
     @property
+    def passes_cls(self) -> bool:
+        return self._cls_on
+
+    @property
     def merges(self) -> bool:
         return self.contextual != 0
 

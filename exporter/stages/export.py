@@ -25,7 +25,7 @@ from exporter.plan import Plan
 from exporter.stages._draw import DTYPES as TORCH
 from exporter.stages._draw import Shape, draw
 from exporter.stages._store import WeightFile, to_dtype
-from exporter.weights import Source, load, sources
+from exporter.weights import Source, fill, load, sources, trained
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -70,6 +70,7 @@ def load_reference(plan: Plan, dtype: torch.dtype = torch.float32) -> Modules:
     modules = build_modules(plan)
     for module, prefix in modules.prefixes():
         load(module, prefix, plan.checkpoint, dtype)
+    fill(modules.reduce, trained(plan), plan.checkpoint, dtype)
     if modules.prefill is not modules.decode:
         share(modules.decode, modules.prefill)
     return modules
@@ -97,7 +98,7 @@ def export(
     dtype = DTYPES[precision.compute]
     modules = build_modules(plan)
     names = {id(m): sources(m, prefix) for m, prefix in modules.prefixes()}
-    for module, _ in modules.prefixes():
+    for module in (modules.vision, modules.reduce, modules.decode):
         _cast(module, dtype)
     if modules.prefill is not modules.decode:
         _cast(modules.prefill, dtype)
@@ -125,7 +126,7 @@ def export(
             return stack.enter_context(file)
 
         vision_file = weight_file("vision", names[id(modules.vision)])
-        reduce_file = weight_file("reduce", {f"projector.{k}": v for k, v in projector.items()})
+        reduce_file = weight_file("reduce", {f"projector.{k}": v for k, v in projector.items()} | trained(plan))
         llm_file = weight_file("llm", names[id(modules.decode)], blocks)
         for role, model in models:
             {"vision": vision_file, "reduce": reduce_file}.get(role, llm_file).attach(model)

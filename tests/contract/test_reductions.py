@@ -30,7 +30,7 @@ from tests.graphs.oracle import KINDS, attention, features
 DIM, HEAD_DIM, TEXT = 8, 6, 5
 
 ALLOWED = frozenset(
-    "Abs Add And ArgMax ArgMin Cast Clip Concat Constant Div Equal Exp Expand Gather GatherElements GatherND Greater "
+    "Abs Add And ArgMax ArgMin Cast Ceil Clip Concat Constant Div Equal Exp Expand Floor Gather GatherElements GatherND Greater "
     "GreaterOrEqual Identity Less LessOrEqual Log MatMul Max Min Mul Neg Not Or Pow Reciprocal ReduceMax ReduceMean "
     "ReduceMin ReduceSum Reshape Round Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tile TopK Transpose "
     "Unsqueeze Where".split()

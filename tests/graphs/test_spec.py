@@ -9,9 +9,12 @@ import pytest
 
 from graphs import _spec
 from graphs._contract import ReductionError, Site
+from graphs.divprune import DivPrune
 from graphs.fastv import FastV
 from graphs.lftr import Lftr
+from graphs.restore import Restore
 from graphs.tome import ToMe
+from graphs.uniform import Uniform
 from graphs.visionzip import VisionZip
 
 
@@ -29,6 +32,12 @@ from graphs.visionzip import VisionZip
         (
             "lftr:temporal=similarity,keep_frames=4,spatial=topic,keep=64,cls=on",
             Lftr("similarity", 4, "topic", 64, None, True),
+        ),
+        ("restore:keep=64+uniform", Restore(keep=64, selector=Uniform())),
+        ("restore+divprune:per_step=4", Restore(selector=DivPrune(per_step=4))),
+        (
+            "restore:share=1,keep_ratio=0.5 + lftr:spatial=topic",
+            Restore(None, 0.5, 1.0, selector=Lftr(spatial="topic")),
         ),
         (" lftr : spatial = text , keep = 4 , cls = false ", Lftr(spatial="text", keep=4)),
     ],
@@ -52,9 +61,13 @@ def test_format_leaves_defaults_out() -> None:
     ("text", "message"),
     [
         ("vizionzip", "there is no reduction 'vizionzip'. Did you mean 'visionzip'? Known: "),
-        ("zzz", "there is no reduction 'zzz'. Known: fastv, "),
+        ("zzz", "there is no reduction 'zzz'. Known: "),
         ("", "there is no reduction ''"),
         ("_spec", "there is no reduction '_spec'"),
+        ("restore:keep=64", "restore wraps another reduction; write restore+NAME or restore:knob=value,…+NAME"),
+        ("restore:keep=64+", "restore wraps another reduction"),
+        ("restore:keep=64+zzz", "there is no reduction 'zzz'"),
+        ("restore:selector=uniform+uniform", "restore has no knob `selector`"),
         ("fastv:", "'fastv:' ends after the colon"),
         ("fastv:layer", "'layer' in 'fastv:layer' is not of the form knob=value"),
         ("fastv:layer=", "'layer=' in 'fastv:layer=' is not of the form"),

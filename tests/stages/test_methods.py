@@ -1,0 +1,210 @@
+"""Every method, as it stands in the exported graphs of real models: ONNX Runtime keeps the tokens PyTorch keeps, and
+TensorRT-RTX takes the graph. Whole chains, language model included: test_fidelity.py.
+
+The models: the embedded VLM with its trained weights and its own images (so scores are those of real features), and a
+tiny model with a window-attention tower, no class token and t/h/w positions.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import exporter.embedded
+from exporter.errors import UsageError
+from exporter.families._contract import Request
+from exporter.plan import Plan
+from exporter.runtime import images
+from exporter.stages import _task
+from exporter.stages._store import WeightFile
+from exporter.stages.export import build_modules, draw_reduce, draw_vision, load_reference
+from exporter.weights import sources, trained
+from graphs import _spec
+from graphs._contract import InLLM
+from tests.families import tiny
+from tests.stages.conftest import SIZES
+
+CLIP = 4
+"""Frames of a clip, for both models."""
+METHODS = [name for name in _spec.names() if not issubclass(_spec.load(name), InLLM)]
+MODELS = ("embedded", "qwen2_5_vl")
+
+REFUSED = {
+    ("qwen2_5_vl", "lftr"): "it needs `cls`",
+    **{("qwen2_5_vl", name): "tower cannot be shortened" for name in METHODS if _spec.load(name).place == "in_tower"},
+}
+"""(model, method) that cannot be at its defaults: a part of the sentence that says why."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The vision and reduce graphs of one plan, with weights, and the same in PyTorch."""
+
+    plan: Plan
+    folder: Path
+
+    @classmethod
+    def of(cls, plan: Plan, folder: Path) -> Drawn:
+        modules = build_modules(plan)
+        vision = draw_vision(plan, modules.vision, torch.float32)
+        reduce = draw_reduce(plan, modules.reduce, vision, torch.float32)
+        found = {} if modules.reduce.projector is None else sources(modules.reduce.projector, "projector")
+        of_reduce = {f"projector.{k}": v for k, v in found.items()} | trained(plan)
+        for name, model, known in (
+            ("vision", vision, sources(modules.vision, "vision")),
+            ("reduce", reduce, of_reduce),
+        ):
+            with WeightFile(folder / f"{name}.data", plan.checkpoint, known, torch.float32) as file:
+                file.attach(model)
+            ir.save(model, folder / f"{name}.onnx")
+        return cls(plan, folder)
+
+    def runtime(self, pixels: npt.NDArray[np.float32], side: dict[str, Any]) -> list[Any]:
+        """The reduce graph's outputs, in ONNX Runtime from the pixels on."""
+        options = ort.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 3, 1
+
+        def run(role: str, feeds: dict[str, Any]) -> dict[str, Any]:
+            session = ort.InferenceSession(self.folder / f"{role}.onnx", options, providers=["CPUExecutionProvider"])
+            wanted = {i.name for i in session.get_inputs()}
+            names = [o.name for o in session.get_outputs()]
+            return dict(zip(names, session.run(None, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
+
+        return list(run("reduce", run("vision", {"pixel_values": pixels}) | side).values())
+
+    def eager(self, pixels: npt.NDArray[np.float32], side: dict[str, Any]) -> list[Any]:
+        modules = load_reference(self.plan)
+        with torch.inference_mode():
+            signals = modules.vision(torch.from_numpy(pixels))
+            out = modules.reduce(*signals, *(torch.from_numpy(side[name]) for name in self.plan.side))
+        return [x.numpy() for x in out]
+
+
+@functools.cache
+def planned(model: str, name: str, folder: Path) -> Plan:
+    """The method at half of the tokens, on an image if it can, else on a clip."""
+    spec = _spec.sweep(name).format(ratio=0.5)
+    for frames in (1, CLIP):
+        try:
+            return tiny.plan(folder, (spec,), Request(frames, SIZES.get(model)))
+        except UsageError as e:
+            if "at least 2 frames" not in str(e) and "at least 2; found 1" not in str(e):
+                raise
+    raise AssertionError(f"{spec} takes neither an image nor a clip")
+
+
+def samples(plan: Plan) -> npt.NDArray[np.float32]:
+    """Two of them: float32 [2, frames, 3, height, width]. For the embedded model its own pictures."""
+    image, frames = plan.geometry.image, plan.geometry.frames
+    if plan.checkpoint.folder == exporter.embedded.CHECKPOINT:
+        questions = _task.embedded(frames, 2)[-2:]
+        return np.concatenate([images.preprocess(q.frames, image) for q in questions])
+    shape = (2, frames, 3, image.height, image.width)
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def sides(plan: Plan) -> dict[str, Any]:
+    rng, site = np.random.default_rng(1), plan.geometry.tower
+    mask = np.ones((2, 6), np.float32)
+    mask[0, :2] = 0
+    return {
+        "text": rng.standard_normal((2, 6, plan.geometry.hidden)).astype(np.float32),
+        "text_mask": mask,
+        "warp": rng.integers(-1, site.tokens, (2, site.frames, site.tokens)),
+    }
+
+
+@pytest.fixture(scope="session")
+def drawn(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folders = checkpoints | {"embedded": exporter.embedded.CHECKPOINT}
+
+    @functools.cache
+    def run(model: str, name: str) -> Drawn:
+        return Drawn.of(planned(model, name, folders[model]), tmp_path_factory.mktemp(name))
+
+    return run
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_graph_keeps_what_pytorch_keeps(model: str, name: str, drawn: Any) -> None:
+    if (model, name) in REFUSED:
+        with pytest.raises(UsageError, match=REFUSED[model, name]):
+            drawn(model, name)
+        return
+    found: Drawn = drawn(model, name)
+    pixels, side = samples(found.plan), sides(found.plan)
+    embeds, index, *size = found.runtime(pixels, side)
+    true_embeds, true_index, *true_size = found.eager(pixels, side)
+    assert index.shape == (2, found.plan.kept)
+    assert (index == true_index).all()
+    assert np.abs(embeds - true_embeds).max() <= 1e-4 * np.abs(true_embeds).max()
+    assert [(a == b).all() for a, b in zip(size, true_size, strict=True)] == [True] * found.plan.sized
+
+
+@pytest.fixture(scope="session")
+def engines(drawn: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every graph above that holds a method, built by TensorRT-RTX in one process of its own: name → result."""
+    jobs = {}
+    for name in METHODS:
+        for model in MODELS:
+            if (model, name) not in REFUSED:
+                role = "vision" if _spec.load(name).place == "in_tower" else "reduce"
+                jobs[f"{model}/{name}"] = str(drawn(model, name).folder / f"{role}.onnx")
+    log = tmp_path_factory.mktemp("rtx") / "results.jsonl"
+    request = json.dumps({"jobs": jobs, "log": str(log)})
+    subprocess.run(
+        [sys.executable, Path(__file__).with_name("rtx_worker.py")], input=request, text=True, check=False,
+        capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    lines = log.read_text().splitlines() if log.exists() else []
+    return dict(json.loads(line) for line in lines)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_tensorrt_rtx_builds_it(model: str, name: str, engines: dict[str, Any]) -> None:
+    if (model, name) not in REFUSED:
+        assert engines.get(f"{model}/{name}", "the builder did not come that far: it crashed") == "built"
+
+
+def test_trained_weights_come_from_their_file(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    """A method's own tensors reach the graph and the reference alike, and matter."""
+    folder = exporter.embedded.CHECKPOINT
+    width = tiny.plan(folder, (), Request(CLIP)).geometry.tower.dim
+    file = tmp_path / "inti.safetensors"
+    save_file({"score_0": torch.randn(width, 3, generator=torch.Generator().manual_seed(0))}, file)
+    out = {}
+    for spec in (f"inti:stages=1,weights={file}", "inti:stages=1"):
+        made = tmp_path / str(len(out))
+        made.mkdir()
+        found = Drawn.of(tiny.plan(folder, (spec,), Request(CLIP)), made)
+        pixels = samples(found.plan)
+        out[spec] = found.runtime(pixels, {})[0]
+        expected = found.eager(pixels, {})[0]
+        assert np.abs(out[spec] - expected).max() <= 1e-4 * np.abs(expected).max()
+    one, other = out.values()
+    assert np.abs(one - other).max() > 1e-2
+    save_file({"score_0": torch.zeros(width, 4)}, file)
+    for path, message in (
+        (file, rf"Expected `score_0` \[{width}, 3\] \(found \[{width}, 4\]\)"),
+        ("no.file", "cannot be read"),
+    ):
+        with pytest.raises((UsageError, Exception), match=message):
+            tiny.plan(folder, (f"inti:stages=1,weights={path}",), Request(CLIP))
