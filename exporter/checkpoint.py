@@ -59,6 +59,13 @@ class Checkpoint:
         self.folder = folder
         self._canonical = canonical
 
+    @classmethod
+    def of_config(cls, config: dict[str, Any]) -> Checkpoint:
+        """A checkpoint that is nothing but its config: enough to plan, not to export."""
+        found = cls(Path(str(config["_name_or_path"])))
+        found.config = config
+        return found
+
     @cached_property
     def config(self) -> dict[str, Any]:
         path = self.folder / "config.json"
@@ -86,7 +93,10 @@ class Checkpoint:
         return found if isinstance(found, dict) else {}
 
     def named(self, canonical: Callable[[str], str]) -> Checkpoint:
-        return Checkpoint(self.folder, canonical)
+        found = Checkpoint(self.folder, canonical)
+        if "config" in self.__dict__:
+            found.config = self.config
+        return found
 
     @cached_property
     def shards(self) -> list[Path]:

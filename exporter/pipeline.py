@@ -28,6 +28,17 @@ EMBEDDED = "embedded"
 """The name of the model that ships with the package."""
 
 
+def folder_of(checkpoint: str) -> Path:
+    """The folder of a checkpoint as typed: a path, a hub id, or the embedded model. Raises as `checkpoint.resolve`."""
+    from exporter.checkpoint import resolve
+
+    if checkpoint == EMBEDDED:
+        from exporter.embedded import CHECKPOINT
+
+        return CHECKPOINT
+    return resolve(checkpoint)
+
+
 def silent(text: str) -> None:
     """The default log."""
 
@@ -47,16 +58,11 @@ class Job:
 
     def plan(self) -> Plan:
         """Check everything, in words. Raises UsageError or CheckpointError."""
-        from exporter.checkpoint import Checkpoint, resolve
+        from exporter.checkpoint import Checkpoint
         from exporter.families._contract import Request
         from exporter.plan import make_plan
 
-        if self.checkpoint == EMBEDDED:
-            from exporter.embedded import CHECKPOINT
-
-            folder = CHECKPOINT
-        else:
-            folder = resolve(self.checkpoint)
+        folder = folder_of(self.checkpoint)
         profile = self.loaded_profile()
         return make_plan(Checkpoint(folder), self.reductions, profile, Request(self.frames, self.image_size))
 

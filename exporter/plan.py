@@ -247,7 +247,7 @@ class _Fitting:
         if isinstance(where, str):
             raise UsageError(
                 f"--reduce {text} does not fit {self.family.model_type}: {where}. Choose a reduction that acts before or inside the LLM."
-            )
+            ) from ReductionError(where)
         if any(isinstance(s.method, InTower) for s in self.steps):
             raise UsageError(f"--reduce {text}: only one reduction can act inside the tower.")
         fitted = self.fit(text, method, where)

@@ -20,6 +20,9 @@ SNAP = 4096.0
 FORCED = 2.0**22
 """Above the range of snapped scores of a few units; float32 still tells every two of them apart."""
 
+TINY = 1e-12
+"""Least divisor, for `clamp`. Adding it would not do: ONNX optimizers take x + 1e-12 for x."""
+
 TOPK_LIMIT = 3840
 """TensorRT's TopK takes at most this K."""
 
@@ -127,7 +130,7 @@ def split(x: Tensor, n: int) -> Tensor:
 def normalize(x: Tensor) -> Tensor:
     """Unit length along the last axis, float32; a zero vector stays zero."""
     x = x.float()
-    return x / (x.pow(2).sum(-1, keepdim=True) + 1e-12).sqrt()
+    return x / x.pow(2).sum(-1, keepdim=True).clamp(min=TINY).sqrt()
 
 
 def one_hot(index: Tensor, n: int, dtype: torch.dtype) -> Tensor:

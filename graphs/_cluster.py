@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from graphs._blocks import ascending, first, one_hot, rank, snap, take
+from graphs._blocks import TINY, ascending, first, one_hot, rank, snap, take
 from graphs._torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TINY = 1e-12
+NOISE = 1e-6
 
 
 def density_peaks(x: Tensor, clusters: int, neighbours: int, *, raster: bool = True) -> tuple[Tensor, Tensor]:
@@ -35,12 +35,12 @@ def density_peaks(x: Tensor, clusters: int, neighbours: int, *, raster: bool = T
     denser = (b > a) | ((b == a) & (place[None, :] < place[:, None]))  # [batch, i, j]: j is denser than i
     far = distance.amax((1, 2), keepdim=True)
     delta = torch.where(denser, distance, far).amin(-1).sqrt()
-    scale = far.squeeze(-1).sqrt() + TINY
+    scale = far.squeeze(-1).sqrt().clamp(min=TINY)
     score = density * torch.round(delta * (4096.0 / scale))
     centres = rank(score, clusters)
     centres = ascending(centres) if raster else centres
     to_centre = take(distance, centres)  # [batch, clusters, n]; symmetric
-    unit = far.transpose(1, 2) + TINY
+    unit = far.transpose(1, 2).clamp(min=TINY)
     owner = first(-snap(to_centre.transpose(1, 2), unit))
     own = one_hot(centres, n, torch.float32)  # a centre belongs to itself, also where two centres coincide
     is_centre = own.sum(1) > 0
@@ -49,11 +49,17 @@ def density_peaks(x: Tensor, clusters: int, neighbours: int, *, raster: bool = T
 
 
 def squared_distances(x: Tensor) -> Tensor:
-    """float32 [batch, n, n]: ‖x_i - x_j‖² / dim, snapped to 1/4096 of the largest, so that equal tokens are at 0."""
+    """float32 [batch, n, n]: ‖x_i - x_j‖² / dim, snapped to 1/4096 of the largest, so that equal tokens are at 0.
+
+    The largest counts as at least a millionth of the longest token's squared length: were all tokens equal, it would be
+    nothing but rounding.
+    """
     x = x.float() * x.shape[-1] ** -0.5
+    floor = (NOISE * x.pow(2).sum(-1).amax(1)).clamp(min=TINY)[:, None, None]
+    x = x - x.mean(1, keepdim=True)  # leaves distances as they are, and float32 more of their digits
     length = x.pow(2).sum(-1)
     raw = (length.unsqueeze(-1) + length.unsqueeze(-2) - 2 * (x @ x.transpose(1, 2))).clamp(min=0)
-    step = (raw.amax((1, 2), keepdim=True) + TINY) / 4096.0
+    step = torch.maximum(raw.amax((1, 2), keepdim=True), floor) / 4096.0
     return torch.round(raw / step) * step
 
 

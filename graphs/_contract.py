@@ -65,6 +65,7 @@ OF_PROMPT = frozenset({"text", "text_mask", "aligned_text"})
 """Signals without a frames axis: they come from the prompt, not from the tower."""
 
 Space = Literal["tower", "llm"]
+Tier = Literal["exact", "fixed budget", "trained", "control"]
 R = TypeVar("R", bound="Reduction")
 
 
@@ -118,6 +119,9 @@ class Reduction(ABC):
     """Base of all three places. Subclasses are frozen dataclasses; fields are knobs, as in the paper."""
 
     place: ClassVar[str]
+    tier: ClassVar[Tier] = "control"
+    """How the static token count relates to the published method's. "exact": it has the same. "fixed budget": its count
+    depends on the data, ours is fixed. "trained": it needs weights of its own. "control": nothing is published."""
     paper: ClassVar[str]
     """Where the method comes from: authors, year, arXiv id. Shown by `edgetrim list reductions`."""
 

@@ -17,12 +17,21 @@ def quotas(share: Tensor, total: int) -> Tensor:
     Args:
         share: float32 [batch, groups], non-negative; only proportions matter. All zero counts as all equal.
     """
-    whole = share.sum(-1, keepdim=True)
-    share = torch.where(whole > 0, share / torch.where(whole > 0, whole, 1.0), 1.0 / share.shape[-1])
-    exact = snap(share) * (total / 4096.0)
+    parts = units(share)
+    exact = parts * total / parts.sum(-1, keepdim=True)
     base = torch.floor(exact)
     short = (total - base.sum(-1, keepdim=True)).to(torch.int64)
     return base.to(torch.int64) + (placement(snap(exact - base)) < short).to(torch.int64)
+
+
+def units(share: Tensor) -> Tensor:
+    """Snapped [batch, groups]: each group's part of all shares. They need not sum to 4096, as each is rounded.
+
+    Args:
+        share: float32 [batch, groups], non-negative; all zero counts as all equal.
+    """
+    whole = share.sum(-1, keepdim=True)
+    return snap(torch.where(whole > 0, share / torch.where(whole > 0, whole, 1.0), 1.0 / share.shape[-1]))
 
 
 def best_of_groups(score: Tensor, quota: Tensor) -> Tensor:

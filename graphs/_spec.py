@@ -38,6 +38,7 @@ class Description:
     name: str
     summary: str
     place: str
+    tier: str
     paper: str
     knobs: tuple[Knob, ...]
     needs: tuple[str, ...]
@@ -159,6 +160,7 @@ def describe(name: str) -> Description:
         name=name,
         summary=doc.strip().partition("\n")[0],
         place=method.place,
+        tier=method.tier,
         paper=method.paper,
         knobs=tuple(Knob(f.name, _default(f), expected(hints[f.name])) for f in fields(method)),
         needs=() if required else method().needs,

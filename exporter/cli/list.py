@@ -13,8 +13,12 @@ from exporter.cli._output import Output, table
 
 @click.command()
 @click.argument("kinds", nargs=-1, metavar="[reductions|families|profiles|backends]…")
+@click.option(
+    "--for", "checkpoint", metavar="CHECKPOINT",
+    help="With `reductions`: which fit this model, and why others do not. A folder, a hub id, or `embedded`.",
+)  # fmt: skip
 @json_option
-def command(kinds: tuple[str, ...], as_json: bool) -> None:
+def command(kinds: tuple[str, ...], checkpoint: str | None, as_json: bool) -> None:
     """Show the reductions, families, profiles and backends there are.
 
     Without an argument all four. A backend also says what this machine lacks for it.
@@ -24,6 +28,12 @@ def command(kinds: tuple[str, ...], as_json: bool) -> None:
     for kind in kinds:
         if kind not in KINDS:
             raise UsageError(f"Unknown kind '{kind}'. {nearest(kind, KINDS)}")
+    if checkpoint is not None:
+        if kinds not in ((), ("reductions",)):
+            raise UsageError("--for goes with `reductions`: edgetrim list reductions --for CHECKPOINT")
+        found, part = _fits(checkpoint)
+        Output(as_json).result(found, part)
+        return
     data, parts = {}, []
     for kind in dict.fromkeys(kinds or KINDS):
         data[kind], part = KINDS[kind]()
@@ -32,25 +42,49 @@ def command(kinds: tuple[str, ...], as_json: bool) -> None:
 
 
 def _reductions() -> tuple[list[Any], Any]:
+    from exporter import methods
     from graphs import _spec
 
-    found = [_spec.describe(name) for name in _spec.names()]
+    names = _spec.names()
+    data = methods.data(names)
     rows = [
-        (d.name, d.place, f"{d.summary}\n{d.paper}", ", ".join(map(_knob, d.knobs)), ", ".join(d.needs) or None)
-        for d in found
-    ]
-    columns = ("name", "acts", "what it does", "knobs", "needs")
-    return [*map(_without_doc, found)], table("Reductions (--reduce NAME[:knob=value,…])", columns, rows)
+        (
+            d["name"], methods.PLACES[d["place"]], d["tier"], f"{d['summary']}\n{d['paper']}",
+            ", ".join(map(_knob, d["knobs"])), ", ".join(d["needs"]) or None, ", ".join(d["families"]) or None,
+        )
+        for d in data
+    ]  # fmt: skip
+    columns = ("name", "acts", "tier", "what it does", "knobs", "needs", "families")
+    return data, table("Reductions (--reduce NAME[:knob=value,…])", columns, rows)
 
 
-def _knob(knob: Any) -> str:
-    return str(knob.name) if knob.default in ("none", "required") else f"{knob.name}={knob.default}"
+def _knob(knob: dict[str, str]) -> str:
+    return knob["name"] if knob["default"] in ("none", "required") else f"{knob['name']}={knob['default']}"
 
 
-def _without_doc(description: Any) -> dict[str, Any]:
-    from dataclasses import asdict
+def _fits(checkpoint: str) -> tuple[dict[str, Any], Any]:
+    """Every reduction at half of the tokens, on this model."""
+    from exporter import methods
+    from exporter.checkpoint import Checkpoint
+    from exporter.pipeline import folder_of
+    from exporter.plan import find_family
+    from graphs import _spec
 
-    return {k: v for k, v in asdict(description).items() if k != "doc"}
+    found = Checkpoint(folder_of(checkpoint))
+    family = find_family(found).model_type
+    fits = [methods.fit(name, found) for name in _spec.names()]
+    data = [
+        {"name": f.name, "fits": f.plan is not None, "image": f.image, "clip": f.clip, "spec": f.spec,
+         "why_not": f.reason or None}
+        for f in fits
+    ]  # fmt: skip
+    rows = [(f.name, "yes" if f.plan else "no", f.words, f.spec) for f in sorted(fits, key=lambda f: f.plan is None)]
+    title = (
+        f"Reductions for {checkpoint} ({family}), tried as written, on an image and on a clip of {methods.CLIP} frames"
+    )
+    return {"checkpoint": checkpoint, "family": family, "reductions": data}, table(
+        title, ("name", "fits", "on, or why not", "tried"), rows
+    )
 
 
 def _families() -> tuple[list[Any], Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError, UsageError
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from exporter.nn.decoder import DecoderSpec
 
 
-PROMPT = frozenset({"text", "text_mask"})
-"""Signals every family has, as they come from the prompt and the language model's embedding table."""
+PROMPT = frozenset({"text", "text_mask", "warp"})
+"""Signals every family has, as they do not come from its tower."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Family(ABC):
 
     model_type: str
     summary: str
+    published: ClassVar[dict[str, Any]]
+    """The config of the model that people deploy most, as far as it matters here; its id is `_name_or_path`."""
 
     @abstractmethod
     def canonical(self, key: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError, UsageError
@@ -41,6 +41,18 @@ RENAMES = (
 class Llava(Family):
     model_type = "llava"
     summary = "LLaVA-1.5 layout: CLIP or SigLIP tower, MLP projector, Llama, Mistral or Qwen2 decoder"
+    published: ClassVar = {
+        "_name_or_path": "llava-hf/llava-1.5-7b-hf", "model_type": "llava", "image_token_index": 32000,
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+        "vision_config": {
+            "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+            "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
+        },
+        "text_config": {
+            "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "vocab_size": 32064,
+        },
+    }  # fmt: skip
 
     def canonical(self, key: str) -> str:
         for pattern, name in RENAMES:

@@ -6,7 +6,7 @@ One placeholder (`<|image_pad|>` or `<|video_pad|>`, expanded) per image or clip
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError, UsageError
@@ -41,6 +41,20 @@ FRAMES_PER_SECOND = 2.0
 class Qwen25VL(Family):
     model_type = "qwen2_5_vl"
     summary = "Qwen2.5-VL: window attention, 2×2 merger, M-RoPE, static grid"
+    published: ClassVar = {
+        "_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct", "model_type": "qwen2_5_vl",
+        "image_token_id": 151655, "video_token_id": 151656,
+        "vision_config": {
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14,
+            "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+            "out_hidden_size": 3584, "tokens_per_second": 2,
+        },
+        "text_config": {
+            "model_type": "qwen2_5_vl_text", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "rope_theta": 1000000.0,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        },
+    }  # fmt: skip
 
     def canonical(self, key: str) -> str:
         for pattern, name in (

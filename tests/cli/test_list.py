@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ import exporter.families
 from exporter import _discover
 from graphs import _spec
 from profiles import _schema
+from tests.families import tiny
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -47,6 +49,34 @@ def test_data_of_a_reduction(edgetrim: Run) -> None:
     assert {"name": "keep", "default": "none"}.items() <= tome["knobs"][1].items()
     assert tome["needs"] == ["hidden", "keys"]
     assert "2210.09461" in tome["paper"]
+
+
+def test_reductions_for_a_model(edgetrim: Run) -> None:
+    found = json.loads(edgetrim("list", "reductions", "--for", "embedded", "--json")[1])
+    assert found["family"] == "llava"
+    assert [r["name"] for r in found["reductions"]] == _spec.names()
+    by_name = {r["name"]: r for r in found["reductions"]}
+    assert by_name["visionzip"] == {
+        "name": "visionzip", "fits": True, "image": True, "clip": True, "spec": "visionzip:keep_ratio=0.5", "why_not": None,
+    }  # fmt: skip
+    assert (by_name["dtd"]["image"], by_name["dtd"]["clip"]) == (False, True)
+    assert "at least 2 frames; found 1" in by_name["dtd"]["why_not"]
+
+
+def test_reductions_for_a_model_without_a_class_token(edgetrim: Run, tmp_path: Path) -> None:
+    tiny.qwen2_5_vl(tmp_path)
+    code, out, _ = edgetrim("list", "--for", str(tmp_path))
+    assert code == 0
+    rows = {line.split()[0]: line for line in out.splitlines() if line.startswith(" ")}
+    assert rows["lftr"].split()[1] == "no"
+    assert "it needs `cls`, but this model offers only" in rows["lftr"]
+    assert "its 2×2 merger needs the complete grid" in rows["tome"]
+    assert rows["visionzip"].split()[1:4] == ["yes", "image,", "clip"]
+
+
+def test_for_goes_with_reductions(edgetrim: Run) -> None:
+    code, _, err = edgetrim("list", "profiles", "--for", "embedded")
+    assert (code, err) == (2, "Error: --for goes with `reductions`: edgetrim list reductions --for CHECKPOINT\n")
 
 
 def test_data_of_a_profile(edgetrim: Run) -> None:
