@@ -23,10 +23,10 @@ demo: $(READY)
 	$(BIN)/edgetrim demo -o $(OUT)
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -q -m 'not device'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m 'not device'
 
 lint: $(READY)
 	$(BIN)/ruff check .

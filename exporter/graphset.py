@@ -1,12 +1,14 @@
 """What export leaves behind: the graphs and everything a runtime must know to drive them. No torch here.
 
-Four roles, each an ONNX file (prefill and decode are one file when nothing is pruned inside the language model):
+Roles, each an ONNX file (prefill and decode are one file when nothing is pruned inside the language model; question is
+there only if a reduction compares patches with the question in CLIP's space):
 
 ======== ============================================================ ==============================================
 role     inputs                                                       outputs
 ======== ============================================================ ==============================================
 vision   pixel_values [batch, frames, 3, height, width]               the signals `reduce` asks for
-reduce   those signals; text and text_mask if text-guided, …          visual_embeds [batch, kept, hidden],
+question question_ids int64 [batch, question_tokens]                  aligned_text [batch, shared]
+reduce   those signals; text, text_mask, aligned_text if guided, …    visual_embeds [batch, kept, hidden],
                                                                       index int64 [batch, kept]
 prefill  inputs_embeds [batch, seq, hidden], position_ids, order       logits [batch, vocab], present_key_i,
                                                                       present_value_i, present_order_g, kept_l
@@ -35,7 +37,8 @@ from typing import Any, Literal
 PAD = 2**31 - 1
 """`order` of padding: above every real token, so nothing attends to it."""
 
-ROLES = ("vision", "reduce", "prefill", "decode")
+ROLES = ("vision", "question", "reduce", "prefill", "decode")
+"""In the order in which they run."""
 
 
 def tokens_in_words(before: int, after: int) -> str:
@@ -120,7 +123,7 @@ class GraphSet:
     compute: Literal["fp32", "fp16"]
     weights: Literal["none", "int4"]
     files: dict[str, str]
-    """role → file name, relative to the folder."""
+    """role → file name, relative to the folder. All of `ROLES`, but question only where it is needed."""
     reductions: list[dict[str, Any]]
     """Fitted reductions in order: {"name", "place", "spec", knobs…}."""
     image: ImageSpec
@@ -132,8 +135,18 @@ class GraphSet:
     """Further inputs of `reduce`, that do not come from `vision`: name → shape without the batch axis."""
     sized: bool
     """Whether `reduce` tells the tokens' sizes and the language model's attention counts them."""
+    question_tokens: int = 0
+    """Length of `question_ids`; 0 where there is no such graph."""
     embedding: str = "embedding.npy"
     """File of the token embedding table [vocab, hidden], float16 or float32, memory-mapped."""
+
+    def roles(self) -> dict[str, tuple[str, ...]]:
+        """File name → the roles it plays, both in the order in which they run."""
+        present = [role for role in ROLES if role in self.files]
+        return {
+            file: tuple(role for role in present if self.files[role] == file)
+            for file in dict.fromkeys(self.files[role] for role in present)
+        }
 
     def save(self, folder: Path) -> None:
         (folder / "graphs.json").write_text(json.dumps(asdict(self), indent=1) + "\n")

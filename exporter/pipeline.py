@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from exporter import __version__
 from exporter.bundle import MANIFEST, SCHEMA, Bundle, contents
 from exporter.errors import EnvironmentMismatch, ExportError, GateError, UsageError
-from exporter.graphset import ROLES, GraphSet
+from exporter.graphset import GraphSet
 from exporter.workspace import Workspace
 from profiles import _schema
 from profiles._schema import Profile
@@ -47,7 +47,8 @@ def silent(text: str) -> None:
 class Job:
     """What the user asked for; written to job.json so that every verb can go on from the folder alone.
 
-    checkpoint: as typed. profile: a name or a path. image_size: height, width or None.
+    checkpoint: as typed. profile: a name or a path. image_size: height, width or None. clip: the CLIP checkpoint that
+    the model's tower came from, as typed, or None.
     """
 
     checkpoint: str
@@ -55,6 +56,7 @@ class Job:
     profile: str
     frames: int = 1
     image_size: tuple[int, int] | None = None
+    clip: str | None = None
 
     def plan(self) -> Plan:
         """Check everything, in words. Raises UsageError or CheckpointError."""
@@ -64,7 +66,8 @@ class Job:
 
         folder = folder_of(self.checkpoint)
         profile = self.loaded_profile()
-        return make_plan(Checkpoint(folder), self.reductions, profile, Request(self.frames, self.image_size))
+        clip = None if self.clip is None else Checkpoint(folder_of(self.clip))
+        return make_plan(Checkpoint(folder), self.reductions, profile, Request(self.frames, self.image_size, clip))
 
     def loaded_profile(self) -> Profile:
         return _schema.load(self.profile)
@@ -83,8 +86,9 @@ class Job:
                 str(raw["profile"]),
                 int(raw["frames"]),
                 tuple(size) if size else None,
+                raw.get("clip"),
             )
-        except (KeyError, TypeError, ValueError) as e:
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise ExportError(
                 f"{work.folder}/job.json is damaged ({type(e).__name__}: {e}). Run `edgetrim export` again."
             ) from e
@@ -97,7 +101,7 @@ def run_export(
     from exporter.stages.export import export
 
     plan = job.plan()
-    total = plan.checkpoint.bytes
+    total = plan.checkpoint.bytes + (plan.clip.bytes if plan.clip else 0)
     done = 0
 
     def advance(count: int) -> None:
@@ -153,13 +157,9 @@ def open_runners(
     else:
         backend, what = ort.BACKEND, f"ONNX Runtime, CPU, on the graphs of {profile.name}"
     with ExitStack() as stack:
-        opened: dict[str, Runner] = {}
         runners: dict[str, Runner] = {}
-        for role in ROLES:
-            file = graphs.files[role]
-            if file not in opened:
-                opened[file] = stack.enter_context(backend.runner(folder / "graphs" / file, threads))
-            runners[role] = opened[file]
+        for file, roles in graphs.roles().items():
+            runners |= dict.fromkeys(roles, stack.enter_context(backend.runner(folder / "graphs" / file, threads)))
         yield runners, graphs, embedding(folder / "graphs", graphs), what
 
 
@@ -196,13 +196,14 @@ def run_validate(
             prompt = Prompt.load(work.graphs / "processor", graphs.text.image_token)
             pixels = [images.preprocess(q.frames, graphs.image) for q in samples]
             prompts = [prompt.ask(q.question, graphs.visual.placeholders, graphs.visual.media) for q in samples]
+            sides = [prompt.side([q.question]) for q in samples]
         else:
             prompt = None
-            pixels, prompts = synthetic(graphs)
+            pixels, prompts, sides = synthetic(work, graphs)
             notes.append("fidelity: measured on synthetic images and random token ids")
         log("comparing stages with PyTorch")
         gates = plan.profile.gates
-        fidelity = validate.compare(plan, runners, graphs, table, pixels, prompts, gates)
+        fidelity = validate.compare(plan, runners, graphs, table, pixels, prompts, gates, sides=sides)
         quality: list[validate.Accuracy] = []
         shown: list[dict[str, Any]] = []
         if asked and prompt is not None:
@@ -217,9 +218,13 @@ def run_validate(
     return record
 
 
-def synthetic(graphs: GraphSet, count: int = 3) -> tuple[list[Any], list[list[int]]]:
-    """Smooth random images and random prompts, for models without questions. Seeded."""
+def synthetic(
+    work: Workspace, graphs: GraphSet, count: int = 3
+) -> tuple[list[Any], list[list[int]], list[dict[str, Any]]]:
+    """Smooth random images, random prompts, and what else `reduce` takes, for models without questions. Seeded."""
     import numpy as np
+
+    from exporter.runtime import question
 
     rng = np.random.default_rng(0)
     image, frames = graphs.image, graphs.visual.frames
@@ -233,7 +238,11 @@ def synthetic(graphs: GraphSet, count: int = 3) -> tuple[list[Any], list[list[in
         pixels.append(np.kron(coarse, np.ones((rows, cols)))[..., : image.height, : image.width].astype(np.float32))
         ids = rng.choice(words, 12).tolist()
         prompts.append([*ids[:2], *[graphs.text.image_token] * graphs.visual.placeholders, *ids[2:]])
-    return pixels, prompts
+    sides: list[dict[str, Any]] = [{} for _ in range(count)]
+    if "question" in graphs.files:
+        tokenizer = question.QuestionTokenizer.load(work.graphs / "processor" / question.FOLDER)
+        sides = [{"question_ids": tokenizer.encode([f"What is in image {n}?"])} for n in range(1, count + 1)]
+    return pixels, prompts, sides
 
 
 def run_bench(
@@ -277,8 +286,8 @@ def run_bench(
                 theirs = stack.enter_context(open_runners(scratch, profile, threads))
                 variants.append(bench.Variant("engine_unreduced", *theirs[:3]))
                 variants.append(bench.Variant("reference_unreduced", *reference(bare.plan())))
-        pixels, prompts = synthetic(graphs, 1)
-        found = bench.measure(variants, np.asarray(pixels[0]), prompts, new_tokens, rounds, log=log)
+        pixels, prompts, sides = synthetic(work, graphs, 1)
+        found = bench.measure(variants, np.asarray(pixels[0]), prompts, new_tokens, rounds, log=log, side=sides[0])
     record = {
         "executed": what,
         "machine": bench.machine(),
@@ -307,6 +316,7 @@ def run_pack(work: Workspace) -> Bundle:
         "schema": SCHEMA,
         "edgetrim": __version__,
         "checkpoint": job.checkpoint,
+        "clip": job.clip,
         "family": graphs.family,
         "profile": job.loaded_profile().name,
         "reductions": [{k: r[k] for k in ("name", "place", "spec", "before", "after")} for r in graphs.reductions],

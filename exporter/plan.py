@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import exporter.families
-from exporter import _discover
+from exporter import _discover, clip
 from exporter.checkpoint import Checkpoint, tensor_shapes
 from exporter.errors import CheckpointError, UsageError
-from exporter.families._contract import Family, Geometry, Request
+from exporter.families._contract import ALIGNED, Family, Geometry, Request
 from exporter.graphset import tokens_in_words
 from graphs import _spec
 from graphs._contract import OF_PROMPT, BeforeLLM, InLLM, InTower, Reduction, ReductionError, Site
@@ -86,6 +86,11 @@ class Plan:
         return tuple(name for name in SIDE if name in needed)
 
     @property
+    def clip(self) -> Checkpoint | None:
+        """The CLIP checkpoint that a reduction reads the question with; None where none does."""
+        return self.request.clip if "aligned_text" in self.side else None
+
+    @property
     def sized(self) -> bool:
         """Whether the language model counts a merged token as many times as it has parts."""
         return any(method.sized for _, method, _ in self.before_llm)
@@ -117,6 +122,8 @@ def make_plan(
         UsageError: unknown family, method or knob; a method whose signal the model cannot give; counts that do not fit.
     """
     request = request or Request()
+    if request.clip is not None:
+        request = replace(request, clip=request.clip.named(clip.canonical))
     family = find_family(checkpoint)
     checkpoint = checkpoint.named(family.canonical)
     try:
@@ -125,6 +132,11 @@ def make_plan(
         raise CheckpointError(
             f"{checkpoint.folder}/config.json is not that of a {family.model_type} model ({type(e).__name__}: {e})."
         ) from e
+    if request.clip is not None and not geometry.shared:
+        raise UsageError(
+            f"--clip-model {request.clip.folder}: this {family.model_type} model's tower is not CLIP's, so its patches have no "
+            "place in the space of CLIP's text. Leave --clip-model out."
+        )
     _check_limits(geometry, request, profile)
     methods = []
     for text in reductions:
@@ -191,8 +203,12 @@ class _Fitting:
             return fitted
         except ReductionError as e:
             name = _spec.title(method)
+            hint = ""
+            if self.request.clip is None and any(f"needs `{signal}`" in str(e) for signal in ALIGNED):
+                hint = " Models with a CLIP tower give `aligned` and `aligned_text` if --clip-model names their CLIP."
             raise UsageError(
-                f"--reduce {text} does not fit {self.family.model_type}: {e}. `edgetrim list reductions` shows what `{name}` needs."
+                f"--reduce {text} does not fit {self.family.model_type}: {e}.{hint} `edgetrim list reductions` shows what "
+                f"`{name}` needs."
             ) from e
 
     def run(self, methods: list[tuple[str, Reduction]]) -> Plan:

@@ -61,6 +61,22 @@ class FileSource(Source):
         return tensor
 
 
+@dataclass(frozen=True)
+class CheckpointSource(Source):
+    """A parameter that comes from another checkpoint than the model's."""
+
+    checkpoint: Checkpoint
+
+    def read(self, checkpoint: Checkpoint) -> Tensor:
+        return super().read(self.checkpoint)
+
+
+def elsewhere(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> dict[str, Source]:
+    """Parameter name → source, as `sources`, for a module whose parameters are another checkpoint's."""
+    found = sources(module, prefix)
+    return {n: CheckpointSource(s.name, s.shape, s.transposed, checkpoint) for n, s in found.items()}
+
+
 def trained(plan: Plan) -> dict[str, Source]:
     """Parameter of the reduce stage → source, for reductions with weights of their own."""
     return {

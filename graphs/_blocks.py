@@ -18,7 +18,7 @@ SNAP = 4096.0
 """Score grid: differences below 1/4096 of a score's unit count as ties."""
 
 FORCED = 2.0**22
-"""Above the range of snapped scores of a few units; float32 still tells every two of them apart."""
+"""Above the range of snapped scores; float32 still tells every two of them apart."""
 
 TINY = 1e-12
 """Least divisor, for `clamp`. Adding it would not do: ONNX optimizers take x + 1e-12 for x."""
@@ -62,8 +62,9 @@ def force(score: Tensor, chosen: Tensor) -> Tensor:
     """Scores that rank every token of the bool mask `chosen` before all others, and keep their order otherwise.
 
     A selection of K then takes the chosen ones first and fills up with the best of the rest: how a union of sets
-    gets a fixed count.
+    gets a fixed count. Snapped scores above 1023 units count as equal.
     """
+    score = score.clamp(max=FORCED - 1)
     return torch.where(chosen, score + FORCED, score)
 
 

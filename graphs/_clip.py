@@ -76,14 +76,3 @@ def segments(site: Site, knob: str, given: int | None, wanted: float) -> int:
         listed = ", ".join(str(n) for n in possible)
         raise ReductionError(f"`{knob}` must divide the {site.frames} frames (one of {listed}); found {given}")
     return given
-
-
-def grid_rows(given: int | None, site: Site) -> int:
-    """Rows of the token grid: the knob `rows`, by default the site's."""
-    if given is None and site.grid is None:
-        raise ReductionError("it needs the tokens as a grid, which an earlier reduction has taken apart; use it first")
-    rows = site.grid[0] if given is None and site.grid else given
-    assert rows is not None
-    if rows < 1 or site.tokens % rows:
-        raise ReductionError(f"`rows` must divide the {site.tokens} tokens of a frame; found {rows}")
-    return rows

@@ -278,7 +278,8 @@ class PerFrame(BeforeLLM):
     def forward(self, signals: Signals) -> Reduced:
         hidden = signals["hidden"]
         frames, tokens = hidden.shape[1:3]
-        folded = {k: _repeated(v, frames) if k in OF_PROMPT else v.flatten(0, 1) for k, v in signals.items()}
+        per_frame = set(self.needs) - OF_PROMPT
+        folded = {k: v.flatten(0, 1) if k in per_frame else _repeated(v, frames, k) for k, v in signals.items()}
         out = self.reduce_frame(folded)
         kept = out.index.shape[1]
         index = out.index.reshape(-1, frames, kept)
@@ -393,8 +394,10 @@ def _arange(n: int) -> Tensor:
     return torch.arange(n)
 
 
-def _repeated(x: Tensor, frames: int) -> Tensor:
-    """[batch, ...] → [batch * frames, ...]"""
+def _repeated(x: Tensor, frames: int, name: str) -> Tensor:
+    """A signal of the prompt [batch, ...] → [batch * frames, ...]; trained weights as they are."""
+    if name not in OF_PROMPT:
+        return x
     return x.unsqueeze(1).expand(-1, frames, *x.shape[1:]).flatten(0, 1)
 
 

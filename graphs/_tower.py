@@ -44,27 +44,12 @@ class Scheduled(PerFrameInTower):
             keep = keep_count(self.keep, self.keep_ratio, site.tokens)
             schedule = plan(site.tokens, keep, self.places(site), site.depth, halves=self.halves, fewest=self.fewest)
         else:
-            schedule = self._explicit(self.schedule, site)
+            schedule = checked(self.schedule, site.tokens, site.depth, halves=self.halves, fewest=self.fewest)
             keep = site.tokens - sum(schedule)
             if self.keep_ratio is not None or self.keep not in (None, keep):
                 given = f"`keep` = {self.keep}" if self.keep_ratio is None else f"`keep_ratio` = {self.keep_ratio:g}"
                 raise ReductionError(f"this `schedule` keeps {keep} of {site.tokens} tokens; leave out {given}")
         return replace(self, keep=keep, keep_ratio=None, schedule=schedule, position=self.resolved_position())
-
-    def _explicit(self, schedule: tuple[int, ...], site: Site) -> tuple[int, ...]:
-        if len(schedule) != site.depth:
-            raise ReductionError(
-                f"`schedule` takes one number for each of the tower's {site.depth} blocks; found {len(schedule)}"
-            )
-        left = site.tokens
-        for block, r in enumerate(schedule):
-            most = left // 2 if self.halves else left - self.fewest
-            if not 0 <= r <= most:
-                raise ReductionError(
-                    f"`schedule` may remove 0..{most} of the {left} tokens that reach block {block}; found {r}"
-                )
-            left -= r
-        return schedule
 
     def after(self, site: Site) -> Site:
         assert self.keep is not None
@@ -86,8 +71,8 @@ def plan(
     """Removals per tower block, spread evenly over `blocks` (what does not divide goes first). If a block can at most
     halve, earlier ones remove as much more as later ones need.
 
-    >>> plan(576, 64, (3, 6, 9), 12, halves=True)
-    (0, 0, 0, 288, 0, 0, 144, 0, 0, 80, 0, 0)
+    >>> plan(576, 100, (3, 6, 9), 12, halves=True)
+    (0, 0, 0, 176, 0, 0, 200, 0, 0, 100, 0, 0)
     """
     smallest = -(-tokens // 2 ** len(blocks)) if halves else min(fewest, tokens)
     if keep < smallest:
@@ -105,6 +90,20 @@ def plan(
         out[block] = r
         tokens -= r
     return tuple(out)
+
+
+def checked(
+    schedule: tuple[int, ...], count: int, depth: int, *, halves: bool, fewest: int = 1, knob: str = "schedule"
+) -> tuple[int, ...]:
+    """A given schedule, one number per tower block, each within what a block can remove of `count` tokens (frames)."""
+    if len(schedule) != depth:
+        raise ReductionError(f"`{knob}` takes one number for each of the tower's {depth} blocks; found {len(schedule)}")
+    for block, r in enumerate(schedule):
+        most = count // 2 if halves else max(0, count - fewest)
+        if not 0 <= r <= most:
+            raise ReductionError(f"`{knob}` may remove 0..{most} of the {count} that reach block {block}; found {r}")
+        count -= r
+    return schedule
 
 
 def at(site: Site, share: float) -> int:

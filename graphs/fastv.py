@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from graphs._blocks import select, snap
-from graphs._contract import InLLM, ReductionError, Signals, Site, keep_count
+from graphs._contract import InLLM, ReductionError, Signals, Site, Tier, keep_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +35,7 @@ class FastV(InLLM):
     """Keep the visual tokens with the most attention from the last prompt token."""
 
     paper: ClassVar[str] = "Chen et al. 2024, arXiv:2403.06764"
+    tier: ClassVar[Tier] = "exact"
 
     layer: int = 2
     keep: int | None = None

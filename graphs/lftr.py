@@ -41,7 +41,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from graphs._blocks import normalize, select, snap, split, take
-from graphs._contract import BeforeLLM, Reduced, ReductionError, Signals, Site, Space, keep_count
+from graphs._contract import BeforeLLM, Reduced, ReductionError, Signals, Site, Space, Tier, keep_count
 from graphs._torch import torch
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Lftr(BeforeLLM):
     """Merge frames that hardly change, then keep the tokens closest to CLS or to the text."""
 
     paper: ClassVar[str] = "Zhao et al. 2025, arXiv:2501.17391"
+    tier: ClassVar[Tier] = "exact"
     paper_position: ClassVar[Literal["keep", "compact"]] = "compact"
 
     temporal: Literal["differential", "similarity"] | None = None

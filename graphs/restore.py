@@ -33,7 +33,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from graphs._blocks import ascending, complement, first, normalize, one_hot, rank, select, snap, take
-from graphs._contract import BeforeLLM, PerFrame, Reduced, ReductionError, Signals, Site, Space
+from graphs._contract import BeforeLLM, PerFrame, Reduced, ReductionError, Signals, Site, Space, Tier
 from graphs._merge import around, mean
 from graphs._torch import torch
 
@@ -50,6 +50,7 @@ class Restore(PerFrame):
     """Merge what a selector drops, and let attention count it."""
 
     paper: ClassVar[str] = "Cho et al. 2026, arXiv:2606.01711"
+    tier: ClassVar[Tier] = "exact"
 
     share: float = 0.5
     attention: bool = True

@@ -35,7 +35,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from graphs._bipartite import match, merge
-from graphs._contract import OF_PROMPT, PerFrameInTower, Reduced, ReductionError, Signals, Site, keep_count
+from graphs._contract import OF_PROMPT, PerFrameInTower, Reduced, ReductionError, Signals, Site, Tier, keep_count
 
 EXAMPLES = ("tome:keep=144", "tome:keep_ratio=0.5,schedule=linear", "tome:schedule=13")
 
@@ -45,6 +45,7 @@ class ToMe(PerFrameInTower):
     """Merge the most similar tokens of every tower block."""
 
     paper: ClassVar[str] = "Bolya et al. 2023, arXiv:2210.09461"
+    tier: ClassVar[Tier] = "exact"
 
     keep: int | None = None
     keep_ratio: float | None = None

@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from graphs._blocks import ascending, complement, normalize, one_hot, pick, rank, select, snap, take
-from graphs._contract import PerFrame, Reduced, ReductionError, Signals, Site, keep_count
+from graphs._contract import PerFrame, Reduced, ReductionError, Signals, Site, Tier, keep_count
 from graphs._torch import torch
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class VisionZip(PerFrame):
     """Keep dominant tokens by attention, merge the others into contextual ones."""
 
     paper: ClassVar[str] = "Yang et al. 2024, arXiv:2412.04467"
+    tier: ClassVar[Tier] = "exact"
     paper_position: ClassVar[Literal["keep", "compact"]] = "compact"
 
     contextual: int | None = None

@@ -22,7 +22,8 @@ def example() -> GraphSet:
         visual=VisualLayout(1, 1, 4, 4, (2, 2), [[0], [1], [2], [3]], 4, "keep"),
         text=TextSpec(8, 1, 1, 8, 16, 1, [0], [4], 3, [2]),
         signals={"hidden": [1, 4, 8]},
-        side={}, sized=False,
+        side={},
+        sized=False,
     )
 
 

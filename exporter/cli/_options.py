@@ -188,6 +188,14 @@ def image_size_option(function: F) -> F:
     )(function)  # fmt: skip
 
 
+def clip_model_option(function: F) -> F:
+    """--clip-model → clip: str | None. Not --clip, which is a clip of images."""
+    return click.option(
+        "--clip-model", "clip", metavar="FOLDER|HUB_ID",
+        help="The CLIP checkpoint that the model's tower came from, for reductions that read the question with CLIP.",
+    )(function)  # fmt: skip
+
+
 def seed_option(function: F) -> F:
     """--seed → int."""
     return click.option(

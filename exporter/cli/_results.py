@@ -124,14 +124,13 @@ def latency(record: Mapping[str, Any]) -> list[RenderableType]:
         columns += [f">{name} {v.partition('_')[2]}" for v in both]
         columns += [">"] if len(both) == 2 else []
     for stage, title in STAGES.items():
+        if not any(stage in found for found in variants.values()):
+            continue
         row: list[str | None] = [title]
         for key, _ in pairs:
-            times = [
-                variants[f"{key}_{how}"][stage]["median_ms"]
-                for how in ("unreduced", "reduced")
-                if f"{key}_{how}" in variants
-            ]
-            row += [f"{t:.2f}" for t in times]
+            present = [variants[name] for how in ("unreduced", "reduced") if (name := f"{key}_{how}") in variants]
+            times = [found[stage]["median_ms"] if stage in found else None for found in present]
+            row += [None if t is None else f"{t:.2f}" for t in times]
             row += [_ratio(*times)] if len(times) == 2 else []
         rows.append(row)
     machine = record["machine"]
@@ -143,6 +142,7 @@ def latency(record: Mapping[str, Any]) -> list[RenderableType]:
 
 STAGES = {
     "vision": "vision",
+    "question": "question",
     "reduce": "reduce and project",
     "prefill": "prefill",
     "ttft": "to first token",
@@ -150,8 +150,8 @@ STAGES = {
 }
 
 
-def _ratio(before: float, after: float) -> str | None:
-    return f"{before / after:.2f}×" if after else None
+def _ratio(before: float | None, after: float | None) -> str | None:
+    return f"{before / after:.2f}×" if before and after else None
 
 
 def engines(work: Workspace, job: Job, graphs: GraphSet) -> Found:

@@ -144,4 +144,5 @@ class _Talk:
                     self.messages.append(
                         {"role": role, "content": words if plain else [{"type": "text", "text": words}]}
                     )
-        return self.generator.generate(self.pixels, [self.prompt.encode(self.messages)], self.new_tokens, on_token)
+        ids, side = self.prompt.encode(self.messages), self.prompt.side([text])
+        return self.generator.generate(self.pixels, [ids], self.new_tokens, on_token, side=side)

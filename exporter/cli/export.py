@@ -17,6 +17,7 @@ from exporter.cli._output import Output
 @options.output_option()
 @options.frames_option
 @options.image_size_option
+@options.clip_model_option
 @options.json_option
 def command(
     checkpoint: str,
@@ -25,6 +26,7 @@ def command(
     output: Path,
     frames: int,
     image_size: tuple[int, int] | None,
+    clip: str | None,
     as_json: bool,
 ) -> None:
     """Write the graphs of CHECKPOINT with the reductions in them.
@@ -37,7 +39,7 @@ def command(
     from exporter.workspace import Workspace
 
     out = Output(as_json)
-    job = pipeline.Job(checkpoint, reductions, profile, frames, image_size)
+    job = pipeline.Job(checkpoint, reductions, profile, frames, image_size, clip)
     job.plan()  # refuse what does not fit before the folder is made
     with Workspace(output).locked() as work:
         with out.stage("export") as log:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from exporter.cli._options import json_option
+from exporter.cli._options import clip_model_option, json_option
 from exporter.cli._output import Output, table
 
 
@@ -17,8 +17,9 @@ from exporter.cli._output import Output, table
     "--for", "checkpoint", metavar="CHECKPOINT",
     help="With `reductions`: which fit this model, and why others do not. A folder, a hub id, or `embedded`.",
 )  # fmt: skip
+@clip_model_option
 @json_option
-def command(kinds: tuple[str, ...], checkpoint: str | None, as_json: bool) -> None:
+def command(kinds: tuple[str, ...], checkpoint: str | None, clip: str | None, as_json: bool) -> None:
     """Show the reductions, families, profiles and backends there are.
 
     Without an argument all four. A backend also says what this machine lacks for it.
@@ -28,10 +29,12 @@ def command(kinds: tuple[str, ...], checkpoint: str | None, as_json: bool) -> No
     for kind in kinds:
         if kind not in KINDS:
             raise UsageError(f"Unknown kind '{kind}'. {nearest(kind, KINDS)}")
+    if clip is not None and checkpoint is None:
+        raise UsageError("--clip-model goes with --for: edgetrim list reductions --for CHECKPOINT --clip-model CLIP")
     if checkpoint is not None:
         if kinds not in ((), ("reductions",)):
             raise UsageError("--for goes with `reductions`: edgetrim list reductions --for CHECKPOINT")
-        found, part = _fits(checkpoint)
+        found, part = _fits(checkpoint, clip)
         Output(as_json).result(found, part)
         return
     data, parts = {}, []
@@ -62,17 +65,19 @@ def _knob(knob: dict[str, str]) -> str:
     return knob["name"] if knob["default"] in ("none", "required") else f"{knob['name']}={knob['default']}"
 
 
-def _fits(checkpoint: str) -> tuple[dict[str, Any], Any]:
+def _fits(checkpoint: str, clip: str | None) -> tuple[dict[str, Any], Any]:
     """Every reduction at half of the tokens, on this model."""
     from exporter import methods
     from exporter.checkpoint import Checkpoint
+    from exporter.families._contract import Request
     from exporter.pipeline import folder_of
     from exporter.plan import find_family
     from graphs import _spec
 
     found = Checkpoint(folder_of(checkpoint))
     family = find_family(found).model_type
-    fits = [methods.fit(name, found) for name in _spec.names()]
+    request = Request(clip=None if clip is None else Checkpoint(folder_of(clip)))
+    fits = [methods.fit(name, found, request=request) for name in _spec.names()]
     data = [
         {"name": f.name, "fits": f.plan is not None, "image": f.image, "clip": f.clip, "spec": f.spec,
          "why_not": f.reason or None}

@@ -17,6 +17,7 @@ from exporter.cli._output import Output
 @options.output_option()
 @options.frames_option
 @options.image_size_option
+@options.clip_model_option
 @options.questions_option
 @options.threads_option
 @options.rounds_option
@@ -28,6 +29,7 @@ def command(
     output: Path,
     frames: int,
     image_size: tuple[int, int] | None,
+    clip: str | None,
     questions: Path | None,
     per_kind: int,
     threads: int | None,
@@ -46,7 +48,7 @@ def command(
     from exporter.workspace import Workspace
 
     out = Output(as_json)
-    job = pipeline.Job(checkpoint, reductions, profile, frames, image_size)
+    job = pipeline.Job(checkpoint, reductions, profile, frames, image_size, clip)
     job.plan()  # refuse what does not fit before the folder is made
     pipeline.questions_for(job, questions, 1)
     gate: GateError | None = None

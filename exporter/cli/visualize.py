@@ -26,6 +26,7 @@ QUESTION = "What is in this image?"
 @options.reduce_option
 @options.frames_option
 @options.image_size_option
+@options.clip_model_option
 @click.option(
     "--question",
     metavar="TEXT",
@@ -40,6 +41,7 @@ def command(
     reductions: tuple[str, ...],
     frames: int,
     image_size: tuple[int, int] | None,
+    clip: str | None,
     question: str | None,
     output: Path,
     as_json: bool,
@@ -54,9 +56,9 @@ def command(
     folder = Path(source)
     with out.stage("visualize") as log:
         if (folder / "graphs" / "graphs.json").is_file():
-            pictures = _of_folder(folder, images, clips, reductions, question)
+            pictures = _of_folder(folder, images, clips, reductions, clip, question)
         else:
-            pictures = _of_checkpoint(source, images, clips, reductions, frames, image_size, question, log)
+            pictures = _of_checkpoint(source, images, clips, reductions, frames, image_size, clip, question, log)
         files = _save(pictures, output)
     rows = [(p.method, f"{p.image.width} × {p.image.height}", file) for p, file in zip(pictures, files, strict=True)]
     data = [
@@ -67,7 +69,12 @@ def command(
 
 
 def _of_folder(
-    folder: Path, images: Sequence[Path], clips: Sequence[Path], reductions: Sequence[str], question: str | None
+    folder: Path,
+    images: Sequence[Path],
+    clips: Sequence[Path],
+    reductions: Sequence[str],
+    clip: str | None,
+    question: str | None,
 ) -> list[Picture]:
     from exporter.bundle import MANIFEST, Bundle
     from exporter.errors import UsageError
@@ -78,8 +85,9 @@ def _of_folder(
     from exporter.stages import curves
     from exporter.workspace import Workspace
 
-    if reductions:
-        raise UsageError(f"--reduce is for checkpoints: {folder} has its reductions in its graphs.")
+    if reductions or clip:
+        option = "--reduce" if reductions else "--clip-model"
+        raise UsageError(f"{option} is for checkpoints: {folder} has its reductions in its graphs.")
     if (folder / MANIFEST).is_file():
         Bundle.open(folder)
     job = Job.read(Workspace(folder))
@@ -88,9 +96,8 @@ def _of_folder(
         prompt = Prompt.load(folder / "graphs" / "processor", graphs.text.image_token)
         ids = prompt.ask(asked.question, graphs.visual.placeholders, graphs.visual.media)
         name = " + ".join(job.reductions) or "all tokens"
-        return [
-            curves.picture(Generator(runners, graphs, embedding), preprocess(asked.frames, graphs.image), ids, name)
-        ]
+        pixels, side = preprocess(asked.frames, graphs.image), prompt.side([asked.question])
+        return [curves.picture(Generator(runners, graphs, embedding), pixels, ids, name, side)]
 
 
 def _of_checkpoint(
@@ -100,6 +107,7 @@ def _of_checkpoint(
     reductions: Sequence[str],
     frames: int,
     image_size: tuple[int, int] | None,
+    clip: str | None,
     question: str | None,
     log: object,
 ) -> list[Picture]:
@@ -109,7 +117,7 @@ def _of_checkpoint(
 
     if not reductions:
         raise UsageError("Which reduction? Give --reduce, for instance --reduce uniform:keep_ratio=0.25.")
-    job = Job(checkpoint, (), "cpu_fp32", frames, image_size)
+    job = Job(checkpoint, (), "cpu_fp32", frames, image_size, clip)
     job.plan()
     return curves.overlays(job, reductions, _question(checkpoint, images, clips, frames, question))
 

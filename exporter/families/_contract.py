@@ -22,13 +22,18 @@ PROMPT = frozenset({"text", "text_mask", "warp"})
 """Signals every family has, as they do not come from its tower."""
 
 
+ALIGNED = frozenset({"aligned", "aligned_text"})
+"""Signals that need a CLIP checkpoint beside the model's (`Request.clip`); only a CLIP tower has them."""
+
+
 @dataclass(frozen=True)
 class Request:
-    """What the user fixes about the input: images or clip frames per sample, and the image size (height, width) for
-    families without a size of their own."""
+    """What the user fixes about the input: images or clip frames per sample, the image size (height, width) for
+    families without a size of their own, and the CLIP checkpoint that the model's tower came from, see `exporter.clip`."""
 
     frames: int = 1
     image_size: tuple[int, int] | None = None
+    clip: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Geometry:
 
     ids: [tokens per placeholder, axes] position ids relative to the placeholder's start; span: what one placeholder
     advances the positions. `in_tower` is a sentence instead of a Site where the tower cannot be shortened.
+    shared: width of `aligned` and `aligned_text`; 0 where the request names no CLIP checkpoint, or there is no CLIP tower.
     """
 
     image: ImageSpec
@@ -55,6 +61,7 @@ class Geometry:
     vocab: int
     image_token: int
     eos: tuple[int, ...]
+    shared: int = 0
 
 
 class Family(ABC):

@@ -9,9 +9,11 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from exporter import clip
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError, UsageError
 from exporter.families._contract import (
+    ALIGNED,
     PROMPT,
     Family,
     Geometry,
@@ -72,10 +74,10 @@ class Llava(Family):
         decoder = decoder_spec(config)
         rows, cols = spec.grid
         tokens = rows * cols
-        tower = Site(
-            tokens, request.frames, spec.grid, tower_signals(spec) | PROMPT, spec.blocks,
-            dim=spec.hidden, llm_dim=decoder.hidden,
-        )  # fmt: skip
+        signals, shared = tower_signals(spec) | PROMPT, 0
+        if request.clip is not None and spec.cls:
+            signals, shared = signals | ALIGNED, clip.shared_width(request.clip, spec.hidden, spec.blocks)
+        tower = Site(tokens, request.frames, spec.grid, signals, spec.blocks, dim=spec.hidden, llm_dim=decoder.hidden)
         return Geometry(
             image=self._image(checkpoint, spec.image),
             frames=request.frames,
@@ -93,6 +95,7 @@ class Llava(Family):
             vocab=decoder.vocab,
             image_token=int(config.get("image_token_index", config.get("image_token_id", 32000))),
             eos=eos_tokens(checkpoint),
+            shared=shared,
         )
 
     def vision(
@@ -100,7 +103,7 @@ class Llava(Family):
     ) -> nn.Module:
         from exporter.nn.vit import Vit
 
-        return Vit(self._tower(checkpoint.config), taps, geometry.frames, in_tower)
+        return Vit(self._tower(checkpoint.config), taps, geometry.frames, in_tower, geometry.shared)
 
     def projector(self, checkpoint: Checkpoint) -> nn.Module:
         from exporter.nn.vit import Projector
@@ -125,7 +128,7 @@ class Llava(Family):
             raise CheckpointError(
                 f"Vision tower '{kind}' is not supported. Supported: clip_vision_model, siglip_vision_model."
             )
-        clip = kind == "clip_vision_model"
+        is_clip = kind == "clip_vision_model"
         layers = int(vision["num_hidden_layers"])
         layer = config.get("vision_feature_layer", -2)
         if not isinstance(layer, int):
@@ -136,7 +139,7 @@ class Llava(Family):
         if not 1 <= blocks <= layers:
             raise CheckpointError(f"vision_feature_layer {layer} is outside the tower's {layers} blocks.")
         select = config.get("vision_feature_select_strategy", "default")
-        if clip != (select == "default"):
+        if is_clip != (select == "default"):
             raise CheckpointError(
                 f"vision_feature_select_strategy '{select}' with '{kind}' is not supported: a CLIP tower drops its class "
                 "token ('default'), a SigLIP tower has none ('full')."
@@ -148,11 +151,11 @@ class Llava(Family):
             heads=int(vision["num_attention_heads"]),
             patch=int(vision["patch_size"]),
             image=int(vision["image_size"]),
-            eps=float(vision.get("layer_norm_eps", 1e-5 if clip else 1e-6)),
-            activation=str(vision.get("hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh")),
-            cls=clip,
-            pre_norm=clip,
-            patch_bias=not clip,
+            eps=float(vision.get("layer_norm_eps", 1e-5 if is_clip else 1e-6)),
+            activation=str(vision.get("hidden_act", "quick_gelu" if is_clip else "gelu_pytorch_tanh")),
+            cls=is_clip,
+            pre_norm=is_clip,
+            patch_bias=not is_clip,
             layers=layers,
         )
 

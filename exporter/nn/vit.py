@@ -14,19 +14,25 @@ from graphs._blocks import take
 from graphs._contract import InTower
 
 
-@dataclass(frozen=True)
-class VitSpec:
-    """`cls`: a class token at 0. `pre_norm`: CLIP's norm before the first block. `layers`: blocks the tower has;
-    `blocks`: those up to the features, which are the output of block `blocks - 1`."""
+@dataclass(frozen=True, kw_only=True)
+class BlockSpec:
+    """The shape of a transformer block, of images or of text."""
 
     hidden: int
     intermediate: int
-    blocks: int
     heads: int
-    patch: int
-    image: int
     eps: float
     activation: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitSpec(BlockSpec):
+    """`cls`: a class token at 0. `pre_norm`: CLIP's norm before the first block. `layers`: blocks the tower has;
+    `blocks`: those up to the features, which are the output of block `blocks - 1`."""
+
+    blocks: int
+    patch: int
+    image: int
     cls: bool
     pre_norm: bool
     patch_bias: bool
@@ -70,7 +76,7 @@ class Table(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, spec: VitSpec) -> None:
+    def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             self.add_module(name, Linear(spec.hidden, spec.hidden))
@@ -87,7 +93,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, spec: VitSpec) -> None:
+    def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         self.fc1 = Linear(spec.hidden, spec.intermediate)
         self.fc2 = Linear(spec.intermediate, spec.hidden)
@@ -100,7 +106,7 @@ class Mlp(nn.Module):
 class Block(Atom):
     """One tower block: x [n, tokens, hidden] → x, and the q, k of its attention."""
 
-    def __init__(self, spec: VitSpec) -> None:
+    def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         self.layer_norm1 = LayerNorm(spec.hidden, spec.eps)
         self.self_attn = SelfAttention(spec)
@@ -137,6 +143,8 @@ class ReducingBlock(Block):
     x [batch * frames, tokens, hidden], size and anchor [batch, frames, tokens] (None before the first) → the same.
     `anchor`: each token's place among the patches of all frames, -1 for CLS.
     """
+
+    spec: VitSpec
 
     def __init__(self, spec: VitSpec, index: int, name: str, method: InTower, frames: int) -> None:
         super().__init__(spec)
@@ -246,7 +254,24 @@ class Tap(Atom):
         return attention_map(q, k).mean(1)[:, self.cls :]
 
 
-FROM_OUTPUT = {"hidden": "patches", "cls": "cls_token"}
+class Aligned(Tap):
+    """The patches [batch, frames, tokens, shared] in the space that a CLIP tower shares with its text: what CLIP does
+    to its class token at the end of the tower, done to the patches. The parameters are the CLIP checkpoint's."""
+
+    def __init__(self, spec: VitSpec, shared: int, frames: int) -> None:
+        super().__init__("aligned", int(spec.cls), frames)
+        self.post_layernorm = LayerNorm(spec.hidden, spec.eps)
+        self.visual_projection = Linear(spec.hidden, shared, bias=False)
+        self.shape = spec.hidden, shared, spec.eps
+
+    def key(self) -> Hashable:
+        return super().key(), self.shape
+
+    def aligned(self, x: Tensor, size: Tensor | None = None) -> Tensor:
+        return self.visual_projection(self.post_layernorm(self.patches(x)))
+
+
+FROM_OUTPUT = {"hidden": "patches", "cls": "cls_token", "aligned": "aligned"}
 """Signals read from a block's output, and the tap's method for each."""
 
 
@@ -257,10 +282,16 @@ class Vit(nn.Module):
         taps: signals to output, e.g. ("hidden", "cls_attention", "keys@7"); see `graphs._contract`.
         frames: frames of a sample.
         in_tower: (name, fitted method) or None.
+        shared: width of `aligned`, if that is among the taps.
     """
 
     def __init__(
-        self, spec: VitSpec, taps: tuple[str, ...], frames: int, in_tower: tuple[str, InTower] | None = None
+        self,
+        spec: VitSpec,
+        taps: tuple[str, ...],
+        frames: int,
+        in_tower: tuple[str, InTower] | None = None,
+        shared: int = 0,
     ) -> None:
         super().__init__()
         self.spec, self.taps = spec, taps
@@ -280,7 +311,8 @@ class Vit(nn.Module):
                 blocks.append(Block(spec) if i < spec.blocks or i < count - 1 or last_is_read else Probe(spec))
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
         for name, (kind, _) in zip(taps, named, strict=True):
-            self.add_module(f"tap_{name}", Tap(kind, int(spec.cls), frames))
+            tap = Aligned(spec, shared, frames) if kind == "aligned" else Tap(kind, int(spec.cls), frames)
+            self.add_module(f"tap_{name}", tap)
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """pixel_values [batch, frames, 3, height, width] → the taps in order, leading axes [batch, frames]."""

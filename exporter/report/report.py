@@ -161,13 +161,15 @@ def quality_axis(rows: Sequence[Quality]) -> float:
 
 
 def latency_bars(rows: Sequence[Latency]) -> list[tuple[str, dict[str, float]]]:
-    """One stacked bar per variant that was measured in every stage before the first token. Unreduced may lack `reduce`."""
+    """One stacked bar per variant that was measured in every stage before the first token. Unreduced may lack `reduce` and
+    `question`."""
     bars = []
     stages = [row for row in rows if row.stage != "decode"]
     for column, name in zip(COLUMNS, COLUMN_NAMES, strict=True):
         timings = [(row.stage, getattr(row, column)) for row in stages]
         if column.endswith("unreduced"):
-            timings = [(stage, timing) for stage, timing in timings if stage != "reduce" or isinstance(timing, Timing)]
+            optional = ("reduce", "question")
+            timings = [(stage, time) for stage, time in timings if stage not in optional or isinstance(time, Timing)]
         if timings and all(isinstance(timing, Timing) for _, timing in timings):
             bars.append((name, {stage: timing.median for stage, timing in timings}))
     return bars

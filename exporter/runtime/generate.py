@@ -23,8 +23,9 @@ import numpy.typing as npt
 
 from exporter.backends._contract import Array, Runner
 from exporter.errors import ExportError, UsageError, VerificationError
-from exporter.graphset import PAD, GraphSet
+from exporter.graphset import PAD, ROLES, GraphSet
 from exporter.runtime.sequence import Ints, Prompts, Text, arrange, check_ids, pad, split
+from exporter.runtime.warp import at_rest
 
 Logits = npt.NDArray[np.float32]
 Sampler = Callable[[Logits], Ints]
@@ -72,6 +73,8 @@ class Timings:
     """Wall time on the host. For `reply`, `prefill_ms` is that of the new text."""
 
     vision_ms: float = 0.0
+    question_ms: float = 0.0
+    """0 where there is no such graph."""
     reduce_ms: float = 0.0
     prefill_ms: float = 0.0
     decode_ms: list[float] = field(default_factory=list)
@@ -165,10 +168,13 @@ class Generator:
         runners = _complete(runners, graphs)
         self._vision, self._reduce = runners["vision"], runners["reduce"]
         self._prefill, self._decode = runners["prefill"], runners["decode"]
+        self._question = runners.get("question")
         self._signals = [name for name in self._reduce.inputs if name not in graphs.side]
         self._present = {name: "present" + name[4:] for name in self._decode.inputs if name.startswith("past_")}
         _check(self._vision, "vision", self._signals)
         _check(self._reduce, "reduce", ["visual_embeds", "index"])
+        if self._question is not None:
+            _check(self._question, "question", ["aligned_text"])
         for role, runner in (("prefill", self._prefill), ("decode", self._decode)):
             _check(runner, role, ["logits", *self._present.values()])
 
@@ -201,10 +207,34 @@ class Generator:
         mark = time.perf_counter()
         signals = self.vision(pixel_values)
         timings.vision_ms, mark = _ms(mark), time.perf_counter()
+        if self._question is not None and side and "question_ids" in side:
+            side = {**side, "aligned_text": self.question(side["question_ids"])}
+            timings.question_ms, mark = _ms(mark), time.perf_counter()
         visual = self.reduce(signals, text, side)
         timings.reduce_ms, mark = _ms(mark), time.perf_counter()
-        prefilled = self.prefill(visual, input_ids, text)
+        return self.answer(visual, input_ids, max_new_tokens, on_token, sampler, timings, begin)
+
+    def answer(
+        self,
+        visual: Visual,
+        input_ids: Prompts,
+        max_new_tokens: int,
+        on_token: OnToken | None = None,
+        sampler: Sampler = greedy,
+        timings: Timings | None = None,
+        begin: float | None = None,
+    ) -> Result:
+        """Answer prompts about visual tokens that are there already; as `generate` from then on.
+
+        Args:
+            visual: from `reduce`. timings: what was spent on it. begin: when that began, on the clock of
+                `time.perf_counter`.
+        """
+        _positive(max_new_tokens)
+        timings, mark = timings or Timings(), time.perf_counter()
+        prefilled = self.prefill(visual, input_ids)
         timings.prefill_ms = _ms(mark)
+        begin = mark if begin is None else begin
         tokens = self._answer(prefilled.logits, prefilled.cache, max_new_tokens, on_token, sampler, timings, begin)
         return Result(tokens, visual.index, prefilled.kept, timings, prefilled.cache)
 
@@ -234,6 +264,24 @@ class Generator:
             )
         return self._vision.run({"pixel_values": self._as(self._vision, "pixel_values", pixel_values)})
 
+    def question(self, question_ids: Array) -> Array:
+        """The questions in the space that CLIP's text shares with the patches: float [batch, shared].
+
+        Args:
+            question_ids: int64 [batch, graphs.question_tokens], see `exporter.runtime.question`.
+        Raises:
+            UsageError: no reduction of this model reads the question so, or another shape.
+        """
+        runner, tokens = self._question, self.graphs.question_tokens
+        if runner is None:
+            raise UsageError("No reduction of this model reads the question with CLIP; leave `question_ids` out.")
+        if question_ids.ndim != 2 or question_ids.shape[1] != tokens:
+            raise UsageError(
+                f"question_ids has shape {list(question_ids.shape)}; this model was exported for [batch, {tokens}]."
+            )
+        found = runner.run({"question_ids": self._as(runner, "question_ids", question_ids)})
+        return runner.numpy(found["aligned_text"])
+
     def reduce(
         self, signals: Mapping[str, Any], text: Text | None = None, side: Mapping[str, Array] | None = None
     ) -> Visual:
@@ -242,8 +290,10 @@ class Generator:
         Args:
             signals: from `vision`, or arrays of any float type. text: only matters if the reduction takes more than
                 those.
-            side: inputs of the reduction that neither the images nor the prompt give. `warp` int64
-                [batch, frames, tokens], see `exporter.runtime.warp`; without it the camera is taken to be at rest.
+            side: inputs of the reduction that neither the images nor the prompt give; what it does not ask for is not
+                read. `question_ids` int64 [batch, graphs.question_tokens], the question alone in CLIP's tokens, see
+                `exporter.runtime.question` (or `aligned_text`, what `question` made of them). `warp` int64 [batch, frames,
+                tokens], see `exporter.runtime.warp`; without it the camera is taken to be at rest.
         """
         runner = self._reduce
         feeds = {name: self._hand(signals[name], self._vision, runner) for name in self._signals}
@@ -262,11 +312,16 @@ class Generator:
                 value: Array = self._embedding[text.ids] if name == "text" else text.mask
             elif name in given:
                 value = given[name]
+            elif name == "aligned_text" and "question_ids" in given:
+                value = self.question(given["question_ids"])
             elif name == "warp" and text is not None:
                 frames, tokens = self.graphs.signals["hidden"][:2]
-                value = np.broadcast_to(np.arange(tokens, dtype=np.int64), (len(text.ids), frames, tokens))
+                value = np.broadcast_to(at_rest(frames, tokens), (len(text.ids), frames, tokens))
             else:
-                raise UsageError(f"This reduction needs `{name}`; give it to `generate` in `side`.")
+                needed = "question_ids" if name == "aligned_text" else name
+                raise UsageError(f"This reduction needs `{needed}`; give it to `generate` in `side`.")
+            if text is not None and len(value) != len(text.ids):
+                raise UsageError(f"`{name}` is for {len(value)} samples; expected {len(text.ids)}, one per prompt.")
             feeds[name] = self._as(runner, name, value)
         return feeds
 
@@ -406,13 +461,13 @@ class Generator:
 
 
 def _complete(runners: Mapping[str, Runner], graphs: GraphSet) -> dict[str, Runner]:
-    """All four roles."""
+    """All the roles that the model has."""
     found = dict(runners)
     if graphs.files["prefill"] == graphs.files["decode"]:
         for role, other in (("prefill", "decode"), ("decode", "prefill")):
             if role not in found and other in found:
                 found[role] = found[other]
-    absent = [role for role in ("vision", "reduce", "prefill", "decode") if role not in found]
+    absent = [role for role in ROLES if role in graphs.files and role not in found]
     if absent:
         raise UsageError(f"No runner for {', '.join(absent)}. Given: {', '.join(runners) or 'none'}.")
     return found

@@ -24,6 +24,11 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from exporter.errors import CheckpointError, UsageError
+from exporter.runtime import _tokenizer
+from exporter.runtime._tokenizer import content
+from exporter.runtime.question import FOLDER as CLIP_FOLDER
+from exporter.runtime.question import QuestionTokenizer
+from exporter.runtime.sequence import Ints
 
 Message = Mapping[str, Any]
 """{"role": "user", "content": text or [{"type": "image"}, {"type": "text", "text": …}]}"""
@@ -41,7 +46,6 @@ LLAVA_TEMPLATE = (
 )
 """For checkpoints without a chat template."""
 
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 IMAGE_TOKENS = ("<image>", "<|image_pad|>", "<IMG_CONTEXT>", "<image_soft_token>")
 """What the image token is called where no file says it; the first one in the vocabulary."""
 
@@ -50,48 +54,49 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Prompt:
-    """A tokenizer and a chat template."""
+    """A tokenizer and a chat template; and CLIP's tokenizer, where a reduction reads the question with it."""
 
     def __init__(
-        self, tokenizer: Tokenizer, template: str | None, special: Mapping[str, str], image_token: str | None
+        self,
+        tokenizer: Tokenizer,
+        template: str | None,
+        special: Mapping[str, str],
+        image_token: str | None,
+        clip: QuestionTokenizer | None = None,
     ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self.tokenizer, self.special, self.image_token = tokenizer, dict(special), image_token
+        self.tokenizer, self.special, self.image_token, self._clip = tokenizer, dict(special), image_token, clip
         self._template = _compile(LLAVA_TEMPLATE if template is None else template)
         self._extra = {"image_token": image_token} if template is None and image_token else {}
 
     @classmethod
-    def load(cls, folder: Path, image_token: str | int | None = None) -> Prompt:
+    def load(cls, folder: Path, image_token: str | int | None = None, clip: Path | None = None) -> Prompt:
         """Read a checkpoint's or bundle's folder.
 
         Args:
             folder: holds `tokenizer.json`.
             image_token: the token or id that stands for an image; else what the files say.
+            clip: the CLIP checkpoint's folder; else the one that an export has in its own.
         Raises:
             CheckpointError: no tokenizer, or a file that cannot be read.
         """
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(
-                f"There is no {path}. Save it with transformers: `AutoTokenizer.from_pretrained(…).save_pretrained(…)`."
-            )
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as e:  # the bindings raise Exception itself
-            raise CheckpointError(f"{path} cannot be read: {e}") from e
-        config = _json(folder / "tokenizer_config.json")
-        special = _special_tokens({**_json(folder / "special_tokens_map.json"), **config})
-        processor = _json(folder / "processor_config.json")
+        tokenizer = _tokenizer.read(folder)
+        config = _tokenizer.config(folder)
+        special = _tokenizer.special_tokens(config)
+        processor = _tokenizer.json_object(folder / "processor_config.json")
         if isinstance(image_token, int):
             name = tokenizer.id_to_token(image_token)
             if name is None:
                 raise CheckpointError(
-                    f"Image token {image_token} is not in {path} ({tokenizer.get_vocab_size()} tokens)."
+                    f"Image token {image_token} is not in {folder}/tokenizer.json ({tokenizer.get_vocab_size()} tokens)."
                 )
             image_token = name
         image_token = image_token or _image_token(tokenizer, config, processor)
-        return cls(tokenizer, _chat_template(folder, config, processor), special, image_token)
+        if clip is None and (folder / CLIP_FOLDER).is_dir():
+            clip = folder / CLIP_FOLDER
+        questions = None if clip is None else QuestionTokenizer.load(clip)
+        return cls(tokenizer, _chat_template(folder, config, processor), special, image_token, questions)
 
     def render(self, messages: Sequence[Message], answer: bool = True) -> str:
         """The text of a conversation; with `answer`, up to where the assistant's next answer begins.
@@ -134,6 +139,10 @@ class Prompt:
     def ask(self, text: str, placeholders: int = 1, kind: Literal["image", "video"] = "image") -> list[int]:
         """Token ids of a question about `placeholders` images (`VisualLayout.placeholders`)."""
         return self.encode(self.question(text, placeholders, kind))
+
+    def side(self, texts: Sequence[str]) -> dict[str, Ints]:
+        """What `Generator.generate` wants in `side` for these questions, one per row: `question_ids`, or nothing."""
+        return {} if self._clip is None else {"question_ids": self._clip.encode(texts)}
 
     def follow(self, messages: Sequence[Message], reply: str, text: str) -> tuple[list[Message], list[int]]:
         """The next turn: the conversation with `reply` and a new question, and the token ids that are new in it.
@@ -249,34 +258,10 @@ def _strftime_now(pattern: str) -> str:
     return datetime.datetime.now().strftime(pattern)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} cannot be read: {e}") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object.")
-    return value
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token and its kind, each a string or {"content": …}."""
-    found = {name: _content(config.get(name)) for name in NAMED_TOKENS}
-    return {name: token for name, token in found.items() if token is not None}
-
-
-def _content(token: Any) -> str | None:
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
 def _image_token(tokenizer: Tokenizer, config: Mapping[str, Any], processor: Mapping[str, Any]) -> str | None:
     extra = config.get("extra_special_tokens")
     places = [config, extra if isinstance(extra, Mapping) else {}, processor]
-    said = [_content(place.get("image_token")) for place in places]
+    said = [content(place.get("image_token")) for place in places]
     return next((name for name in (*said, *IMAGE_TOKENS) if name and tokenizer.token_to_id(name) is not None), None)
 
 
@@ -284,7 +269,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any], processor: Mapping[s
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    for place in (_json(folder / "chat_template.json"), processor, config):
+    for place in (_tokenizer.json_object(folder / "chat_template.json"), processor, config):
         template = place.get("chat_template")
         if isinstance(template, list):  # several, by name
             template = {entry["name"]: entry["template"] for entry in template}

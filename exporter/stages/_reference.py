@@ -59,7 +59,7 @@ class TorchRunner(Runner):
 
 
 def reference(plan: Plan, modules: Modules | None = None) -> tuple[dict[str, Runner], GraphSet, Array]:
-    """Runners for the four roles, the description of the graphs they stand for, and the embedding table."""
+    """Runners for all roles, the description of the graphs they stand for, and the embedding table."""
     modules = modules or load_reference(plan)
     image, frames = plan.geometry.image, plan.geometry.frames
     with torch.inference_mode():
@@ -69,6 +69,8 @@ def reference(plan: Plan, modules: Modules | None = None) -> tuple[dict[str, Run
     files = dict.fromkeys(("vision", "reduce"), "") | {"prefill": "prefill", "decode": "decode"}
     if modules.prefill is modules.decode:
         files["prefill"] = "decode"
+    if modules.question is not None:
+        files["question"] = ""
     graphs = describe(plan, files, signals)
     side = {name: kind or torch.float32 for name, (_, kind) in side_inputs(plan).items()}
     runners: dict[str, Runner] = {
@@ -81,6 +83,11 @@ def reference(plan: Plan, modules: Modules | None = None) -> tuple[dict[str, Run
         "prefill": _llm(modules.prefill, plan),
         "decode": _llm(modules.decode, plan),
     }
+    if modules.question is not None:
+        question = modules.question
+        runners["question"] = TorchRunner(
+            lambda v: [question(v["question_ids"])], {"question_ids": torch.int64}, ["aligned_text"]
+        )
     table = plan.checkpoint.tensor("text.embed_tokens.weight").float().numpy()
     return runners, graphs, table
 

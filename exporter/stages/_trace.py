@@ -107,9 +107,25 @@ def _free_weights(model: ir.Model, names: set[str]) -> None:
 
 
 def _optimize(model: ir.Model) -> None:
-    import onnxscript.optimizer
+    """As `onnxscript.optimizer.optimize`, but without the rules that drop `x + c` for any |c| ≤ 1e-8 (and `x * c` for c
+    within 1e-5 of 1): an epsilon that keeps a division from 0 / 0 is not nothing."""
+    from onnx_ir.passes import Sequential, common
+    from onnxscript import optimizer, rewriter
+    from onnxscript.rewriter.rules.common import _no_op
 
-    onnxscript.optimizer.optimize(model)
+    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in set(_no_op.rules)]
+    common.InlinePass()(model)
+    for _ in range(2):
+        optimizer.fold_constants(model, onnx_shape_inference=True)
+        rewriter.rewrite(model, rules)
+    Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
     used = {id(v) for node in model.graph for v in node.inputs if v is not None}
     outputs = {id(v) for v in model.graph.outputs}
     for value in symbolic(model):

@@ -15,8 +15,8 @@ from exporter.backends._contract import Array, Runner
 from exporter.graphset import GraphSet
 from exporter.runtime.generate import Generator
 
-STAGES = ("vision", "reduce", "prefill", "decode", "ttft")
-"""decode is the time per output token; ttft the time from pixels to the first token."""
+STAGES = ("vision", "question", "reduce", "prefill", "decode", "ttft")
+"""decode is the time per output token; ttft the time from pixels to the first token. question only where there is one."""
 
 Log = Callable[[str], None]
 
@@ -49,26 +49,32 @@ def measure(
     rounds: int = 9,
     warmup: int = 2,
     log: Log = lambda text: None,
+    side: Mapping[str, Array] | None = None,
 ) -> dict[str, dict[str, Timing]]:
     """Time all variants in turn.
 
     Args:
         pixel_values: float32 [batch, frames, 3, height, width]. prompts: token ids, one prompt per row.
         new_tokens: generated per round, end-of-sequence ignored.
+        side: see `Generator.reduce`; every variant takes of it what it needs.
     Returns:
         variant → stage → timing.
     """
     # Nothing stops early: every round runs the same number of steps.
     generators = [Generator(v.runners, _without_eos(v.graphs), v.table) for v in variants]
-    samples: dict[str, dict[str, list[float]]] = {v.name: {s: [] for s in STAGES} for v in variants}
+    samples: dict[str, dict[str, list[float]]] = {
+        v.name: {s: [] for s in STAGES if s != "question" or s in v.graphs.files} for v in variants
+    }
     for i in range(warmup + rounds):
         log(f"round {i + 1} of {warmup + rounds}")
         order = range(len(variants)) if i % 2 else reversed(range(len(variants)))
         for k in order:
-            timings = generators[k].generate(pixel_values, prompts, new_tokens).timings
+            timings = generators[k].generate(pixel_values, prompts, new_tokens, side=side).timings
             if i >= warmup:
                 found = samples[variants[k].name]
                 found["vision"].append(timings.vision_ms)
+                if "question" in found:
+                    found["question"].append(timings.question_ms)
                 found["reduce"].append(timings.reduce_ms)
                 found["prefill"].append(timings.prefill_ms)
                 found["decode"].append(float(np.median(timings.decode_ms)))

@@ -11,7 +11,7 @@ import exporter.backends
 from exporter import _discover
 from exporter.backends._contract import Axis, Backend, EngineRecord, Range, ShapeProfile
 from exporter.errors import EnvironmentMismatch, VerificationError
-from exporter.graphset import ROLES, GraphSet
+from exporter.graphset import GraphSet
 from profiles._schema import Limits, Profile
 
 DECODE_STEP = Range(1, 1, 4)
@@ -64,8 +64,7 @@ def build(
         )
     backend = backend_for(profile)
     records = []
-    for file in dict.fromkeys(graphs.files[role] for role in ROLES):
-        roles = tuple(role for role in ROLES if graphs.files[role] == file)
+    for file, roles in graphs.roles().items():
         log(f"building {', '.join(roles)}")
         shapes = [shape_profile(role, graphs, profile.limits) for role in roles]
         records.append(backend.build(source / file, roles, shapes, out, options_for(profile), log))
@@ -78,6 +77,8 @@ def shape_profile(role: str, graphs: GraphSet, limits: Limits) -> ShapeProfile:
     if role == "vision":
         image, frames = graphs.image, graphs.visual.frames
         return ShapeProfile(role, {"pixel_values": (batch, frames, 3, image.height, image.width)})
+    if role == "question":
+        return ShapeProfile(role, {"question_ids": (batch, graphs.question_tokens)})
     if role == "reduce":
         inputs: dict[str, tuple[Axis, ...]] = {name: (batch, *shape) for name, shape in graphs.signals.items()}
         for name, side in graphs.side.items():

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from exporter.pipeline import Job
     from exporter.plan import Plan
     from exporter.runtime.generate import Generator
+    from exporter.runtime.prompt import Prompt
     from exporter.stages._task import Question
 
 Log = Callable[[str], None]
@@ -85,7 +86,6 @@ def measure(
     """
     from dataclasses import replace
 
-    from exporter.runtime.prompt import Prompt
     from exporter.stages import _task, validate
 
     questions = _task.embedded(job.frames, per_kind)
@@ -93,7 +93,7 @@ def measure(
         raise UsageError(f"The embedded questions are about 1 or 4 frames; found --frames {job.frames}.")
     bare = replace(job, reductions=()).plan()
     site = bare.geometry.tower
-    prompt = Prompt.load(bare.checkpoint.folder, bare.geometry.image_token)
+    prompt = prompt_of(bare)
 
     def accuracy(plan: Plan) -> dict[str, float]:
         scores = validate.score(validate.ask_reference(plan, prompt, questions), questions)
@@ -128,12 +128,22 @@ def write(work: Workspace, record: Mapping[str, Any]) -> None:
     work.write(CURVES, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def kept(generator: Generator, pixel_values: Array, input_ids: Sequence[int]) -> npt.NDArray[np.int64]:
+def prompt_of(plan: Plan) -> Prompt:
+    """The tokenizers of a plan's checkpoints."""
+    from exporter.runtime.prompt import Prompt
+
+    clip = None if plan.request.clip is None else plan.request.clip.folder
+    return Prompt.load(plan.checkpoint.folder, plan.geometry.image_token, clip)
+
+
+def kept(
+    generator: Generator, pixel_values: Array, input_ids: Sequence[int], side: Mapping[str, Array] | None = None
+) -> npt.NDArray[np.int64]:
     """Which of the visual tokens before any reduction are still there behind the last one: int64 [kept], −1 for CLS."""
     from exporter.runtime.sequence import split
 
     text = split([input_ids], generator.graphs)
-    visual = generator.reduce(generator.vision(pixel_values), text)
+    visual = generator.reduce(generator.vision(pixel_values), text, side)
     index = visual.index[0]
     if max(generator.graphs.text.groups):
         found = generator.prefill(visual, [input_ids], text).kept
@@ -142,15 +152,17 @@ def kept(generator: Generator, pixel_values: Array, input_ids: Sequence[int]) ->
     return index.astype(np.int64)
 
 
-def picture(generator: Generator, pixel_values: Array, input_ids: Sequence[int], method: str) -> Picture:
-    """Draw what the generator's reductions keep of one sample [1, frames, 3, height, width]."""
+def picture(
+    generator: Generator, pixel_values: Array, input_ids: Sequence[int], method: str, side: Mapping[str, Array]
+) -> Picture:
+    """Draw what the generator's reductions keep of one sample [1, frames, 3, height, width]. `side`: see `reduce`."""
     from exporter.report import overlay
 
     graphs = generator.graphs
     grid = graphs.visual.grid
     if grid is None:
         raise UsageError("This model's visual tokens have no raster, so they cannot be drawn on the image.")
-    index = kept(generator, pixel_values, input_ids)
+    index = kept(generator, pixel_values, input_ids, side)
     frames = seen(pixel_values, graphs.image)
     groups = graphs.visual.total // (grid[0] * grid[1])  # some towers merge frames in pairs
     names = " + ".join(spec.partition(":")[0] for spec in method.split(" + "))
@@ -174,17 +186,17 @@ def overlays(job: Job, methods: Sequence[str], question: Question) -> list[Pictu
 
     from exporter.runtime import images
     from exporter.runtime.generate import Generator
-    from exporter.runtime.prompt import Prompt
     from exporter.stages._reference import reference
 
     drawn = []
     for spec in methods:
         plan = replace(job, reductions=tuple(spec.split(" + "))).plan()
         runners, graphs, table = reference(plan)
-        prompt = Prompt.load(plan.checkpoint.folder, graphs.text.image_token)
+        prompt = prompt_of(plan)
         ids = prompt.ask(question.question, graphs.visual.placeholders, graphs.visual.media)
         pixels = images.preprocess(question.frames, graphs.image)
-        drawn.append(picture(Generator(runners, graphs, table), pixels, ids, spec))
+        side = prompt.side([question.question])
+        drawn.append(picture(Generator(runners, graphs, table), pixels, ids, spec, side))
     return drawn
 
 

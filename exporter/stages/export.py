@@ -18,14 +18,18 @@ import torch
 from torch import nn
 
 from exporter.checkpoint import TOKENIZER_FILES, Checkpoint
+from exporter.clip import text_spec, text_tokens
 from exporter.graphset import GraphSet, TextSpec, VisualLayout
+from exporter.nn.clip_text import ClipText
 from exporter.nn.decoder import Decoder
 from exporter.nn.reduce import Reduce
 from exporter.plan import Plan
+from exporter.runtime.question import FOLDER as CLIP_FOLDER
+from exporter.runtime.question import QuestionTokenizer
 from exporter.stages._draw import DTYPES as TORCH
 from exporter.stages._draw import Shape, draw
 from exporter.stages._store import WeightFile, to_dtype
-from exporter.weights import Source, fill, load, sources, trained
+from exporter.weights import Source, elsewhere, fill, sources, trained
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -36,21 +40,34 @@ Log = Callable[[str], None]
 class Modules:
     """The eager modules of a plan: what is traced, and, with weights, the PyTorch reference.
 
-    prefill and decode are the same object unless something is pruned inside the language model.
+    prefill and decode are the same object unless something is pruned inside the language model; question is None unless a
+    reduction reads the question with CLIP.
     """
 
     vision: nn.Module
+    question: ClipText | None
     reduce: Reduce
     prefill: Decoder
     decode: Decoder
 
-    def prefixes(self) -> list[tuple[nn.Module, str]]:
-        """Modules with parameters, and the prefix of their names in the checkpoint."""
-        found: list[tuple[nn.Module, str]] = [(self.vision, "vision")]
-        if self.reduce.projector is not None:
-            found.append((self.reduce.projector, "projector"))
-        found.append((self.decode, "text"))
-        return found
+    def stored(self) -> dict[str, nn.Module]:
+        """Weight file → the module whose parameters it holds."""
+        found: dict[str, nn.Module] = {"vision": self.vision, "reduce": self.reduce, "llm": self.decode}
+        return found if self.question is None else found | {"question": self.question}
+
+
+def origins(plan: Plan, modules: Modules) -> dict[str, dict[str, Source]]:
+    """Weight file → parameter name → where it comes from: the checkpoint, the CLIP checkpoint, a method's own file."""
+    found = {"vision": sources(modules.vision, "vision"), "llm": sources(modules.decode, "text")}
+    found["reduce"] = trained(plan)
+    if modules.reduce.projector is not None:
+        found["reduce"] |= {f"projector.{k}": v for k, v in sources(modules.reduce.projector, "projector").items()}
+    if plan.request.clip is not None and "aligned" in plan.taps:
+        tap = elsewhere(modules.vision.get_submodule("tap_aligned"), "aligned", plan.request.clip)
+        found["vision"] |= {f"tap_aligned.{k}": v for k, v in tap.items()}
+    if plan.clip is not None and modules.question is not None:
+        found["question"] = elsewhere(modules.question, "question", plan.clip)
+    return found
 
 
 def build_modules(plan: Plan) -> Modules:
@@ -58,19 +75,20 @@ def build_modules(plan: Plan) -> Modules:
     spec = plan.family.decoder(plan.checkpoint)
     with torch.device("meta"):
         vision = plan.family.vision(plan.checkpoint, plan.geometry, plan.taps, plan.in_tower)
+        question = None if plan.clip is None else ClipText(text_spec(plan.clip))
         projector = plan.family.projector(plan.checkpoint)
         reduce = Reduce(plan.before_llm, projector, (*plan.taps, *plan.side), plan.sized)
         decode = Decoder(spec, plan.in_llm)
         prefill = Decoder(spec, plan.in_llm, plan.kept) if plan.in_llm else decode
-    return Modules(vision, reduce, prefill, decode)
+    return Modules(vision, question, reduce, prefill, decode)
 
 
 def load_reference(plan: Plan, dtype: torch.dtype = torch.float32) -> Modules:
     """The plan's modules with the checkpoint's weights: the PyTorch reference."""
     modules = build_modules(plan)
-    for module, prefix in modules.prefixes():
-        load(module, prefix, plan.checkpoint, dtype)
-    fill(modules.reduce, trained(plan), plan.checkpoint, dtype)
+    found = origins(plan, modules)
+    for file, module in modules.stored().items():
+        fill(module, found[file], plan.checkpoint, dtype)
     if modules.prefill is not modules.decode:
         share(modules.decode, modules.prefill)
     return modules
@@ -92,13 +110,15 @@ def export(
     Args:
         progress: called with the number of checkpoint bytes written since the last call.
     Raises:
-        CheckpointError: weights that are missing, damaged or of another shape.
+        CheckpointError: weights that are missing, damaged or of another shape; a CLIP checkpoint without its tokenizer.
     """
+    if plan.clip is not None:
+        QuestionTokenizer.load(plan.clip.folder)  # what a runtime will need: refused now, not there
     precision = plan.profile.precision
     dtype = DTYPES[precision.compute]
     modules = build_modules(plan)
-    names = {id(m): sources(m, prefix) for m, prefix in modules.prefixes()}
-    for module in (modules.vision, modules.reduce, modules.decode):
+    found = origins(plan, modules)
+    for module in modules.stored().values():
         _cast(module, dtype)
     if modules.prefill is not modules.decode:
         _cast(modules.prefill, dtype)
@@ -115,21 +135,23 @@ def export(
         log("tracing prefill")
         files["prefill"] = "prefill.onnx"
         models.append(("prefill", draw_llm(plan, modules.prefill, dtype)))
+    if modules.question is not None:
+        log("tracing question")
+        files["question"] = "question.onnx"
+        models.append(("question", draw_question(modules.question)))
 
     log("writing weights")
-    projector = names.get(id(modules.reduce.projector), {})
     blocks = tuple(precision.blocks) if precision.weights == "int4" else ()
     with ExitStack() as stack:
 
-        def weight_file(name: str, found: dict[str, Source], int4: tuple[int, ...] = ()) -> WeightFile:
-            file = WeightFile(folder / f"{name}.data", plan.checkpoint, found, dtype, int4, progress)
+        def weight_file(name: str) -> WeightFile:
+            int4 = blocks if name == "llm" else ()
+            file = WeightFile(folder / f"{name}.data", plan.checkpoint, found[name], dtype, int4, progress)
             return stack.enter_context(file)
 
-        vision_file = weight_file("vision", names[id(modules.vision)])
-        reduce_file = weight_file("reduce", {f"projector.{k}": v for k, v in projector.items()} | trained(plan))
-        llm_file = weight_file("llm", names[id(modules.decode)], blocks)
+        weight_files = {name: weight_file(name) for name in found}
         for role, model in models:
-            {"vision": vision_file, "reduce": reduce_file}.get(role, llm_file).attach(model)
+            weight_files.get(role, weight_files["llm"]).attach(model)
             model.graph.name = f"edgetrim_{role}"
             ir.save(model, folder / files[role])
     for data in folder.glob("*.data"):
@@ -139,6 +161,8 @@ def export(
         plan.checkpoint, folder / "embedding.npy", dtype, (plan.geometry.vocab, plan.geometry.hidden), progress
     )
     copy_processor(plan.checkpoint, folder / "processor")
+    if plan.clip is not None:
+        copy_processor(plan.clip, folder / "processor" / CLIP_FOLDER)
     graphs = describe(plan, files, {v.name or "": static_sizes(v) for v in vision.graph.outputs})
     graphs.save(folder)
     return graphs
@@ -190,6 +214,7 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
         ),
         signals=signals,
         side={name: list(shape) for name, (shape, _) in side_inputs(plan).items()},
+        question_tokens=0 if plan.clip is None else text_tokens(plan.clip),
         sized=plan.sized,
     )
 
@@ -198,6 +223,11 @@ def draw_vision(plan: Plan, module: nn.Module, dtype: torch.dtype) -> ir.Model:
     image = plan.geometry.image
     shape = ("batch", plan.geometry.frames, 3, image.height, image.width)
     return draw(module, {"pixel_values": (shape, dtype)}, lambda v: module(v["pixel_values"]), plan.taps)
+
+
+def draw_question(module: ClipText) -> ir.Model:
+    inputs = {"question_ids": (("batch", module.spec.tokens), torch.int64)}
+    return draw(module, inputs, lambda v: [module(v["question_ids"])], ["aligned_text"])
 
 
 def draw_reduce(plan: Plan, module: Reduce, vision: ir.Model, dtype: torch.dtype) -> ir.Model:
@@ -218,6 +248,7 @@ def side_inputs(plan: Plan) -> dict[str, tuple[tuple[int | str, ...], torch.dtyp
     known: dict[str, tuple[tuple[int | str, ...], torch.dtype | None]] = {
         "text": (("text", plan.geometry.hidden), None),
         "text_mask": (("text",), None),
+        "aligned_text": ((plan.geometry.shared,), None),
         "warp": ((site.frames, site.tokens), torch.int64),
     }
     return {name: known[name] for name in plan.side}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from exporter import report
 from exporter.backends._contract import EngineRecord
 from exporter.errors import VerificationError
-from exporter.graphset import ROLES, GraphSet
+from exporter.graphset import GraphSet
 from exporter.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ PLACES = {
     "before_llm": "before the language model",
     "in_llm": "inside the language model",
 }
+NO_SUCH_STAGE = "the unreduced model has no such stage."
 NONE_OF_THIS = ""
 """A number that such a stage does not have."""
 
@@ -75,7 +76,7 @@ def collect(work: Workspace, job: Job) -> report.ReportData:
             stages=_stages(work, graphs, profile, bool(executed)),
             fidelity=[_fidelity(row) for row in (validation or {}).get("fidelity", [])],
             quality=[_quality(row) for row in (validation or {}).get("quality", [])],
-            latency=[timed[s] for s in ("vision", "reduce", "prefill") if s in timed],
+            latency=[timed[s] for s in ("vision", "question", "reduce", "prefill") if s in timed],
             ttft=timed.get("ttft"),
             token=timed.get("decode"),
             curves=_curves(curves),
@@ -108,6 +109,8 @@ def command_line(job: Job) -> str:
         words += ["--frames", str(job.frames)]
     if job.image_size:
         words += ["--image-size", "x".join(map(str, job.image_size))]
+    if job.clip:
+        words += ["--clip-model", job.clip]
     return shlex.join([*words, "-o", "out/"])
 
 
@@ -125,8 +128,7 @@ def engine_entries(work: Workspace, graphs: GraphSet, profile: Profile) -> list[
     if (work.engines / "engines.json").is_file():
         built = {record.roles: record for record in engine_records(work)}
     entries = []
-    for file in dict.fromkeys(graphs.files[role] for role in ROLES):
-        roles = tuple(role for role in ROLES if graphs.files[role] == file)
+    for file, roles in graphs.roles().items():
         nodes, size = _graph(work.graphs / file)
         entry: dict[str, Any] = {"roles": list(roles), "profile": profile.name, "nodes": nodes, "graph_bytes": size}
         if record := built.get(roles):
@@ -208,14 +210,14 @@ def _latency(record: Mapping[str, Any] | None, reduces: bool) -> dict[str, repor
 
     def timed(variant: str, stage: str) -> report.Timing | str:
         if variant in variants:
-            found = variants[variant][stage]
-            return report.Timing(found["median_ms"], found["p90_ms"])
+            found = variants[variant].get(stage)
+            return report.Timing(found["median_ms"], found["p90_ms"]) if found else NO_SUCH_STAGE
         if not reduces and variant.endswith("_reduced"):
             return "this bundle reduces nothing."
         return "left out by `--no-compare`."
 
     names = ("reference_unreduced", "reference_reduced", "engine_unreduced", "engine_reduced")
-    stages = next(iter(variants.values()))
+    stages = dict.fromkeys(stage for found in variants.values() for stage in found)
     return {stage: report.Latency(stage, *(timed(name, stage) for name in names)) for stage in stages}
 
 

@@ -104,6 +104,7 @@ def compare(
     prompts: Sequence[Sequence[int]],
     gates: Gates | None,
     steps: int = STEPS,
+    sides: Sequence[Mapping[str, Array]] | None = None,
 ) -> list[StageFidelity]:
     """Fidelity of every stage.
 
@@ -112,10 +113,11 @@ def compare(
         pixels: samples, each float32 [1, frames, 3, height, width]. prompts: their token ids.
         gates: thresholds, or None to measure only.
         steps: greedy tokens compared at most; what comes behind the reference's end of sequence means nothing.
+        sides: per sample what `Generator.reduce` takes beside image and prompt.
     """
     measured = _Measured(Generator(*reference(plan)), Generator(engine, graphs, table), engine["vision"].numpy, steps)
-    for pixel_values, prompt in zip(pixels, prompts, strict=True):
-        measured.add(pixel_values, prompt)
+    for pixel_values, prompt, side in zip(pixels, prompts, sides or [{}] * len(prompts), strict=True):
+        measured.add(pixel_values, prompt, side)
     return measured.stages(gates)
 
 
@@ -126,12 +128,13 @@ class _Measured:
         """`host` brings the engine's signals to the host."""
         self.reference, self.engine, self.host, self.steps = reference, engine, host, steps
         self.vision, self.reduce, self.prefill, self.decode = _Compare(), _Compare(), _Compare(), _Compare()
+        self.question = _Compare()
         self.index: list[float] = []
         self.kept: list[float] = []
         self.kept_inside: list[float] = []
         self.tokens: list[float] = []
 
-    def add(self, pixel_values: Array, prompt: Sequence[int]) -> None:
+    def add(self, pixel_values: Array, prompt: Sequence[int], side: Mapping[str, Array]) -> None:
         """Compare every stage on the reference's own input to it, then the whole chain."""
         theirs, ours = self.reference, self.engine
         text = split([prompt], ours.graphs)
@@ -140,12 +143,17 @@ class _Measured:
         for name, value in true_signals.items():
             if value.dtype.kind == "f":
                 self.vision.add(self.host(signals[name]), value)
-        true_visual = theirs.reduce(true_signals, text)
-        visual = ours.reduce(true_signals, text)
+        true_side = side
+        if "question" in ours.graphs.files:
+            asked = theirs.question(side["question_ids"])
+            self.question.add(ours.question(side["question_ids"]), asked)
+            true_side = {**side, "aligned_text": asked}
+        true_visual = theirs.reduce(true_signals, text, true_side)
+        visual = ours.reduce(true_signals, text, true_side)
         same = visual.index == true_visual.index
         self.index.append(float(same.mean()))
         self.reduce.add(visual.embeds[same], true_visual.embeds[same])
-        chained = ours.reduce(signals, text)
+        chained = ours.reduce(signals, text, side)
         self.kept.append(_overlap(chained.index, true_visual.index))
         self._language_model(prompt, true_visual, chained)
 
@@ -178,6 +186,7 @@ class _Measured:
         kept, tokens = float(np.mean(self.kept)), float(np.mean(self.tokens))
         found = [
             self.vision.stage("vision"),
+            *([self.question.stage("question")] if "question" in self.engine.graphs.files else []),
             replace(self.reduce.stage("reduce"), agreement=float(np.mean(self.index))),
             _gated(self.prefill.stage("prefill"), gates.logits_cosine_min if gates else None, "cosine"),
             _gated(self.decode.stage("decode"), gates.logits_cosine_min if gates else None, "cosine"),
@@ -223,7 +232,8 @@ def answers(generator: Generator, prompt: Prompt, questions: Sequence[Question],
         part = questions[start : start + BATCH]
         pixels = np.concatenate([images.preprocess(q.frames, graphs.image) for q in part])
         ids = [prompt.ask(q.question, graphs.visual.placeholders, graphs.visual.media) for q in part]
-        result = generator.generate(pixels, ids, new_tokens)
+        side = prompt.side([q.question for q in part])
+        result = generator.generate(pixels, ids, new_tokens, side=side)
         stop = set(graphs.text.eos)
         found += [prompt.decode([t for t in row if t not in stop]).strip() for row in result.tokens]
     return found

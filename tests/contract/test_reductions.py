@@ -24,7 +24,7 @@ import graphs
 from exporter.stages._trace import trace
 from graphs import _spec
 from graphs._blocks import TOPK_LIMIT
-from graphs._contract import BeforeLLM, InLLM, InTower, Reduced, Reduction, ReductionError, Site
+from graphs._contract import BeforeLLM, InLLM, InTower, Reduced, Reduction, ReductionError, Site, Tier
 from tests.graphs.oracle import KINDS, attention, features
 
 DIM, HEAD_DIM, TEXT = 8, 6, 5
@@ -184,6 +184,8 @@ def test_is_documented_and_fits_somewhere(name: str) -> None:
     assert found.summary.endswith(".")
     assert len(found.summary) < 120
     assert found.paper
+    assert found.tier in get_args(Tier)
+    assert (found.tier == "control") == found.paper.startswith("control")
     assert "Source:" in found.doc
     assert "Position:" in found.doc
     assert method.place in SITES
@@ -281,10 +283,9 @@ def test_counts_and_indices(method: Reduction, site: Site) -> None:
             cls = int("cls" in site.signals)
             assert out[0].shape == (2, after.frames, after.tokens + cls, DIM)
             if method.merges:
-                total = torch.full((2,), site.frames * (site.tokens + cls))
-                torch.testing.assert_close(
-                    out[1].sum((1, 2)), total.float(), msg="no token may get lost or count twice"
-                )
+                total = out[1].sum((1, 2))  # less where a method prunes as well; exact sums: its own test
+                assert (total <= site.frames * (site.tokens + cls) + 1e-2).all(), "no token may count twice"
+                assert (out[1] > 0).all()
             else:
                 assert (out[1] == 1).all()
             assert not cls or (out[-1][:, 0, 0] == 0).all(), "CLS stays in front"

@@ -39,7 +39,7 @@ LAYOUTS = {
 def parameters(folder: Path, family: str) -> dict[str, torch.Tensor]:
     """Every parameter of the reference modules, by role and name."""
     modules = load_reference(tiny.plan(folder, (), REQUEST[family]))
-    return {f"{prefix}.{n}": p for module, prefix in modules.prefixes() for n, p in module.named_parameters()}
+    return {f"{file}.{n}": p for file, module in modules.stored().items() for n, p in module.named_parameters()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

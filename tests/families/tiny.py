@@ -6,6 +6,7 @@ Hugging Face model it was. Beside them: what the tests ask these models, for us 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
@@ -31,6 +35,8 @@ TOWERS = ("clip_vision_model", "siglip_vision_model")
 DECODERS = ("llama", "mistral", "qwen2")
 IMAGE, VIDEO, START, END, EOS = 5, 6, 7, 8, 2
 VOCAB, PATCH = 96, 14
+QUESTION_TOKENS = 12
+"""Length of a question for `clip`, start and end included."""
 WINDOW = 12
 """Mistral's sliding window: shorter than every prompt below."""
 
@@ -41,7 +47,7 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             gain = 2 if "language_model.layers" in name else 1
-            scale = 0.3 if parameter.ndim == 1 else gain * parameter.shape[-1] ** -0.5
+            scale = 0.3 if parameter.ndim < 2 else gain * parameter.shape[-1] ** -0.5
             noise = torch.randn(parameter.shape, generator=generator) * scale
             parameter.copy_(noise + (1.0 if parameter.ndim == 1 and parameter.mean() > 0.5 else 0.0))
     return model.eval()
@@ -85,6 +91,31 @@ def qwen2_5_vl(folder: Path, tied: bool = False) -> PreTrainedModel:
     return _saved(Qwen2_5_VLForConditionalGeneration(config), folder)
 
 
+def clip(folder: Path, hidden: int = 48, layers: int = 3, early: bool = False, **text: Any) -> CLIPModel:
+    """Not a family: the CLIP that `llava`'s tower could have come from, with a tokenizer of single letters.
+
+    early: the end of text is called token 2, as in configs of before 2023.
+    """
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789?"
+    words = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {word: i for i, word in enumerate(words)}
+    start, end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
+    config = CLIPConfig(
+        vision_config=dict(
+            hidden_size=hidden, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, image_size=56,
+            patch_size=PATCH,
+        ),
+        text_config=dict(
+            hidden_size=40, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(vocab),
+            max_position_embeddings=QUESTION_TOKENS, bos_token_id=start, eos_token_id=2 if early else end,
+            pad_token_id=end, **text,
+        ),
+        projection_dim=24,
+    )  # fmt: skip
+    CLIPTokenizer(vocab, [], model_max_length=QUESTION_TOKENS).save_pretrained(folder)
+    return _saved(CLIPModel(config), folder)
+
+
 def _saved(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     randomize(model).save_pretrained(folder)
     return model
@@ -108,6 +139,8 @@ class Question:
     prompt: list[int]
     pixels: npt.NDArray[np.float32]
     """[1, frames, 3, height, width]"""
+    side: dict[str, npt.NDArray[np.int64]]
+    """What a reduction reads beside them, if it does: `question_ids`."""
 
     def for_transformers(self, graphs: GraphSet) -> dict[str, Any]:
         """Arguments of the Hugging Face model: every image token expanded, and for Qwen2.5-VL pixels as patches."""
@@ -131,7 +164,16 @@ def question(graphs: GraphSet, seed: int = 0, text: tuple[int, ...] = (11, 12, 1
     placeholders = [token] * visual.placeholders
     if graphs.family == "qwen2_5_vl":
         placeholders = [START, *placeholders, END]
-    return Question([9, 10, *placeholders, *text], pixels.astype(np.float32))
+    side, length = {}, graphs.question_tokens
+    if length:
+        ids = np.random.default_rng(seed).integers(0, 74, (1, length))
+        side["question_ids"] = np.where(np.arange(length) < 5 + seed, ids, 75)  # 75 ends a question of `clip`
+    return Question([9, 10, *placeholders, *text], pixels.astype(np.float32), side)
+
+
+def sides(asked: Sequence[Question]) -> dict[str, Any]:
+    """Several questions' as one batch."""
+    return {name: np.concatenate([q.side[name] for q in asked]) for name in asked[0].side}
 
 
 def patches(frames: npt.NDArray[np.float32]) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from exporter.families._contract import Request
 from exporter.nn.qwen_vit import QwenVitSpec, Tap
 from exporter.nn.reduce import Reduce
-from exporter.nn.vit import SelfAttention, Vit, VitSpec
+from exporter.nn.vit import BlockSpec, SelfAttention, Vit
 from exporter.stages.export import load_reference
 from exporter.weights import load
 from graphs._contract import Site
@@ -105,7 +105,7 @@ def test_attention_columns_leave_padding_out() -> None:
 
 def test_a_merged_token_counts_as_often_as_it_stands_for() -> None:
     """Proportional attention: two equal tokens, or one of size 2, are the same to everybody else."""
-    spec = VitSpec(16, 16, 1, 2, 14, 28, 1e-5, "gelu", cls=False, pre_norm=False, patch_bias=True, layers=1)
+    spec = BlockSpec(hidden=16, intermediate=16, heads=2, eps=1e-5, activation="gelu")
     attention, generator = SelfAttention(spec), torch.Generator().manual_seed(0)
     for parameter in attention.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)

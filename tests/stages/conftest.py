@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from exporter.backends.ort import OnnxRuntime
+from exporter.checkpoint import Checkpoint
 from exporter.families._contract import Request
-from exporter.graphset import ROLES, GraphSet
+from exporter.graphset import GraphSet
 from exporter.plan import Plan
 from exporter.runtime.generate import Generator, embedding
 from exporter.stages._reference import reference
@@ -59,14 +60,23 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def exported(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Export:
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the CLIP that the tiny LLaVA's tower could have come from."""
+    folder = tmp_path_factory.mktemp("clip")
+    tiny.clip(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoints: dict[str, Path], clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """exported(family, reductions, frames=1, profile="cpu_fp32"): exports once per session."""
     done: dict[tuple[str, tuple[str, ...], int, str], Exported] = {}
 
     def run(family: str, reductions: tuple[str, ...] = (), frames: int = 1, profile: str = "cpu_fp32") -> Exported:
         key = family, reductions, frames, profile
         if key not in done:
-            plan = tiny.plan(checkpoints[family], reductions, Request(frames, SIZES[family]), profile)
+            request = Request(frames, SIZES[family], Checkpoint(clip) if family == "llava" else None)
+            plan = tiny.plan(checkpoints[family], reductions, request, profile)
             folder = tmp_path_factory.mktemp("graphs")
             done[key] = Exported(plan, folder, export(plan, folder))
         return done[key]
@@ -80,10 +90,9 @@ def engine() -> Iterator[Engine]:
     with ExitStack() as stack:
 
         def run(found: Exported) -> Generator:
-            backend, opened = OnnxRuntime(threads=1, accuracy_level=0), {}
-            for file in set(found.graphs.files.values()):
-                opened[file] = stack.enter_context(backend.runner(found.folder / file))
-            runners = {role: opened[found.graphs.files[role]] for role in ROLES}
+            backend, runners = OnnxRuntime(threads=1, accuracy_level=0), {}
+            for file, roles in found.graphs.roles().items():
+                runners |= dict.fromkeys(roles, stack.enter_context(backend.runner(found.folder / file)))
             return Generator(runners, tiny.endless(found.graphs), embedding(found.folder, found.graphs))
 
         yield run

@@ -1,5 +1,6 @@
 """The exported graphs on ONNX Runtime against the PyTorch modules, FP32: the same tokens kept, the same logits, the same
-answer; every method, every family, whole batches and single samples, prefill in one go and step by step."""
+answer; every place and kind of method, every family, whole batches and single samples, prefill in one go and step by step.
+Every single method as far as the language model: test_methods.py."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def adapted(spec: str) -> str:
     return re.sub(r"=(\d+)\b(?!\.)", lambda m: m[0] if int(m[1]) < 4 else "=2", spec)
 
 
-EXAMPLES = {name: adapted((_spec.examples(name) or (f"{name}:keep=2",))[0]) for name in _spec.names()}
+CHOSEN = ("uniform", "visionzip", "lftr", "tome", *(n for n in _spec.names() if _spec.load(n).place == "in_llm"))
+"""One method of every kind that makes a difference behind the reduce graph, and all that act there."""
+EXAMPLES = {name: adapted((_spec.examples(name) or (f"{name}:keep=2",))[0]) for name in CHOSEN}
 
 REFUSED = {
     ("qwen2_5_vl", "tome"): "tower cannot be shortened",
@@ -50,7 +53,14 @@ MORE: list[tuple[str, tuple[str, ...], int]] = [
     ("llava", ("lftr:spatial=text,keep=6",), 1),
     ("llava", ("lftr:temporal=differential,keep_frames=2", "fastv:keep=12"), CLIP),
     ("llava", ("tome:keep_ratio=0.5", "fastv:keep=4"), 1),
+    ("llava", ("restore:keep_ratio=0.5+uniform",), 1),
+    ("llava", ("restore:keep_ratio=0.5+uniform", "fastv:keep=4"), 1),
+    ("llava", ("testa:keep_ratio=0.5",), CLIP),
+    ("llava", ("egoprune:keep_ratio=0.5",), CLIP),
+    ("llava", ("trim:keep_ratio=0.5,text=clip",), CLIP),
+    ("llava", ("cdpruner:keep_ratio=0.5,relevance=clip", "fastv:keep=4"), 1),
     ("qwen2_5_vl", (), 1),
+    ("qwen2_5_vl", ("restore:keep_ratio=0.5+uniform",), 1),
     ("qwen2_5_vl", ("uniform:keep=8,position=compact",), 1),
     ("qwen2_5_vl", ("lftr:temporal=differential,keep_frames=1,spatial=text,keep=9", "fastv:keep=4"), CLIP),
 ]
@@ -77,13 +87,13 @@ def test_onnx_runtime_equals_pytorch(case: Exported, engine: Engine) -> None:
     theirs, ours = case.theirs(), engine(case)
     asked = [tiny.question(case.graphs, 0), tiny.question(case.graphs, 1, (20, 21, 22, 23, 24))]
     pixels, prompts = np.concatenate([q.pixels for q in asked]), [q.prompt for q in asked]
-    text = split(prompts, case.graphs)
+    text, side = split(prompts, case.graphs), tiny.sides(asked)
 
-    true, found = (g.reduce(g.vision(pixels), text) for g in (theirs, ours))
+    true, found = (g.reduce(g.vision(pixels), text, side) for g in (theirs, ours))
     assert (found.index == true.index).all()
     assert true.index.shape == (2, case.plan.kept)
     assert relative(found.embeds, true.embeds) <= TOLERANCE
-    expected = theirs.generate(pixels, prompts, NEW_TOKENS)
+    expected = theirs.generate(pixels, prompts, NEW_TOKENS, side=side)
     prefilled, start = ours.prefill(found, prompts), theirs.prefill(true, prompts)
     assert relative(prefilled.logits, start.logits) <= TOLERANCE
     assert prefilled.kept.keys() == start.kept.keys()
@@ -97,9 +107,10 @@ def test_onnx_runtime_equals_pytorch(case: Exported, engine: Engine) -> None:
         longer = [prompt + row[:6] for prompt, row in zip(prompts, expected.tokens, strict=True)]
         assert relative(ours.prefill(found, longer).logits, logits) <= TOLERANCE
 
-    assert ours.generate(pixels, prompts, NEW_TOKENS).tokens == expected.tokens
+    assert ours.generate(pixels, prompts, NEW_TOKENS, side=side).tokens == expected.tokens
     for row, one in enumerate(asked):
-        assert ours.generate(one.pixels, [one.prompt], NEW_TOKENS).tokens == expected.tokens[row : row + 1]
+        alone = ours.generate(one.pixels, [one.prompt], NEW_TOKENS, side=one.side)
+        assert alone.tokens == expected.tokens[row : row + 1]
     assert all(len(set(row)) > 4 for row in expected.tokens), "a model that repeats itself shows nothing"
 
 
@@ -126,6 +137,7 @@ def test_graphs_are_plain(case: Exported) -> None:
         locations = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
         expected = {
             "vision": {"vision.data"},
+            "question": {"question.data"},
             "reduce": {"reduce.data"} if case.plan.family.model_type == "llava" else set(),
         }
         assert locations == expected.get(role, {"llm.data"})
@@ -150,7 +162,7 @@ def test_prefill_is_decode_unless_the_language_model_prunes(case: Exported) -> N
     assert (case.graphs.files["prefill"] != case.graphs.files["decode"]) == pruned
     assert (case.folder / "prefill.onnx").exists() == pruned
     assert len(case.graphs.text.kept) == 1 + pruned
-    assert {p.name for p in case.folder.glob("*.data")} <= {"vision.data", "reduce.data", "llm.data"}
+    assert {p.name for p in case.folder.glob("*.data")} <= {"vision.data", "reduce.data", "llm.data", "question.data"}
 
 
 @pytest.mark.parametrize(("family", "name"), REFUSED)

@@ -26,14 +26,14 @@ import torch
 from safetensors.torch import save_file
 
 import exporter.embedded
+from exporter.checkpoint import Checkpoint
 from exporter.errors import UsageError
 from exporter.families._contract import Request
 from exporter.plan import Plan
 from exporter.runtime import images
 from exporter.stages import _task
 from exporter.stages._store import WeightFile
-from exporter.stages.export import build_modules, draw_reduce, draw_vision, load_reference
-from exporter.weights import sources, trained
+from exporter.stages.export import build_modules, draw_reduce, draw_vision, load_reference, origins
 from graphs import _spec
 from graphs._contract import InLLM
 from tests.families import tiny
@@ -63,13 +63,9 @@ class Drawn:
         modules = build_modules(plan)
         vision = draw_vision(plan, modules.vision, torch.float32)
         reduce = draw_reduce(plan, modules.reduce, vision, torch.float32)
-        found = {} if modules.reduce.projector is None else sources(modules.reduce.projector, "projector")
-        of_reduce = {f"projector.{k}": v for k, v in found.items()} | trained(plan)
-        for name, model, known in (
-            ("vision", vision, sources(modules.vision, "vision")),
-            ("reduce", reduce, of_reduce),
-        ):
-            with WeightFile(folder / f"{name}.data", plan.checkpoint, known, torch.float32) as file:
+        known = origins(plan, modules)
+        for name, model in (("vision", vision), ("reduce", reduce)):
+            with WeightFile(folder / f"{name}.data", plan.checkpoint, known[name], torch.float32) as file:
                 file.attach(model)
             ir.save(model, folder / f"{name}.onnx")
         return cls(plan, folder)
@@ -96,12 +92,12 @@ class Drawn:
 
 
 @functools.cache
-def planned(model: str, name: str, folder: Path) -> Plan:
+def planned(model: str, name: str, folder: Path, clip: Checkpoint | None) -> Plan:
     """The method at half of the tokens, on an image if it can, else on a clip."""
     spec = _spec.sweep(name).format(ratio=0.5)
     for frames in (1, CLIP):
         try:
-            return tiny.plan(folder, (spec,), Request(frames, SIZES.get(model)))
+            return tiny.plan(folder, (spec,), Request(frames, SIZES.get(model), clip))
         except UsageError as e:
             if "at least 2 frames" not in str(e) and "at least 2; found 1" not in str(e):
                 raise
@@ -125,6 +121,7 @@ def sides(plan: Plan) -> dict[str, Any]:
     return {
         "text": rng.standard_normal((2, 6, plan.geometry.hidden)).astype(np.float32),
         "text_mask": mask,
+        "aligned_text": rng.standard_normal((2, plan.geometry.shared)).astype(np.float32),
         "warp": rng.integers(-1, site.tokens, (2, site.frames, site.tokens)),
     }
 
@@ -132,10 +129,13 @@ def sides(plan: Plan) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def drawn(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     folders = checkpoints | {"embedded": exporter.embedded.CHECKPOINT}
+    clip = tmp_path_factory.mktemp("clip")
+    tiny.clip(clip, hidden=128, layers=4)
+    clips = {"embedded": Checkpoint(clip)}
 
     @functools.cache
     def run(model: str, name: str) -> Drawn:
-        return Drawn.of(planned(model, name, folders[model]), tmp_path_factory.mktemp(name))
+        return Drawn.of(planned(model, name, folders[model], clips.get(model)), tmp_path_factory.mktemp(name))
 
     return run
 
