@@ -7,13 +7,11 @@ last norm, the projection) nor the text tower. No torch at import.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError, UsageError
-
-if TYPE_CHECKING:
-    from exporter.nn.clip_text import ClipTextSpec
+from exporter.nn.specs import ClipTextSpec
 
 RENAMES = (
     (r"^vision_model\.post_layernorm\.", "aligned.post_layernorm."),
@@ -81,7 +79,6 @@ def text_tokens(clip: Checkpoint) -> int:
 
 def text_spec(clip: Checkpoint) -> ClipTextSpec:
     """The text tower's shape. Raises CheckpointError for a config that cannot be read."""
-    from exporter.nn.clip_text import ClipTextSpec
     from exporter.nn.layers import ACTIVATIONS
 
     try:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError, UsageError
 from exporter.graphset import ImageSpec
+from exporter.nn.specs import DecoderSpec
 from graphs._contract import InTower, Site
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from exporter.nn.decoder import DecoderSpec
 
 
 PROMPT = frozenset({"text", "text_mask", "warp"})
@@ -136,7 +135,6 @@ DECODERS = {"llama": False, "mistral": False, "qwen2": True, "qwen2_5_vl_text": 
 
 def decoder_spec(config: dict[str, Any], mrope_section: tuple[int, ...] | None = None) -> DecoderSpec:
     """The decoder's shape from a Hugging Face config. Raises CheckpointError for a decoder we do not have."""
-    from exporter.nn.decoder import DecoderSpec
 
     text = text_config(config)
     kind = text.get("model_type", "llama")

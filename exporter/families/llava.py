@@ -24,13 +24,12 @@ from exporter.families._contract import (
     text_config,
 )
 from exporter.graphset import ImageSpec
+from exporter.nn.specs import DecoderSpec, VitSpec
 from graphs._contract import InTower, Site
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from exporter.nn.decoder import DecoderSpec
-    from exporter.nn.vit import VitSpec
 
 RENAMES = (
     (r"^(?:model\.language_model\.|language_model\.model\.)", "text."),
@@ -63,8 +62,6 @@ class Llava(Family):
         return key
 
     def geometry(self, checkpoint: Checkpoint, request: Request) -> Geometry:
-        from exporter.nn.vit import in_tower_signals, tower_signals
-
         config = checkpoint.config
         spec = self._tower(config)
         if request.image_size not in (None, (spec.image, spec.image)):
@@ -74,7 +71,7 @@ class Llava(Family):
         decoder = decoder_spec(config)
         rows, cols = spec.grid
         tokens = rows * cols
-        signals, shared = tower_signals(spec) | PROMPT, 0
+        signals, shared = spec.signals | PROMPT, 0
         if request.clip is not None and spec.cls:
             signals, shared = signals | ALIGNED, clip.shared_width(request.clip, spec.hidden, spec.blocks)
         tower = Site(tokens, request.frames, spec.grid, signals, spec.blocks, dim=spec.hidden, llm_dim=decoder.hidden)
@@ -84,7 +81,7 @@ class Llava(Family):
             placeholders=request.frames,
             grid=spec.grid,
             tower=tower,
-            in_tower=replace(tower, signals=in_tower_signals(spec)),
+            in_tower=replace(tower, signals=spec.in_tower_signals),
             ids=tuple((i,) for i in range(tokens)),
             span=tokens,
             position_axes=1,
@@ -120,8 +117,6 @@ class Llava(Family):
         return decoder_spec(checkpoint.config)
 
     def _tower(self, config: dict[str, Any]) -> VitSpec:
-        from exporter.nn.vit import VitSpec
-
         vision = config.get("vision_config") or {}
         kind = vision.get("model_type", "clip_vision_model")
         if kind not in ("clip_vision_model", "siglip_vision_model"):

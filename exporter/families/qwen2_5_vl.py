@@ -23,13 +23,12 @@ from exporter.families._contract import (
     text_config,
 )  # fmt: skip
 from exporter.graphset import ImageSpec
+from exporter.nn.specs import DecoderSpec, QwenVitSpec
 from graphs._contract import InTower, Site
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from exporter.nn.decoder import DecoderSpec
-    from exporter.nn.qwen_vit import QwenVitSpec
 
 DEFAULT_SIZE = (448, 448)
 """Image size when none is asked for: 256 visual tokens with 14-pixel patches and the 2×2 merger."""
@@ -67,8 +66,6 @@ class Qwen25VL(Family):
         return key
 
     def geometry(self, checkpoint: Checkpoint, request: Request) -> Geometry:
-        from exporter.nn.qwen_vit import tower_signals
-
         config = checkpoint.config
         size = request.image_size or DEFAULT_SIZE
         spec = self._tower(config, size)
@@ -85,7 +82,7 @@ class Qwen25VL(Family):
         ids = tuple((t * stride, r, c) for t in range(steps) for r in range(rows) for c in range(cols))
         decoder = self.decoder(checkpoint)
         site = Site(
-            rows * cols, steps, spec.grid, tower_signals(spec) | PROMPT, spec.blocks,
+            rows * cols, steps, spec.grid, spec.signals | PROMPT, spec.blocks,
             grid_positions=True, dim=spec.out, llm_dim=decoder.hidden,
         )  # fmt: skip
         token = config.get("image_token_id" if request.frames == 1 else "video_token_id")
@@ -129,8 +126,6 @@ class Qwen25VL(Family):
         return decoder_spec(checkpoint.config, tuple(int(s) for s in section))
 
     def _tower(self, config: dict[str, Any], size: tuple[int, int]) -> QwenVitSpec:
-        from exporter.nn.qwen_vit import QwenVitSpec
-
         vision = config["vision_config"]
         patch, merge = int(vision.get("patch_size", 14)), int(vision.get("spatial_merge_size", 2))
         check_multiple(size, patch * merge)

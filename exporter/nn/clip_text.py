@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,23 +10,12 @@ from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
 from exporter.nn.layers import MASKED, LayerNorm, Linear
-from exporter.nn.vit import Block, BlockSpec, Table
+from exporter.nn.specs import ClipTextSpec
+from exporter.nn.vit import Block, Table
 from graphs._blocks import first, take
 
 EARLY_EOS = 2
 """What old configs call the end-of-text token, wrongly. Then it is the highest id of a question."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipTextSpec(BlockSpec):
-    """`tokens`: length of a question, padded. `shared`: width of the space shared with images. `eos`: end-of-text token,
-    or `EARLY_EOS`."""
-
-    layers: int
-    vocab: int
-    tokens: int
-    shared: int
-    eos: int
 
 
 class TextEmbeddings(Atom):

@@ -4,38 +4,15 @@ per group of layers. `exporter.graphset` describes the inputs: visual tokens fir
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
 from exporter.nn.layers import ACTIVATIONS, MASKED, Linear, RMSNorm, merge_heads, rotate, split_heads
+from exporter.nn.specs import DecoderSpec
 from graphs._blocks import take
 from graphs._contract import InLLM
-
-
-@dataclass(frozen=True)
-class DecoderSpec:
-    """The decoder's shape. `inv_freq`: head_dim / 2 rotary frequencies; `rope_scale` multiplies cos and sin.
-    `mrope_section`: how many frequencies follow the t, h, w position, or None. `windows`: per layer, the sliding
-    window in tokens or None."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    eps: float
-    activation: str
-    qkv_bias: bool
-    output_bias: bool
-    inv_freq: tuple[float, ...]
-    rope_scale: float
-    mrope_section: tuple[int, ...] | None
-    windows: tuple[int | None, ...]
 
 
 class Attention(nn.Module):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -24,77 +21,7 @@ from exporter.nn.layers import (
     rotate,
     split_heads,
 )
-
-Index = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class QwenVitSpec:
-    """`patches`: rows and columns of patches. `window` in pixels. `full`: blocks with full attention."""
-
-    hidden: int
-    intermediate: int
-    blocks: int
-    heads: int
-    patch: int
-    temporal_patch: int
-    merge: int
-    window: int
-    full: tuple[int, ...]
-    out: int
-    activation: str
-    patches: tuple[int, int]
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of merged tokens."""
-        return self.patches[0] // self.merge, self.patches[1] // self.merge
-
-    @cached_property
-    def windows(self) -> Index:
-        """[windows, slots] merged-token raster index of every slot; -1 pads windows cut by the border."""
-        rows, cols = self.grid
-        side = self.window // self.merge // self.patch
-        cells = np.full((-(-rows // side) * side, -(-cols // side) * side), -1, dtype=np.int64)
-        cells[:rows, :cols] = np.arange(rows * cols).reshape(rows, cols)
-        tiles = cells.reshape(cells.shape[0] // side, side, cells.shape[1] // side, side)
-        flat = tiles.transpose(0, 2, 1, 3).reshape(-1, side * side)
-        spare = (flat < 0).sum(1).min()
-        order = np.argsort(flat < 0, axis=1, kind="stable")
-        return np.take_along_axis(flat, order, 1)[:, : side * side - spare]
-
-    @cached_property
-    def slots(self) -> Index:
-        """[windows * slots * merge²] patch (merge order: the merge² patches of a token are neighbours), -1 for padding."""
-        unit = self.merge**2
-        patches = self.windows.reshape(-1, 1) * unit + np.arange(unit)
-        return np.where(self.windows.reshape(-1, 1) >= 0, patches, -1).reshape(-1)
-
-    @property
-    def padded(self) -> bool:
-        """Whether any window is cut by the border."""
-        return bool((self.slots < 0).any())
-
-    @cached_property
-    def angles(self) -> npt.NDArray[np.float32]:
-        """[slots, head_dim / 2] rotary angle of every slot: half the frequencies follow the row, half the column."""
-        rows, cols = self.grid
-        row, col, in_row, in_col = np.meshgrid(
-            np.arange(rows), np.arange(cols), np.arange(self.merge), np.arange(self.merge), indexing="ij"
-        )
-        place = np.stack([row * self.merge + in_row, col * self.merge + in_col], -1).reshape(-1, 2)
-        place = place[np.maximum(self.slots, 0)]
-        quarter = self.hidden // self.heads // 4
-        inv_freq = 10000.0 ** -(np.arange(quarter, dtype=np.float32) / quarter)
-        return (place[..., None] * inv_freq).reshape(len(place), -1).astype(np.float32)
-
-    @cached_property
-    def raster(self) -> Index:
-        """[tokens] slot of every merged token, in raster order."""
-        flat = self.windows.reshape(-1)
-        where = np.empty(self.grid[0] * self.grid[1], dtype=np.int64)
-        where[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
-        return where
+from exporter.nn.specs import QwenVitSpec
 
 
 class PatchEmbed(Atom):
@@ -246,10 +173,3 @@ class QwenVit(nn.Module):
                     found[name] = self.get_submodule(f"tap_{name}")(q, k)
         found["hidden"] = self.get_submodule("tap_hidden")(self.merger(x))
         return [found[name] for name in self.taps]
-
-
-def tower_signals(spec: QwenVitSpec) -> frozenset[str]:
-    """Keys of any block; attention columns of full-attention blocks only (a window's column is not global)."""
-    keys = {f"{s}@{b}" for s in ("keys", "joint_keys") for b in range(spec.blocks)}
-    columns = {f"column_attention@{b}" for b in spec.full}
-    return frozenset({"hidden", "keys", "joint_keys", "column_attention"} | keys | columns)

@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
 from exporter.nn.layers import ACTIVATIONS, LayerNorm, Linear, attend, attention_map, merge_heads, split_heads
+from exporter.nn.specs import BlockSpec, VitSpec
 from graphs._blocks import take
 from graphs._contract import InTower
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockSpec:
-    """The shape of a transformer block, of images or of text."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    eps: float
-    activation: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class VitSpec(BlockSpec):
-    """`cls`: a class token at 0. `pre_norm`: CLIP's norm before the first block. `layers`: blocks the tower has;
-    `blocks`: those up to the features, which are the output of block `blocks - 1`."""
-
-    blocks: int
-    patch: int
-    image: int
-    cls: bool
-    pre_norm: bool
-    patch_bias: bool
-    layers: int
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        side = self.image // self.patch
-        return side, side
 
 
 class Embeddings(Atom):
@@ -346,21 +316,6 @@ def _parts(name: str, spec: VitSpec) -> tuple[str, int]:
     """A signal's kind and block: "keys@7" → keys, 7; without a block that of the features."""
     kind, _, at = name.partition("@")
     return kind, int(at) if at else spec.blocks - 1
-
-
-def tower_signals(spec: VitSpec) -> frozenset[str]:
-    """Signals this tower can supply, at the features' block and at any other."""
-    any_block = {"hidden", "keys", "joint_keys", "column_attention"}
-    if spec.cls:
-        any_block |= {"cls", "cls_attention", "cls_keys", "joint_cls_attention"}
-    return frozenset(any_block | {f"{s}@{b}" for s in any_block for b in range(spec.layers)})
-
-
-def in_tower_signals(spec: VitSpec) -> frozenset[str]:
-    """Signals there are inside every block."""
-    return frozenset({"hidden", "size", *IN_TOWER} - (set() if spec.cls else {"cls_attention"})) | (
-        {"cls"} if spec.cls else set()
-    )
 
 
 class Projector(nn.Module):

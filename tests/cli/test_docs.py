@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import exporter.cli
-from exporter import _discover
+from exporter import _discover, methods
 from exporter.errors import ExportError
 from graphs import _spec
 from profiles import _schema
@@ -39,6 +39,11 @@ def test_make_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.M))
     for line in re.findall(r"(?:^|`)make ([a-z][a-z -]*)", page.read_text(), re.M):
         assert set(line.split()) <= targets
+
+
+def test_the_methods_page_is_up_to_date() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert page == methods.page(), "run: python -m exporter.methods > docs/methods.md"
 
 
 def test_exit_codes_are_those_of_the_errors() -> None:

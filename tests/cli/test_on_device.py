@@ -21,6 +21,15 @@ def device(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
 
 
+def test_reductions_are_listed_without_torch() -> None:
+    """What fits which family follows from shapes alone."""
+    listed = device("list", "reductions", "--json")
+    assert listed.returncode == 0, listed.stderr
+    found = {r["name"]: r["families"] for r in json.loads(listed.stdout)["reductions"]}
+    assert found["visionzip"] == ["llava", "qwen2_5_vl"]
+    assert found["tome"] == ["llava"]
+
+
 def test_build_bench_and_pack_need_no_torch(bundle: Path) -> None:
     built = device("build", str(bundle), "--json")
     assert built.returncode == 0, built.stderr

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from exporter.graphset import PAD
-from exporter.nn.decoder import Cut, Decoder, DecoderSpec
+from exporter.nn.decoder import Cut, Decoder
+from exporter.nn.specs import DecoderSpec
 from graphs.fastv import FastV
 
 SPEC = DecoderSpec(

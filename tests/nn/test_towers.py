@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from exporter.families._contract import Request
-from exporter.nn.qwen_vit import QwenVitSpec, Tap
+from exporter.nn.qwen_vit import Tap
 from exporter.nn.reduce import Reduce
-from exporter.nn.vit import BlockSpec, SelfAttention, Vit
+from exporter.nn.specs import BlockSpec, QwenVitSpec, VitSpec
+from exporter.nn.vit import IN_TOWER, SelfAttention, Vit
 from exporter.stages.export import load_reference
 from exporter.weights import load
 from graphs._contract import Site
@@ -143,6 +144,15 @@ def test_signals_of_any_block_leave_the_features_alone(name: str, tmp_path: Path
     hidden, found = usual(pixels)
     torch.testing.assert_close(found, other(pixels)[0])
     torch.testing.assert_close(hidden, load_reference(plan).vision(pixels)[0])
+
+
+def test_the_tower_has_the_in_tower_signals_it_promises() -> None:
+    spec = VitSpec(
+        hidden=16, intermediate=16, blocks=1, layers=1, heads=2, patch=14, image=28, eps=1e-5, activation="gelu", cls=True,
+        pre_norm=True, patch_bias=False,
+    )  # fmt: skip
+    assert spec.in_tower_signals == {"hidden", "size", "cls", *IN_TOWER}
+    assert replace(spec, cls=False).in_tower_signals == {"hidden", "size", *IN_TOWER} - {"cls_attention"}
 
 
 def test_indices_compose_over_reductions() -> None:

@@ -1,0 +1,166 @@
+"""The shapes of towers and decoders, and which signals they can give: all that planning needs. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+Index = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSpec:
+    """The shape of a transformer block, of images or of text."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    eps: float
+    activation: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitSpec(BlockSpec):
+    """`cls`: a class token at 0. `pre_norm`: CLIP's norm before the first block. `layers`: blocks the tower has;
+    `blocks`: those up to the features, which are the output of block `blocks - 1`."""
+
+    blocks: int
+    patch: int
+    image: int
+    cls: bool
+    pre_norm: bool
+    patch_bias: bool
+    layers: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.image // self.patch
+        return side, side
+
+    @property
+    def signals(self) -> frozenset[str]:
+        """What the tower can supply to a reduction behind it, at the features' block and at any other."""
+        any_block = {"hidden", "keys", "joint_keys", "column_attention"}
+        if self.cls:
+            any_block |= {"cls", "cls_attention", "cls_keys", "joint_cls_attention"}
+        return frozenset(any_block | {f"{s}@{b}" for s in any_block for b in range(self.layers)})
+
+    @property
+    def in_tower_signals(self) -> frozenset[str]:
+        """What there is inside every block."""
+        found = {"hidden", "size", "keys", "attention", "column_attention", "value_norm"}
+        return frozenset(found | ({"cls", "cls_attention"} if self.cls else set()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTextSpec(BlockSpec):
+    """`tokens`: length of a question, padded. `shared`: width of the space shared with images. `eos`: end-of-text token,
+    or `EARLY_EOS`."""
+
+    layers: int
+    vocab: int
+    tokens: int
+    shared: int
+    eos: int
+
+
+@dataclass(frozen=True)
+class QwenVitSpec:
+    """`patches`: rows and columns of patches. `window` in pixels. `full`: blocks with full attention."""
+
+    hidden: int
+    intermediate: int
+    blocks: int
+    heads: int
+    patch: int
+    temporal_patch: int
+    merge: int
+    window: int
+    full: tuple[int, ...]
+    out: int
+    activation: str
+    patches: tuple[int, int]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of merged tokens."""
+        return self.patches[0] // self.merge, self.patches[1] // self.merge
+
+    @cached_property
+    def windows(self) -> Index:
+        """[windows, slots] merged-token raster index of every slot; -1 pads windows cut by the border."""
+        rows, cols = self.grid
+        side = self.window // self.merge // self.patch
+        cells = np.full((-(-rows // side) * side, -(-cols // side) * side), -1, dtype=np.int64)
+        cells[:rows, :cols] = np.arange(rows * cols).reshape(rows, cols)
+        tiles = cells.reshape(cells.shape[0] // side, side, cells.shape[1] // side, side)
+        flat = tiles.transpose(0, 2, 1, 3).reshape(-1, side * side)
+        spare = (flat < 0).sum(1).min()
+        order = np.argsort(flat < 0, axis=1, kind="stable")
+        return np.take_along_axis(flat, order, 1)[:, : side * side - spare]
+
+    @cached_property
+    def slots(self) -> Index:
+        """[windows * slots * merge²] patch (merge order: the merge² patches of a token are neighbours), -1 for padding."""
+        unit = self.merge**2
+        patches = self.windows.reshape(-1, 1) * unit + np.arange(unit)
+        return np.where(self.windows.reshape(-1, 1) >= 0, patches, -1).reshape(-1)
+
+    @property
+    def padded(self) -> bool:
+        """Whether any window is cut by the border."""
+        return bool((self.slots < 0).any())
+
+    @cached_property
+    def angles(self) -> npt.NDArray[np.float32]:
+        """[slots, head_dim / 2] rotary angle of every slot: half the frequencies follow the row, half the column."""
+        rows, cols = self.grid
+        row, col, in_row, in_col = np.meshgrid(
+            np.arange(rows), np.arange(cols), np.arange(self.merge), np.arange(self.merge), indexing="ij"
+        )
+        place = np.stack([row * self.merge + in_row, col * self.merge + in_col], -1).reshape(-1, 2)
+        place = place[np.maximum(self.slots, 0)]
+        quarter = self.hidden // self.heads // 4
+        inv_freq = 10000.0 ** -(np.arange(quarter, dtype=np.float32) / quarter)
+        return (place[..., None] * inv_freq).reshape(len(place), -1).astype(np.float32)
+
+    @cached_property
+    def raster(self) -> Index:
+        """[tokens] slot of every merged token, in raster order."""
+        flat = self.windows.reshape(-1)
+        where = np.empty(self.grid[0] * self.grid[1], dtype=np.int64)
+        where[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
+        return where
+
+    @property
+    def signals(self) -> frozenset[str]:
+        """Keys of any block; attention columns of full-attention blocks only (a window's column is not global)."""
+        keys = {f"{s}@{b}" for s in ("keys", "joint_keys") for b in range(self.blocks)}
+        columns = {f"column_attention@{b}" for b in self.full}
+        return frozenset({"hidden", "keys", "joint_keys", "column_attention"} | keys | columns)
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """The decoder's shape. `inv_freq`: head_dim / 2 rotary frequencies; `rope_scale` multiplies cos and sin.
+    `mrope_section`: how many frequencies follow the t, h, w position, or None. `windows`: per layer, the sliding
+    window in tokens or None."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    eps: float
+    activation: str
+    qkv_bias: bool
+    output_bias: bool
+    inv_freq: tuple[float, ...]
+    rope_scale: float
+    mrope_section: tuple[int, ...] | None
+    windows: tuple[int | None, ...]
