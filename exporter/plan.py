@@ -13,6 +13,7 @@ from exporter.checkpoint import Checkpoint, tensor_shapes
 from exporter.errors import CheckpointError, UsageError
 from exporter.families._contract import ALIGNED, Family, Geometry, Request
 from exporter.graphset import tokens_in_words
+from exporter.nn.specs import IN_LLM_SIGNALS
 from graphs import _spec
 from graphs._contract import OF_PROMPT, BeforeLLM, InLLM, InTower, Reduction, ReductionError, Site
 
@@ -93,7 +94,7 @@ class Plan:
     @property
     def sized(self) -> bool:
         """Whether the language model counts a merged token as many times as it has parts."""
-        return any(method.sized for _, method, _ in self.before_llm)
+        return any(s.method.sized for s in self.steps if isinstance(s.method, BeforeLLM | InLLM))
 
     def record(self) -> list[dict[str, Any]]:
         """The reductions as data, for manifests and reports."""
@@ -238,9 +239,7 @@ class _Fitting:
                 site = after
             else:
                 assert isinstance(method, InLLM)
-                llm_site = llm_site or Site(
-                    site.total, 1, None, frozenset({"hidden", "attention_row"}), self.geometry.layers
-                )
+                llm_site = llm_site or replace(site, signals=IN_LLM_SIGNALS, depth=self.geometry.layers)
                 fitted_llm = self.fit(text, method, llm_site)
                 after = fitted_llm.after(llm_site)
                 self._add(fitted_llm, llm_site, llm_site.total, after.total)

@@ -44,7 +44,27 @@ column_attention    [batch, frames, tokens]          its mean over queries
 value_norm          [batch, frames, tokens]          length of the values, all heads
 =================== ================================ =====================================================
 
-In the LLM: `attention_row` [batch, tokens], the last prompt token's attention to each visual token.
+=================== ================================ =====================================================
+in the LLM          shape, before layer l            meaning; text includes padding
+=================== ================================ =====================================================
+hidden              [batch, tokens, dim]             visual tokens as they enter layer l
+size                [batch, tokens]                  float32: how many tokens each one stands for
+previous            [batch, tokens, dim]             the same tokens as they entered layer l - 1
+embeds              [batch, tokens, dim]             the same tokens as they entered layer 0
+text_hidden         [batch, text, dim]               text tokens as they enter layer l
+text_embeds         [batch, text, dim]               text tokens as they entered layer 0
+text_mask           [batch, text]                    1 for real text tokens, 0 for padding
+instruction_mask    [batch, text]                    1 for text behind the image
+attention_row       [batch, tokens]                  last token's attention in layer l - 1, mean over heads
+plain_row           [batch, tokens]                  the same without RoPE, softmax over visual tokens only
+next_row            [batch, tokens]                  attention_row as layer l itself would have it
+text_attention      [batch, text, tokens]            attention of each text token in layer l - 1, mean over heads
+visual_attention    [batch, tokens, tokens]          attention among visual tokens in layer l - 1, mean over heads
+keys                [batch, kv_heads, tokens, head_dim] of layer l - 1, with RoPE
+next_plain_queries  [batch, heads, tokens, head_dim] as layer l would project them, before RoPE
+next_plain_keys     [batch, kv_heads, tokens, head_dim] as layer l would project them, before RoPE
+next_keys           [batch, kv_heads, tokens, head_dim] the same with RoPE
+=================== ================================ =====================================================
 """
 
 from __future__ import annotations
@@ -370,22 +390,48 @@ class PerFrameInTower(InTower):
 
 @dataclass(frozen=True)
 class InLLM(Reduction):
-    """Acts during prefill, before the decoder layers in `layers`; kept tokens keep their position ids."""
+    """Acts during prefill, before the decoder layers in `layers`; earlier layers, and their cache, hold all tokens.
+
+    `position`: kept tokens keep their ids in later layers ("keep"), or everything is renumbered without gaps there
+    ("compact").
+    """
 
     place: ClassVar[str] = "in_llm"
+    paper_position: ClassVar[Literal["keep", "compact"]] = "keep"
+    position: Position = field(default="auto", kw_only=True)
 
     @property
     @abstractmethod
     def layers(self) -> tuple[int, ...]:
-        """Decoder layers (0-based) before which tokens are dropped, ascending."""
+        """Decoder layers (0-based, at least 1) before which tokens are dropped, ascending (fitted method)."""
+
+    @property
+    def sized(self) -> bool:
+        """Whether later layers shall add log(size) of a merged token to its attention logits."""
+        return False
 
     @abstractmethod
     def kept(self, layer: int) -> int:
-        """Visual tokens that enter `layer` (fitted method)."""
+        """Visual tokens that enter `layer`, one of `layers` (fitted method). May be 0."""
 
     @abstractmethod
-    def forward(self, layer: int, signals: Signals) -> Tensor:
-        """int64 [batch, kept]: which of the visual tokens present stay, ascending."""
+    def forward(self, layer: int, signals: Signals) -> Reduced:
+        """One layer's reduction.
+
+        Args:
+            signals: what `needs` names, and always hidden and size, of the visual tokens still present.
+        Returns:
+            tokens [batch, kept, dim]; index int64 [batch, kept] into the tokens present, ascending; size or None, which
+            leaves sizes as they are.
+        """
+
+    def resolved_position(self, site: Site) -> Literal["keep", "compact"]:
+        """Raises ReductionError where t/h/w positions cannot be renumbered."""
+        if site.grid_positions:
+            if self.position == "compact":
+                raise ReductionError("`position` must be keep: t/h/w positions cannot be renumbered inside the LLM")
+            return "keep"
+        return self.paper_position if self.position == "auto" else self.position
 
 
 def _arange(n: int) -> Tensor:

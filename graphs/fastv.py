@@ -1,6 +1,6 @@
 """Drop the visual tokens the last prompt token does not look at, inside the language model.
 
-attention_row [batch, tokens] → int64 [batch, kept], ascending indices into the visual tokens present.
+hidden [batch, tokens, dim], attention_row [batch, tokens] → tokens [batch, keep, dim]; index int64 [batch, keep].
 
 Before decoder layer `layer` (0-based) the visual tokens are ranked by the attention that the last prompt
 token pays them in layer `layer - 1`, averaged over heads; the best stay, in raster order, with their position
@@ -11,21 +11,19 @@ Knobs:
     layer: the paper's K (2 or 3), at least 1, below the number of layers.
     keep: visual tokens that stay, over all frames. keep_ratio: the paper's 1 - R, rounded half up; 0.5 if
         neither is given.
+    rope: off scores without position (arXiv:2412.13180: RoPE's decay favours the bottom of the image).
 Differs: K = 0 (random choice; use `random`) is refused; equal scores go to the earlier token; the official
 code first recomputed the choice in every decode step, its cached variant, which is ours, chooses once.
-Position: kept tokens keep their ids, holes stay, as in the paper.
+Position: *keep*: kept tokens keep their ids, holes stay, as in the paper.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from graphs._blocks import select, snap
-from graphs._contract import InLLM, ReductionError, Signals, Site, Tier, keep_count
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from graphs._blocks import select, snap, take
+from graphs._contract import InLLM, Reduced, ReductionError, Signals, Site, Tier, keep_count
 
 EXAMPLES = ("fastv", "fastv:layer=3,keep=64")
 
@@ -40,10 +38,11 @@ class FastV(InLLM):
     layer: int = 2
     keep: int | None = None
     keep_ratio: float | None = None
+    rope: bool = True
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("attention_row",)
+        return ("attention_row" if self.rope else "plain_row",)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -58,7 +57,7 @@ class FastV(InLLM):
             )
         ratio = 0.5 if self.keep is None and self.keep_ratio is None else self.keep_ratio
         keep = keep_count(self.keep, ratio, site.total, what="visual tokens in the language model")
-        fitted = replace(self, keep=keep, keep_ratio=None)
+        fitted = replace(self, keep=keep, keep_ratio=None, position=self.resolved_position(site))
         fitted.require(site)
         return fitted
 
@@ -70,10 +69,11 @@ class FastV(InLLM):
         assert self.keep is not None and layer >= self.layer
         return self.keep
 
-    def forward(self, layer: int, signals: Signals) -> Tensor:
+    def forward(self, layer: int, signals: Signals) -> Reduced:
         assert self.keep is not None
-        row = signals["attention_row"]
-        return select(snap(row, 1 / row.shape[-1]), self.keep)
+        row = signals["attention_row" if self.rope else "plain_row"]
+        index = select(snap(row, 1 / row.shape[-1]), self.keep)
+        return Reduced(take(signals["hidden"], index), index)
 
 
 METHOD = FastV

@@ -8,10 +8,11 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
+from exporter.graphset import PAD
 from exporter.nn.atom import Atom
 from exporter.nn.layers import ACTIVATIONS, MASKED, Linear, RMSNorm, merge_heads, rotate, split_heads
 from exporter.nn.specs import DecoderSpec
-from graphs._blocks import take
+from graphs._blocks import complement, take
 from graphs._contract import InLLM
 
 
@@ -30,13 +31,14 @@ class Attention(nn.Module):
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, past: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """x [batch, seq, hidden]; bias [batch, 1, group * seq, total]; past [batch, kv_heads, past, head_dim].
 
-        Returns the output, present key and value, and the rotated queries [batch, heads, seq, head_dim]."""
+        Returns the output, present key and value, and what a reduction may look at: the rotated queries [batch, heads, seq,
+        head_dim], and queries and keys before the rotation."""
         s = self.spec
-        q = rotate(split_heads(self.q_proj(x), s.heads), cos, sin)
-        k = rotate(split_heads(self.k_proj(x), s.kv_heads), cos, sin)
+        plain_q, plain_k = self.plain(x)
+        q, k = rotate(plain_q, cos, sin), rotate(plain_k, cos, sin)
         v = split_heads(self.v_proj(x), s.kv_heads)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
@@ -44,7 +46,11 @@ class Attention(nn.Module):
         folded = q.reshape(-1, s.kv_heads, s.heads // s.kv_heads * seq, s.head_dim)
         scores = (folded * s.head_dim**-0.5) @ k.transpose(-1, -2) + bias
         out = torch.softmax(scores.float(), -1).to(v.dtype) @ v
-        return self.o_proj(merge_heads(out.reshape(-1, s.heads, seq, s.head_dim))), k, v, q
+        return self.o_proj(merge_heads(out.reshape(-1, s.heads, seq, s.head_dim))), k, v, q, plain_q, plain_k
+
+    def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [batch, heads, seq, head_dim] and keys [batch, kv_heads, seq, head_dim] before the rotation."""
+        return split_heads(self.q_proj(x), self.spec.heads), split_heads(self.k_proj(x), self.spec.kv_heads)
 
 
 class Mlp(nn.Module):
@@ -76,27 +82,28 @@ class Layer(Atom):
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, past_key: Tensor | None, past_value: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns x, the present key and value, and the rotated queries."""
+    ) -> tuple[Tensor, ...]:
+        """Returns x, the present key and value, the rotated queries, and queries and keys before the rotation."""
         past = None if past_key is None or past_value is None else (past_key, past_value)
-        out, key, value, query = self.self_attn(self.input_layernorm(x), cos, sin, bias, past)
+        out, *rest = self.self_attn(self.input_layernorm(x), cos, sin, bias, past)
         x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), key, value, query
+        return (x + self.mlp(self.post_attention_layernorm(x)), *rest)
 
 
 class Frame(Atom):
     """What the layers of a KV group share: rotary factors, order (and size) of all its tokens, a mask per sliding window."""
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, shift: int = 0) -> None:
+        """`shift`: how far the positions of what follows the image have moved up."""
         super().__init__()
-        self.spec = spec
+        self.spec, self.shift = spec, shift
         self.windows = tuple(dict.fromkeys(spec.windows))
         self.register_buffer(
             "inv_freq", torch.tensor(spec.inv_freq, dtype=torch.float32, device="cpu"), persistent=False
         )
 
     def key(self) -> Hashable:
-        return self.spec
+        return self.spec, self.shift
 
     def forward(
         self,
@@ -110,6 +117,8 @@ class Frame(Atom):
         """cos, sin [batch, 1, seq, head_dim / 2]; order, and size if given, with the past [batch, total]; masks
         [batch, 1, group * seq, total], to which log(size) of the keys is added."""
         s = self.spec
+        if self.shift:
+            position_ids = position_ids - self.shift
         angle = position_ids.float().unsqueeze(-1) * self.get_buffer("inv_freq")
         if s.mrope_section is not None:
             parts = angle.split(list(s.mrope_section), -1)
@@ -132,48 +141,166 @@ class Frame(Atom):
         return (cos.to(x.dtype), sin.to(x.dtype), total, *sizes, *masks)
 
 
-class Cut(Atom):
-    """A reduction before one layer: scores from the layer before, then all there is per token is gathered."""
+class Ahead(Atom):
+    """What a layer would attend with: its own norm and projections, before it runs. The parameters are the layer's."""
 
-    def __init__(self, spec: DecoderSpec, layer: int, method: InLLM, visual: int) -> None:
+    def __init__(self, layer: Layer) -> None:
         super().__init__()
-        self.spec, self.layer, self.method, self.visual = spec, layer, method, visual
+        self.input_layernorm, self.self_attn = layer.input_layernorm, layer.self_attn
 
     def key(self) -> Hashable:
-        return self.spec, self.layer, self.method, self.visual
+        return self.self_attn.spec
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """Queries and keys with the rotation, then before it, as `Attention` makes them."""
+        q, k = self.self_attn.plain(self.input_layernorm(x))
+        return rotate(q, cos, sin), rotate(k, cos, sin), q, k
+
+
+class Cut(Atom):
+    """A reduction before one layer: its signals, and what stays of everything there is per token.
+
+    Args:
+        visual: visual tokens present. compact: whether later layers renumber positions.
+    """
+
+    def __init__(self, spec: DecoderSpec, layer: int, method: InLLM, visual: int, compact: bool) -> None:
+        super().__init__()
+        self.spec, self.layer, self.method, self.visual, self.compact = spec, layer, method, visual, compact
+
+    def key(self) -> Hashable:
+        return self.spec, self.layer, self.method, self.visual, self.compact
+
+    @property
+    def looks_ahead(self) -> bool:
+        return any(name.startswith("next_") for name in self.method.needs)
 
     def forward(
         self,
-        query: Tensor,
-        key: Tensor,
-        bias: Tensor,
         x: Tensor,
+        previous: Tensor,
+        embeds: Tensor | None,
         position_ids: Tensor,
         order: Tensor,
         size: Tensor | None,
+        bias: Tensor,
+        query: Tensor,
+        key: Tensor,
+        plain_query: Tensor,
+        plain_key: Tensor,
+        *ahead: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Returns x, position_ids, order, and size if given, without the dropped tokens, and the kept index int64
-        [batch, kept]."""
-        row = self.attention_row(query, key, bias[:, :, -1:])
-        signals = {"attention_row": row[:, : self.visual], "hidden": x[:, : self.visual]}
-        index = self.method.forward(self.layer, signals)
+        """Everything of layer l - 1 but x, which enters layer l; `ahead`: from `Ahead`. embeds: x of layer 0, its visual
+        tokens gathered like all others, or None if nothing looks at it.
+
+        Returns x, position_ids, order, then size and embeds if given, all without the dropped tokens, and the kept index
+        int64 [batch, kept]."""
+        seen = _Seen(self.visual, x, previous, embeds, order, size, bias, query, key, plain_query, plain_key, ahead)
+        signals = {name: getattr(seen, name)() for name in {"hidden", "size", *self.method.needs}}
+        out = self.method.forward(self.layer, signals)
+        index = out.index
+        if self.compact:
+            position_ids = position_ids - self.gaps(index, order)
         if position_ids.ndim == 3:
             position_ids = torch.stack([self.prune(axis, index) for axis in position_ids.unbind(0)])
         else:
             position_ids = self.prune(position_ids, index)
-        sizes = [] if size is None else [self.prune(size, index)]
-        return (self.prune(x, index), position_ids, self.prune(order, index), *sizes, index)
+        sizes = []
+        if size is not None:
+            kept = take(size[:, : self.visual], index) if out.size is None else out.size
+            sizes = [torch.cat([kept, size[:, self.visual :]], 1)]
+        x = torch.cat([out.tokens, x[:, self.visual :]], 1)
+        first = [] if embeds is None else [self.prune(embeds, index)]
+        return (x, position_ids, self.prune(order, index), *sizes, *first, index)
 
     def prune(self, x: Tensor, index: Tensor) -> Tensor:
         """x [batch, seq, ...]: keep `index` of the visual tokens in front and all that follow."""
         return torch.cat([take(x[:, : self.visual], index), x[:, self.visual :]], 1)
 
-    def attention_row(self, query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
-        """Attention of the last token over all keys, mean over heads: float32 [batch, total]."""
-        s = self.spec
-        last = query[:, :, -1:].reshape(-1, s.kv_heads, s.heads // s.kv_heads, s.head_dim)
-        scores = (last * s.head_dim**-0.5) @ key.transpose(-1, -2) + bias
-        return torch.softmax(scores.float(), -1).mean((1, 2))
+    def gaps(self, index: Tensor, order: Tensor) -> Tensor:
+        """int64 [batch, seq]: how many dropped tokens stand before each token in the prompt."""
+        gone = take(order[:, : self.visual], complement(index, self.visual))
+        return (gone[:, None, :] < order[:, :, None]).to(torch.int64).sum(-1)
+
+
+class _Seen:
+    """The signals of a `Cut`, each computed when it is asked for; see `graphs._contract`."""
+
+    def __init__(
+        self, visual: int, x: Tensor, previous: Tensor, embeds: Tensor | None, order: Tensor, size: Tensor | None, bias: Tensor,
+        query: Tensor, key: Tensor, plain_query: Tensor, plain_key: Tensor, ahead: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        self.v, self.x, self.before, self.first, self.order, self.sizes = visual, x, previous, embeds, order, size
+        self.bias, self.q, self.k, self.plain_q, self.plain_k = bias, query, key, plain_query, plain_key
+        self.ahead = ahead
+
+    def hidden(self) -> Tensor:
+        return self.x[:, : self.v]
+
+    def size(self) -> Tensor:
+        return (
+            torch.ones_like(self.x[:, : self.v, 0], dtype=torch.float32)
+            if self.sizes is None
+            else self.sizes[:, : self.v]
+        )
+
+    def previous(self) -> Tensor:
+        return self.before[:, : self.v]
+
+    def embeds(self) -> Tensor:
+        assert self.first is not None
+        return self.first[:, : self.v]
+
+    def text_hidden(self) -> Tensor:
+        return self.x[:, self.v :]
+
+    def text_embeds(self) -> Tensor:
+        assert self.first is not None
+        return self.first[:, self.v :]
+
+    def text_mask(self) -> Tensor:
+        return (self.order[:, self.v :] < PAD).to(torch.float32)
+
+    def instruction_mask(self) -> Tensor:
+        behind = self.order[:, self.v :] > self.order[:, : self.v].amax(1, keepdim=True)
+        return behind.to(torch.float32) * self.text_mask()
+
+    def attention_row(self) -> Tensor:
+        return self.rows(self.q[:, :, -1:], self.k, self.bias[:, :, -1:]).mean((1, 2))[:, 0, : self.v]
+
+    def plain_row(self) -> Tensor:
+        return self.rows(self.plain_q[:, :, -1:], self.plain_k[:, :, : self.v], None).mean((1, 2))[:, 0]
+
+    def next_row(self) -> Tensor:
+        q, k, *_ = self.ahead
+        return self.rows(q[:, :, -1:], k, self.bias[:, :, -1:]).mean((1, 2))[:, 0, : self.v]
+
+    def text_attention(self) -> Tensor:
+        seq = self.x.shape[1]
+        bias = self.bias[:, :, self.v : seq]  # the mask is the same for every query head
+        return self.rows(self.q[:, :, self.v :], self.k, bias).mean((1, 2))[..., : self.v]
+
+    def visual_attention(self) -> Tensor:
+        return self.rows(self.q[:, :, : self.v], self.k, self.bias[:, :, : self.v]).mean((1, 2))[..., : self.v]
+
+    def keys(self) -> Tensor:
+        return self.k[:, :, : self.v]
+
+    def next_keys(self) -> Tensor:
+        return self.ahead[1][:, :, : self.v]
+
+    def next_plain_queries(self) -> Tensor:
+        return self.ahead[2][:, :, : self.v]
+
+    def next_plain_keys(self) -> Tensor:
+        return self.ahead[3][:, :, : self.v]
+
+    def rows(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+        """Attention float32 [batch, kv_heads, group, queries, keys]; bias [batch, 1, queries, keys]."""
+        heads, kv_heads = query.shape[1], key.shape[1]
+        grouped = query.unflatten(1, (kv_heads, heads // kv_heads)) * query.shape[-1] ** -0.5
+        scores = grouped @ key.unsqueeze(2).transpose(-1, -2)
+        return torch.softmax((scores if bias is None else scores + bias.unsqueeze(1)).float(), -1)
 
 
 class FinalNorm(Atom, RMSNorm):
@@ -198,27 +325,41 @@ class Decoder(nn.Module):
 
     Args:
         reductions: (name, fitted method); they cut the layers into KV groups.
-        visual: visual tokens in front, to be pruned at the cuts (prefill); None prunes nothing (decode).
+        visual: visual tokens that enter the language model.
+        prunes: whether they stand in front and are pruned at the cuts (prefill), or have been (decode).
     """
 
     def __init__(
-        self, spec: DecoderSpec, reductions: Sequence[tuple[str, InLLM]] = (), visual: int | None = None
+        self, spec: DecoderSpec, reductions: Sequence[tuple[str, InLLM]] = (), visual: int = 0, prunes: bool = False
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.frame = Frame(spec)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
         self.norm = FinalNorm(spec.hidden, spec.eps)
         self.lm_head = LmHead(spec.hidden, spec.vocab, bias=False)
         self.cuts = [layer for _, method in reductions for layer in method.layers]
         self.pruned: dict[int, Cut] = {}
-        if visual is not None:
-            for name, method in reductions:
-                for layer in method.layers:
-                    cut = Cut(spec, layer, method, visual)
-                    self.add_module(name if len(method.layers) == 1 else f"{name}_{layer}", cut)
-                    self.pruned[layer] = cut
-                    visual = method.kept(layer)
+        self.ahead: dict[int, Ahead] = {}
+        self.frames = [Frame(spec)]
+        self.looks_back = prunes and any({"embeds", "text_embeds"} & set(method.needs) for _, method in reductions)
+        present, shift = visual, 0
+        for name, method in reductions:
+            for layer in method.layers:
+                cut = Cut(spec, layer, method, present, method.position == "compact")
+                shift += present - method.kept(layer) if cut.compact else 0
+                present = method.kept(layer)
+                if not prunes:  # then what came before them is gone, and positions are those of the whole prompt
+                    self.frames.append(Frame(spec, shift))
+                    continue
+                self.frames.append(self.frames[0])
+                self.pruned[layer] = cut
+                self.add_module(name if len(method.layers) == 1 else f"{name}_{layer}", cut)
+                if cut.looks_ahead:
+                    self.ahead[layer] = Ahead(self.layers[layer])  # type: ignore[arg-type]
+                    self.add_module(f"ahead_{layer}", self.ahead[layer])
+
+        for group, frame in enumerate(self.frames if not prunes else self.frames[:1]):
+            self.add_module(f"frame_{group}" if group else "frame", frame)
 
     @property
     def groups(self) -> list[int]:
@@ -253,24 +394,34 @@ class Decoder(nn.Module):
         orders: list[Tensor] = []
         sizes: list[Tensor] = []
         kept: list[Tensor] = []
-        before: tuple[Tensor, Tensor, Tensor] | None = None  # query, key and mask of the layer before
+        embeds = x if self.looks_back else None
+        positions = position_ids
+        rotary: list[Tensor] = []
+        before: tuple[Tensor, ...] = ()  # of the layer before: what entered it, its mask, queries and keys
         for i, layer in enumerate(self.layers):
             if i in self.pruned:
-                assert before is not None, "nothing has looked at the tokens before the first layer"
-                x, position_ids, order, *more, index = self.pruned[i](*before, x, position_ids, order, size)
-                size = more[0] if more else None
+                assert before, "nothing has looked at the tokens before the first layer"
+                previous, *seen = before
+                ahead = self.ahead[i](x, *rotary) if i in self.ahead else ()
+                x, positions, order, *more, index = self.pruned[i](
+                    x, previous, embeds, positions, order, size, *seen, *ahead
+                )
+                size = more.pop(0) if size is not None else None
+                embeds = more.pop(0) if embeds is not None else None
                 kept.append(index)
             if i == 0 or i in self.cuts:
                 group = groups[i]
                 past_order = past_orders[group] if past_orders else None
                 past_size = past_sizes[group] if past_sizes else None
-                cos, sin, total, *masks = self.frame(x, position_ids, order, past_order, size, past_size)
+                cos, sin, total, *masks = self.frames[group](x, positions, order, past_order, size, past_size)
+                rotary = [cos, sin]
                 orders.append(total)
                 if size is not None:
                     sizes.append(masks.pop(0))
             past = (past_keys[i], past_values[i]) if past_keys else (None, None)
-            bias = masks[self.frame.windows.index(self.spec.windows[i])]
-            x, key, value, query = layer(x, cos, sin, bias, *past)
+            bias = masks[self.frames[0].windows.index(self.spec.windows[i])]
+            entered = x
+            x, key, value, query, plain_query, plain_key = layer(x, *rotary, bias, *past)
             presents += [key, value]
-            before = query, key, bias
+            before = entered, bias, query, key, plain_query, plain_key
         return (self.lm_head(self.norm(x)), *presents, *orders, *sizes, *kept)

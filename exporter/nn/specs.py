@@ -143,6 +143,13 @@ class QwenVitSpec:
         return frozenset({"hidden", "keys", "joint_keys", "column_attention"} | keys | columns)
 
 
+IN_LLM_SIGNALS = frozenset(
+    "hidden size previous embeds text_hidden text_embeds text_mask instruction_mask attention_row plain_row next_row "
+    "text_attention visual_attention keys next_keys next_plain_queries next_plain_keys".split()
+)
+"""What a reduction inside the language model can look at, see `graphs._contract`."""
+
+
 @dataclass(frozen=True)
 class DecoderSpec:
     """The decoder's shape. `inv_freq`: head_dim / 2 rotary frequencies; `rope_scale` multiplies cos and sin.

@@ -77,7 +77,7 @@ class _Sheet:
     def draw(self, atom: Atom, args: tuple[Any, ...]) -> Any:
         values = [a for a in args if a is not None]
         model, single = self._model(atom, args)
-        outputs = self._stamp(model, self.paths[id(atom)], values)
+        outputs = self._stamp(model, atom, values)
         return outputs[0] if single else tuple(outputs)
 
     def _model(self, atom: Atom, args: tuple[Any, ...]) -> tuple[ir.Model, bool]:
@@ -102,13 +102,16 @@ class _Sheet:
         sizes = [d if isinstance(d, int) else _evaluate(str(d.value), self.sizes) for d in value.shape]
         return torch.zeros(sizes, dtype=DTYPES[value.dtype])
 
-    def _stamp(self, model: ir.Model, path: str, inputs: Sequence[ir.Value]) -> list[ir.Value]:
-        """Copy a traced atom's nodes, its inputs replaced by `inputs`, its weights named by `path`."""
+    def _stamp(self, model: ir.Model, atom: Atom, inputs: Sequence[ir.Value]) -> list[ir.Value]:
+        """Copy a traced atom's nodes, its inputs replaced by `inputs`, its weights named by the path of the module that
+        owns them, which may lie in another atom."""
         self.stamps += 1
+        path = self.paths[id(atom)]
         dims = {name: text for text, name in _local_names(inputs).items()}
         mapped: dict[int, ir.Value] = {}
         for old in symbolic(model):
-            name = ".".join(filter(None, [path, (old.name or "").removeprefix("atom.")]))
+            owner, _, leaf = (old.name or "").removeprefix("atom.").rpartition(".")
+            name = ".".join(filter(None, [self.paths[id(atom.get_submodule(owner))], leaf]))
             if name not in self.weights:
                 new = ir.Value(name=name, shape=old.shape, type=old.type)
                 new.metadata_props["weight"] = "1"

@@ -78,8 +78,8 @@ def build_modules(plan: Plan) -> Modules:
         question = None if plan.clip is None else ClipText(text_spec(plan.clip))
         projector = plan.family.projector(plan.checkpoint)
         reduce = Reduce(plan.before_llm, projector, (*plan.taps, *plan.side), plan.sized)
-        decode = Decoder(spec, plan.in_llm)
-        prefill = Decoder(spec, plan.in_llm, plan.kept) if plan.in_llm else decode
+        decode = Decoder(spec, plan.in_llm, plan.kept)
+        prefill = Decoder(spec, plan.in_llm, plan.kept, prunes=True) if plan.in_llm else decode
     return Modules(vision, question, reduce, prefill, decode)
 
 

@@ -21,9 +21,10 @@ import torch
 
 import exporter.families
 import graphs
+from exporter.nn.specs import IN_LLM_SIGNALS
 from exporter.stages._trace import trace
 from graphs import _spec
-from graphs._blocks import TOPK_LIMIT
+from graphs._blocks import TOPK_LIMIT, take
 from graphs._contract import BeforeLLM, InLLM, InTower, Reduced, Reduction, ReductionError, Site, Tier
 from tests.graphs.oracle import KINDS, attention, features
 
@@ -56,8 +57,8 @@ SITES = {
         Site(64, 4, (8, 8), IN_TOWER | {"cls", "cls_attention"}, 6, dim=DIM),
     ),
     "in_llm": (
-        Site(576, 1, (24, 24), frozenset({"attention_row"}), 8),
-        Site(20, 3, (4, 5), frozenset({"attention_row"}), 5),
+        Site(576, 1, (24, 24), IN_LLM_SIGNALS, 8, dim=DIM, llm_dim=DIM),
+        Site(20, 3, (4, 5), IN_LLM_SIGNALS, 5, dim=DIM, llm_dim=DIM),
     ),
 }
 
@@ -98,9 +99,9 @@ class Once(torch.nn.Module):
     def forward(self, signals: list[torch.Tensor]) -> list[torch.Tensor]:
         if isinstance(self.method, InTower):
             return self.tower(*signals)
-        named = dict(zip((*self.method.needs, *self.method.trained(self.site)), signals, strict=True))
         if isinstance(self.method, InLLM):
-            return [self.method.forward(layer, named) for layer in self.method.layers]
+            return self.language_model(*signals)
+        named = dict(zip((*self.method.needs, *self.method.trained(self.site)), signals, strict=True))
         assert isinstance(self.method, BeforeLLM)
         return [x for x in self.method.forward(named) if x is not None]
 
@@ -114,6 +115,18 @@ class Once(torch.nn.Module):
             out: Reduced = self.method.forward(block, signals | {"hidden": hidden, "size": size}, self.cls)
             assert out.size is not None
             hidden, size = out.tokens, out.size
+            indices.append(out.index)
+        return [hidden, size, *indices]
+
+    def language_model(self, hidden: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+        """All layers in a row, as in the tower."""
+        assert isinstance(self.method, InLLM)
+        size, indices = torch.ones_like(hidden[..., 0], dtype=torch.float32), []
+        for layer in self.method.layers:
+            signals = {n: f(hidden, text, mask) for n, f in MADE_FOR_LLM.items() if n in self.method.needs}
+            out = self.method.forward(layer, signals | {"hidden": hidden, "size": size})
+            size = take(size, out.index) if out.size is None else out.size
+            hidden = out.tokens
             indices.append(out.index)
         return [hidden, size, *indices]
 
@@ -137,6 +150,11 @@ def inputs(method: Reduction, site: Site, kind: str, batch: int) -> list[torch.T
     if isinstance(method, InTower):
         tokens = site.tokens + ("cls" in site.signals)
         return [torch.from_numpy(features(kind, (batch, site.frames, tokens, DIM)))]
+    if isinstance(method, InLLM):
+        mask = np.ones((batch, TEXT), np.float32)
+        mask[0, :1] = 0
+        hidden, text = features(kind, (batch, site.total, DIM)), features("random", (batch, TEXT, DIM), 1)
+        return [torch.from_numpy(x) for x in (hidden, text, mask)]
     made = []
     for seed, name in enumerate(method.needs):
         signal = name.partition("@")[0]
@@ -150,8 +168,6 @@ def inputs(method: Reduction, site: Site, kind: str, batch: int) -> list[torch.T
             value = np.random.default_rng(seed).integers(-1, site.tokens, (*lead, site.tokens))
         elif signal == "aligned_text":
             value = features(kind, (batch, 1, HEAD_DIM), seed)[:, 0]
-        elif signal == "attention_row":
-            value = attention(kind, (batch, site.total), seed)
         elif signal.endswith("attention"):
             value = attention(kind, (*lead, site.tokens), seed)
         elif signal in ("cls", "cls_keys"):
@@ -162,6 +178,30 @@ def inputs(method: Reduction, site: Site, kind: str, batch: int) -> list[torch.T
     for seed, shape in enumerate(method.trained(site).values()):
         made.append(torch.from_numpy(features("random", (batch, *shape), seed)[0]))
     return made
+
+
+def attention_from(text: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    a, b = (torch.round(x[..., :HEAD_DIM].float() * 16) / 16 for x in (text, hidden))
+    return torch.softmax(a @ b.transpose(-1, -2), -1)
+
+
+MADE_FOR_LLM = {
+    "previous": lambda x, t, m: x.flip(-1),
+    "embeds": lambda x, t, m: x.flip(-1),
+    "text_hidden": lambda x, t, m: t,
+    "text_embeds": lambda x, t, m: t.flip(-1),
+    "text_mask": lambda x, t, m: m,
+    "instruction_mask": lambda x, t, m: torch.cat([torch.zeros_like(m[:, :2]), m[:, 2:]], 1),
+    "attention_row": lambda x, t, m: attention_from(t[:, -1:], x)[:, 0],
+    "plain_row": lambda x, t, m: attention_from(t[:, -1:], x)[:, 0],
+    "next_row": lambda x, t, m: attention_from(t[:, -1:], x)[:, 0],
+    "text_attention": lambda x, t, m: attention_from(t, x),
+    "visual_attention": lambda x, t, m: attention_of(x),
+    "keys": lambda x, t, m: torch.stack([x[..., :4], x[..., 4:]], 1),
+    "next_keys": lambda x, t, m: torch.stack([x[..., :4], x[..., 4:]], 1),
+    "next_plain_keys": lambda x, t, m: torch.stack([x[..., :4], x[..., 4:]], 1),
+    "next_plain_queries": lambda x, t, m: torch.stack([x[..., :4], x[..., 4:], x[..., 2:6], x[..., ::2]], 1),
+}
 
 
 @functools.cache
@@ -276,9 +316,12 @@ def test_counts_and_indices(method: Reduction, site: Site) -> None:
     for kind in KINDS:
         out = Once(method, site)(inputs(method, site, kind, 2))
         if isinstance(method, InLLM):
-            assert [x.shape[1] for x in out] == [method.kept(layer) for layer in method.layers]
-            assert (out[-1].diff(dim=1) > 0).all()
-            assert out[-1].shape[1] == after.total
+            tokens, size, *indices = out
+            assert [x.shape[1] for x in indices] == [method.kept(layer) for layer in method.layers]
+            assert all((x.diff(dim=1) > 0).all() for x in indices)
+            assert tokens.shape == (2, after.total, DIM)
+            assert (size.sum(1) <= site.total + 1e-2).all(), "no token may count twice"
+            assert (size > 0).all()
         elif isinstance(method, InTower):
             cls = int("cls" in site.signals)
             assert out[0].shape == (2, after.frames, after.tokens + cls, DIM)
@@ -306,9 +349,8 @@ def test_half_precision_chooses_by_float32_scores(method: Reduction, site: Site)
     half = [x.half() if x.is_floating_point() else x for x in inputs(method, site, "random", 2)]
     wide_in = [x.float() if x.is_floating_point() else x for x in half]
     narrow, wide = Once(method, site)(half), Once(method, site)(wide_in)
-    if not isinstance(method, InTower):  # there a block's rounding reaches the next block's scores
+    if isinstance(method, BeforeLLM):  # elsewhere a block's rounding reaches the next block's scores
         assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True) if a.dtype == torch.int64)
-    if not isinstance(method, InLLM):
-        assert narrow[0].dtype == torch.float16
-        if not isinstance(method, InTower):
-            torch.testing.assert_close(narrow[0].float(), wide[0], atol=5e-3, rtol=5e-3)
+    assert narrow[0].dtype == torch.float16
+    if isinstance(method, BeforeLLM):
+        torch.testing.assert_close(narrow[0].float(), wide[0], atol=5e-3, rtol=5e-3)

@@ -9,14 +9,20 @@ from graphs._contract import ReductionError, Site
 from graphs.fastv import FastV
 from tests.graphs.oracle import attention, best, grid
 
-SITE = Site(12, frames=2, grid=(3, 4), signals=frozenset({"attention_row"}), depth=6)
+SITE = Site(12, frames=2, grid=(3, 4), signals=frozenset({"attention_row", "plain_row"}), depth=6)
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "equal"])
 @pytest.mark.parametrize("keep", [1, 5, 12, 24])
-def test_against_the_paper(kind: str, keep: int) -> None:
+@pytest.mark.parametrize("rope", [True, False])
+def test_against_the_paper(kind: str, keep: int, rope: bool) -> None:
     row = attention(kind, (3, 24))
-    index = FastV(keep=keep).fit(SITE).forward(2, {"attention_row": torch.from_numpy(row)})
+    hidden = torch.arange(24.0)[None, :, None].expand(3, -1, 2)
+    method = FastV(keep=keep, rope=rope).fit(SITE)
+    (name,) = method.needs
+    assert name == ("attention_row" if rope else "plain_row")
+    tokens, index, _ = method.forward(2, {name: torch.from_numpy(row), "hidden": hidden})
+    assert torch.equal(tokens[..., 0], index.float())
     assert index.dtype == torch.int64
     for b in range(3):
         assert index[b].tolist() == sorted(best([grid(s, 1 / 24) for s in row[b]], keep))
@@ -28,7 +34,8 @@ def test_order_of_heads_does_not_matter() -> None:
     heads = attention("random", (2, 8, 24))
     method = FastV(keep=7).fit(SITE)
     rows = [torch.from_numpy(h.mean(1)) for h in (heads, heads[:, ::-1])]
-    assert torch.equal(*(method.forward(2, {"attention_row": r}) for r in rows))
+    hidden = torch.zeros(2, 24, 2)
+    assert torch.equal(*(method.forward(2, {"attention_row": r, "hidden": hidden}).index for r in rows))
 
 
 @pytest.mark.parametrize(("ratio", "keep"), [(None, 12), (0.25, 6), (0.52, 12), (0.53, 13), (1.0, 24)])

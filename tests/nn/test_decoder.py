@@ -27,8 +27,8 @@ BEFORE = 2
 FITTED = FastV(layer=2, keep=3)
 
 
-def decoder(spec: DecoderSpec, reductions: tuple[tuple[str, FastV], ...] = (), visual: int | None = None) -> Decoder:
-    found, generator = Decoder(spec, reductions, visual), torch.Generator().manual_seed(0)
+def decoder(spec: DecoderSpec, reductions: tuple[tuple[str, FastV], ...] = (), visual: int = 0) -> Decoder:
+    found, generator = Decoder(spec, reductions, visual, bool(reductions)), torch.Generator().manual_seed(0)
     for parameter in found.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     return found
@@ -91,13 +91,14 @@ def test_windows_hide_what_is_far() -> None:
 
 
 def test_a_cut_keeps_what_the_last_token_looks_at() -> None:
-    cut, batch, seq = Cut(SPEC, 2, FITTED, VISUAL), 2, VISUAL + TEXT
+    cut, batch, seq = Cut(SPEC, 2, FITTED, VISUAL, False), 2, VISUAL + TEXT
     generator = torch.Generator().manual_seed(2)
     query = torch.randn(batch, SPEC.heads, seq, SPEC.head_dim, generator=generator)
     key = torch.randn(batch, SPEC.kv_heads, seq, SPEC.head_dim, generator=generator)
     x, order = embeds(batch, seq), torch.arange(seq).expand(batch, -1)
     bias = torch.zeros(batch, 1, SPEC.heads // SPEC.kv_heads * seq, seq)
-    found, found_positions, found_order, found_size, index = cut(query, key, bias, x, order + 7, order, order + 0.5)
+    seen = (bias, query, key, query, key)
+    found, found_positions, found_order, found_size, index = cut(x, x, None, order + 7, order, order + 0.5, *seen)
     for b in range(batch):
         row = torch.zeros(seq)
         for head in range(SPEC.heads):
