@@ -302,6 +302,10 @@ def page(record: Mapping[str, Any]) -> str:
         f"{SEEDS} draws) and uniform selection of *as many* tokens. **Loses** marks methods that are worse than random by more "
         "than twice the standard error; they stay, because this page is what they are judged by.",
         "",
+        "**Positions decide more than the choice.** Most official codes hand the language model a shorter sequence, which renumbers "
+        "the positions of what is left (`position=compact`). This model finds a cell by the place of its tokens and breaks down then, "
+        "whatever was chosen; the same choice with original positions (`position=keep`) is what judges a method. Both are shown.",
+        "",
         f"Measured {machine['utc'][:10]}, FP32, PyTorch {record['versions']['torch']}; record: "
         f"[{record['file']}](../benchmarks/results/{record['file']}), made by `{record['command']}`.",
         "",
@@ -315,12 +319,17 @@ def page(record: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *_costs(record)]).rstrip() + "\n"
 
 
+def shown(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The methods that act before the language model: inside it, early layers still see every token."""
+    return {name: entries for name, entries in found["methods"].items() if _spec.load(name).place != "in_llm"}
+
+
 def _rows(found: Mapping[str, Any], media: str) -> list[str]:
     controls = {c["kept"]: c for c in found["controls"] if c["media"] == media}
     kinds = list(found["full"][media])
     header = ["method", "tokens", *kinds, *(f"random {k}" for k in kinds), *(f"uniform {k}" for k in kinds), ""]
     rows = []
-    for entries in found["methods"].values():
+    for entries in shown(found).values():
         for entry in entries:
             if entry["media"] != media:
                 continue
@@ -407,7 +416,7 @@ def plot(record: Mapping[str, Any], media: str) -> str:
     total = {"image": 64, "clip": 256}[media]
     figure, axes = plt.subplots(figsize=(9, 5.6))
     points = []
-    for name, entries in found["methods"].items():
+    for name, entries in shown(found).items():
         best: dict[int, float] = {}
         for e in entries:
             if e["media"] == media:
@@ -421,8 +430,14 @@ def plot(record: Mapping[str, Any], media: str) -> str:
         if not front or point[1] > front[-1][1]:
             front.append(point)
     axes.plot([p[0] for p in front], [p[1] for p in front], color="#e45756", linewidth=1.2, label="Pareto front")
-    for x, y, name in front:
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8, color="#e45756")
+    labels: list[tuple[float, float]] = []
+    for x in sorted({p[0] for p in points}):
+        for y, name in sorted(((p[1], p[2]) for p in points if p[0] == x), reverse=True)[:2]:
+            if any(abs(y - b) < 3 and abs(math.log(x / a)) < 0.3 for a, b in labels):
+                continue
+            labels.append((x, y))
+            colour = "#e45756" if (x, y, name) in front else "#4c78a8"
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, -3), fontsize=8, color=colour)
     controls = sorted((c for c in found["controls"] if c["media"] == media), key=lambda c: c["kept"])
     ratios = [100 * c["kept"] / total for c in controls]
     random = [float(np.mean([_percent(d) for d in c["random"]])) for c in controls]
@@ -458,12 +473,11 @@ def main() -> None:
         write_page(json.loads(options.page.read_text()))
         return
     _common.quiet()
-    names = options.only or [n for n in _spec.names() if n not in CONTROLS]
+    names = options.only or [n for n in _spec.names() if n not in CONTROLS and _spec.load(n).place != "in_llm"]
     load = _common.Load(options.patience)
     found = {"accuracy": accuracy(names, options.per_kind, options.jobs), "per_kind": options.per_kind}
     if not options.no_cost:
-        before = [n for n in names if issubclass(_spec.load(n), (BeforeLLM, InTower))]
-        found["cost"] = cost(before, options.rounds, options.threads, load)
+        found["cost"] = cost(names, options.rounds, options.threads, load)
     settings = {"rounds": options.rounds, "threads": options.threads}
     record = _common.record("methods", "fp32", _common.Model(), settings, found, load)
     del record["model"]
