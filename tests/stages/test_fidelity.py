@@ -25,6 +25,7 @@ from tests.stages.conftest import SIZES, Engine, Export, Exported
 
 TOLERANCE = 1e-4
 NEW_TOKENS = 32
+LONG_ANSWER = 64
 CLIP = 4
 """Frames of a clip."""
 
@@ -185,6 +186,55 @@ def test_fastv_against_a_loop_without_cache(family: str, exported: Export, engin
     assert result.tokens == [expected]
     (found,) = result.kept.values()
     assert found[0].tolist() == kept
+
+
+PRUNING = [n for n in CHOSEN if _spec.load(n).place == "in_llm" and not _spec.parse(EXAMPLES[n]).merges]
+
+
+@pytest.mark.parametrize("name", PRUNING)
+@pytest.mark.parametrize("position", ["keep", "compact"])
+def test_pruned_caches_against_a_loop_without_cache(name: str, position: str, exported: Export, engine: Engine) -> None:
+    """Whatever a method keeps: Hugging Face's layers one by one, everything anew for every token, give the same answer."""
+    spec = EXAMPLES[name] + ("," if ":" in EXAMPLES[name] else ":") + f"position={position}"
+    case = exported("llava", (spec,))
+    ((_, method),) = case.plan.in_llm
+    asked = tiny.question(case.graphs)
+    theirs = type_of("llava").from_pretrained(case.plan.checkpoint.folder, attn_implementation="eager").eval()
+    ours = engine(case)
+    result = ours.generate(asked.pixels, [asked.prompt], LONG_ANSWER)
+    kept = {layer: result.kept[f"kept_{layer}"][0].tolist() for layer in method.layers}
+    assert result.tokens == [given_loop(theirs, asked, ours, kept, position == "compact")]
+
+
+@torch.no_grad()
+def given_loop(
+    model: Any, asked: tiny.Question, ours: Generator, kept: dict[int, list[int]], compact: bool
+) -> list[int]:
+    """Greedy tokens, the visual tokens to keep before each layer given, as places among those still present."""
+    text = model.model.language_model
+    ids = asked.for_transformers(ours.graphs)["input_ids"][0].tolist()
+    visual = [p for p, token in enumerate(ids) if token == ours.graphs.text.image_token]
+    embeds = text.embed_tokens(torch.tensor([ids]))
+    embeds[:, visual] = torch.from_numpy(ours.reduce(ours.vision(asked.pixels)).embeds)
+    tokens: list[int] = []
+    while len(tokens) < LONG_ANSWER:
+        x, places, present = embeds, list(range(embeds.shape[1])), visual
+        ordinal = places
+        for i, block in enumerate(text.layers):
+            if i in kept:
+                present_now = [present[j] for j in kept[i]]
+                stays = [n for n, p in enumerate(ordinal) if p not in present or p in present_now]
+                x, ordinal = x[:, stays], [ordinal[n] for n in stays]
+                places = list(range(len(stays))) if compact else [places[n] for n in stays]
+                present = present_now
+            mask = torch.full((x.shape[1], x.shape[1]), -1e30).triu(1)[None, None]
+            rotary = text.rotary_emb(x, torch.tensor([places]))
+            out, _ = block.self_attn(block.input_layernorm(x), position_embeddings=rotary, attention_mask=mask)
+            x = x + out
+            x = x + block.mlp(block.post_attention_layernorm(x))
+        tokens.append(int(model.lm_head(text.norm(x)[:, -1]).argmax()))
+        embeds = torch.cat([embeds, text.embed_tokens(torch.tensor([tokens[-1:]]))], 1)
+    return tokens
 
 
 def type_of(family: str) -> Any:
