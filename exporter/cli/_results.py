@@ -72,7 +72,7 @@ def headline(job: Job, graphs: GraphSet) -> str:
 
     precision = graphs.compute if graphs.weights == "none" else f"{graphs.weights} weights, {graphs.compute}"
     lines = [f"{job.checkpoint} ({graphs.family}) for {Path(job.profile).stem}: {precision}"]
-    lines += [f"  {r['spec'].partition(':')[0]}: {tokens_in_words(r['before'], r['after'])}" for r in graphs.reductions]
+    lines += [f"  {r['name']}: {tokens_in_words(r['before'], r['after'])}" for r in graphs.reductions]
     if not graphs.reductions:
         lines.append(f"  no reduction: all {graphs.visual.total} visual tokens")
     elif len(graphs.reductions) > 1:
