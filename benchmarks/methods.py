@@ -312,10 +312,10 @@ def page(record: Mapping[str, Any]) -> str:
     ]
     for media, kinds in (("image", "one image, 64 tokens"), ("clip", f"a clip of {methods.CLIP} frames, 256 tokens")):
         full = found["full"][media]
-        shown = ", ".join(f"{kind} {100 * r / n:.1f} %" for kind, (r, n) in full.items())
-        lines += [f"## {'Images' if media == 'image' else 'Clips'}: {kinds}", "", f"Unreduced: {shown}.", ""]
+        said = ", ".join(f"{kind} {100 * r / n:.1f} %" for kind, (r, n) in full.items())
+        lines += [f"## {'Images' if media == 'image' else 'Clips'}: {kinds}", "", f"Unreduced: {said}.", ""]
         lines += [f"![Accuracy against tokens kept, {media}s](methods-{media}.svg)", ""]
-        lines += _rows(found, media)
+        lines += rows_of({**found, "methods": shown(found)}, media)
     return "\n".join([*lines, *_costs(record)]).rstrip() + "\n"
 
 
@@ -324,12 +324,13 @@ def shown(found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: entries for name, entries in found["methods"].items() if _spec.load(name).place != "in_llm"}
 
 
-def _rows(found: Mapping[str, Any], media: str) -> list[str]:
+def rows_of(found: Mapping[str, Any], media: str) -> list[str]:
+    """The table of one medium: every method found, beside the controls."""
     controls = {c["kept"]: c for c in found["controls"] if c["media"] == media}
     kinds = list(found["full"][media])
     header = ["method", "tokens", *kinds, *(f"random {k}" for k in kinds), *(f"uniform {k}" for k in kinds), ""]
     rows = []
-    for entries in shown(found).values():
+    for entries in found["methods"].values():
         for entry in entries:
             if entry["media"] != media:
                 continue
