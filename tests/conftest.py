@@ -33,11 +33,22 @@ def edgetrim(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     return run
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
     wanted = [item for item in items if item.get_closest_marker("gpu")]
     if wanted and not _gpu():
         for item in wanted:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA driver on this machine"))
+
+
+def _group(item: pytest.Item) -> str:
+    """Tests that share a worker in a parallel run: those of a file, for their fixtures; those that walk all reductions are
+    split by method, for balance."""
+    callspec = getattr(item, "callspec", None)
+    method = callspec.params.get("method") if callspec and item.path.name == "test_reductions.py" else None
+    return str(item.path) if method is None else f"{item.path}::{type(method).__name__}"
 
 
 def _gpu() -> bool:
