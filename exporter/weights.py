@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,22 +12,25 @@ from torch import Tensor, nn
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
-from exporter.nn.layers import Linear
+from exporter.nn.layers import Linear, RMSNorm
 
 if TYPE_CHECKING:
+    from exporter.nn.specs import DecoderSpec
     from exporter.plan import Plan
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a parameter comes from. `transposed`: stored [out, in] in the checkpoint, wanted [in, out]."""
+    """Where a parameter comes from. `transposed`: stored [out, in] in the checkpoint, wanted [in, out]. `offset`: stored
+    without it, wanted with it."""
 
     name: str
     shape: tuple[int, ...]
     transposed: bool
+    offset: float = field(default=0.0, kw_only=True)
 
     def read(self, checkpoint: Checkpoint) -> Tensor:
-        """The tensor in the wanted layout: a view of the memory-mapped file, in the file's dtype.
+        """The tensor as wanted: a view of the memory-mapped file, in the file's dtype, or float32 where something is added.
 
         Raises:
             CheckpointError: no such tensor, or another shape than the config promises.
@@ -44,7 +47,7 @@ class Source:
                 f"{checkpoint.folder}: tensor `{name}` has shape {list(found)}, config.json asks for {list(wanted)}. "
                 "Config and weights do not belong together."
             )
-        return tensor
+        return tensor.float() + self.offset if self.offset else tensor
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class CheckpointSource(Source):
 def elsewhere(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> dict[str, Source]:
     """Parameter name → source, as `sources`, for a module whose parameters are another checkpoint's."""
     found = sources(module, prefix)
-    return {n: CheckpointSource(s.name, s.shape, s.transposed, checkpoint) for n, s in found.items()}
+    return {n: CheckpointSource(s.name, s.shape, s.transposed, checkpoint, offset=s.offset) for n, s in found.items()}
 
 
 def trained(plan: Plan) -> dict[str, Source]:
@@ -94,8 +97,14 @@ def sources(module: nn.Module, prefix: str) -> dict[str, Source]:
             name = f"{owner_name}.{leaf}" if owner_name else leaf
             where = "head.weight" if name == "lm_head.weight" else f"{prefix}.{name}"
             transposed = isinstance(owner, Linear) and leaf == "weight"
-            found[name] = Source(where, tuple(parameter.shape), transposed)
+            offset = owner.offset if isinstance(owner, RMSNorm) else 0.0
+            found[name] = Source(where, tuple(parameter.shape), transposed, offset=offset)
     return found
+
+
+def text_embeddings(rows: Tensor, spec: DecoderSpec) -> Tensor:
+    """Rows of a checkpoint's embedding table as the language model takes them; the LM head may share the table as it is."""
+    return rows if spec.embed_scale == 1.0 else rows.float() * spec.embed_scale
 
 
 def load(module: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> nn.Module:

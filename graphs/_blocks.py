@@ -100,8 +100,10 @@ def complement(index: Tensor, n: int) -> Tensor:
     index[i] - i members lie below index[i], so the j-th member is j plus how many i have index[i] - i <= j.
     """
     k = index.shape[-1]
-    below = (index - torch.arange(k)).unsqueeze(-2)
     j = torch.arange(n - k)
+    if k in (0, n):  # ONNX Runtime's sums over empty tensors have the wrong shape
+        return j.expand(*index.shape[:-1], -1)
+    below = (index - torch.arange(k)).unsqueeze(-2)
     return j + (below <= j.unsqueeze(-1)).to(torch.int64).sum(-1)
 
 

@@ -48,3 +48,19 @@ def rows_of(site: Site, rows: int | None) -> int:
     if rows < 1 or site.tokens % rows:
         raise ReductionError(f"`rows` must divide the {site.tokens} tokens of a frame; found {rows}")
     return rows
+
+
+def raster_of(site: Site, raster: tuple[int, ...] | None) -> tuple[int, int]:
+    """Rows and columns of a frame: as given, or the site's.
+
+    Raises:
+        ReductionError: they do not make up a frame, or the site's raster is lost.
+    """
+    if raster is None:
+        if site.grid is None:
+            raise ReductionError("it needs the raster of the tokens, which is lost here; give `raster` if there is one")
+        return site.grid
+    if len(raster) != 2 or min(raster) < 1 or raster[0] * raster[1] != site.tokens:
+        found = "+".join(map(str, raster))
+        raise ReductionError(f"`raster` must be rows and columns of the {site.tokens} tokens of a frame; found {found}")
+    return raster[0], raster[1]

@@ -11,7 +11,7 @@ Between attention and MLP of block l, on the patches:
    earlier among equals.
 2. *Correlate*: each of them has as targets the t patches that stay and that it attends to most, the earlier among
    equals; t is the part of all tokens above the quantile.
-3. *Compress*: its weights w on its targets are a softmax of its attention to them, to 1/4096; the first target
+3. *Compress*: its weights w on its targets are a softmax of its attention to them, to 1/256; the first target
    takes the rest to 1. A target becomes (x + Σ w · x of those that go) / (1 + Σ w). Sizes move with the weights, so
    they are no whole numbers.
 
@@ -33,12 +33,12 @@ Position: *compact*, because merged tokens have no one place.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from graphs._blocks import SNAP, ascending, complement, first, normalize, one_hot, rank, snap, take
+from graphs._blocks import ascending, first, normalize, rank, snap
 from graphs._contract import Reduced, ReductionError, Signals, Site, Tier
+from graphs._recycle import recycled, target_count
 from graphs._torch import torch
 from graphs._tower import Scheduled, at, with_cls
 
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 EXAMPLES = ("ficoco:keep=144", "ficoco:keep_ratio=0.25,quantile=0.9,beta=0.5", "ficoco:schedule=0+0+30+0+7+1")
 
 WINDOW = 4
-NEVER = -1e4
-"""No softmax gives this any weight beside an attention."""
 
 
 @dataclass(frozen=True)
@@ -90,18 +88,11 @@ class FiCoCo(Scheduled):
         seen, sees = normalize(signals["cls_attention"][:, cls_tokens:]), normalize(attention.mean(-1))
         score = penalized(snap(self.beta * seen - (1 - self.beta) * sees, n**-0.5))
         goes = ascending(rank(score, r, largest=False))
-        stays = complement(goes, n)
-        to = take(take(attention, goes).transpose(1, 2), stays).transpose(1, 2)  # [batch, r, n - r]
-        targets = rank(snap(to, 1 / n), min(target_count(self.quantile, n + cls_tokens), n - r))
-        chosen = one_hot(targets, n - r, torch.float32)
-        weight = snap(torch.softmax(torch.where(chosen.sum(-2) > 0, to, NEVER), -1)) / SNAP
-        weight = (weight + chosen[:, :, 0] * (1 - weight.sum(-1, keepdim=True))).transpose(1, 2)
-        merged = (take(hidden, stays).float() + weight @ take(hidden, goes).float()) / (
-            1 + weight.sum(-1, keepdim=True)
-        )
-        grown = take(size, stays) + (weight @ take(size, goes).unsqueeze(-1)).squeeze(-1)
-        tokens = torch.cat([signals["hidden"][:, :cls_tokens], merged.to(hidden.dtype)], 1)
-        return Reduced(tokens, with_cls(stays, cls_tokens), torch.cat([signals["size"][:, :cls_tokens], grown], 1))
+        out = recycled(hidden, size, attention, goes, target_count(self.quantile, n + cls_tokens))
+        assert out.size is not None
+        tokens = torch.cat([signals["hidden"][:, :cls_tokens], out.tokens], 1)
+        grown = torch.cat([signals["size"][:, :cls_tokens], out.size], 1)
+        return Reduced(tokens, with_cls(out.index, cls_tokens), grown)
 
 
 def penalized(score: Tensor) -> Tensor:
@@ -113,15 +104,6 @@ def penalized(score: Tensor) -> Tensor:
     lowest = first(runs, largest=False).unsqueeze(-1) == torch.arange(WINDOW)
     pushed = torch.where(runs > 0, runs / 2, runs * 2)
     return torch.cat([torch.where(lowest, pushed, runs).flatten(1), score[:, whole:]], 1)
-
-
-def target_count(quantile: float, tokens: int) -> int:
-    """Tokens above the quantile, at least one.
-
-    >>> target_count(0.998, 577)
-    2
-    """
-    return max(1, math.ceil(round((1 - quantile) * tokens, 9)))
 
 
 METHOD = FiCoCo

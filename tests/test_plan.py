@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from exporter.errors import CheckpointError, ExportError, UsageError
-from exporter.families._contract import Request
+from exporter.families._contract import Request, decoder_spec
 from exporter.pipeline import Job, run_export
 from exporter.workspace import Workspace
 from tests.families import tiny
@@ -84,13 +84,24 @@ def test_an_unknown_family(tmp_path: Path) -> None:
         tiny.plan(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_short_text_config_means_what_transformers_takes_it_for(kind: str) -> None:
+    """llava-1.5-7b-hf gives little more than the model type; the rest is the default of the decoder's class."""
+    import transformers
+
+    short = {"model_type": kind, "rms_norm_eps": 1e-5, "vocab_size": 32064}
+    full = transformers.AutoConfig.for_model(**short).to_dict()
+    assert decoder_spec({"text_config": short}) == decoder_spec({"text_config": full})
+    assert decoder_spec({"text_config": short}).hidden == 4096
+
+
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
-    ("clip", {"text_config": {"model_type": "mamba"}}, "Decoder 'mamba' is not supported. Supported: llama"),
+    ("clip", {"text_config": {"model_type": "mamba"}}, "Decoder 'mamba' is not supported. Supported: gemma, .*llama"),
     ("clip", {"vision_config": {"model_type": "dino"}}, "Vision tower 'dino' is not supported"),
     ("clip", {"vision_config": None}, r"config\.json is not that of a llava model"),
     (
         "clip",
-        {"text_config": {"model_type": "llama"}},
+        {"text_config": {"model_type": "qwen2"}},
         r"config\.json is not that of a llava model .*num_hidden_layers",
     ),
     ("clip", {"vision_feature_layer": [-2, -3]}, "several feature layers"),

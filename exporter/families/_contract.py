@@ -101,7 +101,8 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def rope(text: dict[str, Any]) -> dict[str, Any]:
     """Rotary parameters, wherever this generation of config keeps them."""
-    found = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    given = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    found = dict(given.get("full_attention") or given)
     found.setdefault("rope_theta", text.get("rope_theta", 10000.0))
     found.setdefault("rope_type", found.get("type", "default"))
     if found["rope_type"] == "mrope":
@@ -129,8 +130,54 @@ def inverse_frequencies(text: dict[str, Any], head_dim: int) -> tuple[tuple[floa
     raise CheckpointError(f"Rotary type '{kind}' is not supported. Supported: default, linear, llama3.")
 
 
-DECODERS = {"llama": False, "mistral": False, "qwen2": True, "qwen2_5_vl_text": True, "qwen2_5_vl": True}
-"""Decoder model types we have, and whether their q, k, v projections carry a bias when the config does not say."""
+def local_frequencies(text: dict[str, Any], head_dim: int) -> tuple[float, ...]:
+    """Rotary frequencies of layers with a sliding window, where they have their own; else empty."""
+    found = (text.get("rope_parameters") or {}).get("sliding_attention")
+    theta = text.get("rope_local_base_freq")
+    if found is None and theta is None:
+        return ()
+    return inverse_frequencies({"rope_parameters": found, "rope_theta": theta}, head_dim)[0]
+
+
+QWEN2 = {"qkv_bias": True, "output_bias": False}
+GEMMA = {"norm_offset": 1.0, "scaled_embeddings": True}
+
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"output_bias": False},
+    "qwen2": QWEN2,
+    "qwen2_5_vl_text": QWEN2,
+    "qwen2_5_vl": QWEN2,
+    "qwen3": {"qk_norm": True},
+    "gemma": GEMMA,
+    "gemma2": {**GEMMA, "post_norms": True},
+    "gemma3_text": {**GEMMA, "post_norms": True, "qk_norm": True, "attention_cap": None},
+}
+"""Decoder model types we have, and the facts of `DecoderSpec` that are in their code, not in their config."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "vocab_size": 32000,
+    },
+    "mistral": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 32000, "sliding_window": 4096,
+    },
+    "qwen3": {"head_dim": 128, "max_window_layers": 28},
+    "gemma": {"head_dim": 256, "hidden_act": "gelu_pytorch_tanh"},
+    "gemma2": {
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000,
+        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096,
+        "sliding_window_pattern": 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    },
+    "gemma3_text": {
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
+        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "sliding_window": 4096,
+        "sliding_window_pattern": 6, "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0,
+    },
+}  # fmt: skip
+"""What published configs of these types leave out, as their code takes it."""
 
 
 def decoder_spec(config: dict[str, Any], mrope_section: tuple[int, ...] | None = None) -> DecoderSpec:
@@ -140,11 +187,22 @@ def decoder_spec(config: dict[str, Any], mrope_section: tuple[int, ...] | None =
     kind = text.get("model_type", "llama")
     if kind not in DECODERS:
         raise CheckpointError(f"Decoder '{kind}' is not supported. Supported: {', '.join(sorted(DECODERS))}.")
+    text = DEFAULTS.get(kind, {}) | text
+    if text.get("use_bidirectional_attention"):
+        raise CheckpointError(f"Decoder '{kind}' with use_bidirectional_attention is not supported, only a causal one.")
     layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
     hidden = int(text["hidden_size"])
     head_dim = int(text.get("head_dim") or hidden // heads)
     inv_freq, scale = inverse_frequencies(text, head_dim)
     attention_bias = bool(text.get("attention_bias", False))
+    activation = str(text.get("hidden_activation") or text.get("hidden_act", "silu"))
+    if kind == "gemma" and activation == "gelu":
+        activation = "gelu_pytorch_tanh"  # what its first configs meant
+    facts: dict[str, Any] = {
+        "qkv_bias": attention_bias,
+        "output_bias": attention_bias,
+        "attention_cap": text.get("attn_logit_softcapping"),
+    }
     return DecoderSpec(
         hidden=hidden,
         layers=layers,
@@ -154,30 +212,37 @@ def decoder_spec(config: dict[str, Any], mrope_section: tuple[int, ...] | None =
         intermediate=int(text["intermediate_size"]),
         vocab=int(text["vocab_size"]),
         eps=float(text.get("rms_norm_eps", 1e-6)),
-        activation=str(text.get("hidden_act", "silu")),
-        qkv_bias=DECODERS[kind] or attention_bias,
-        output_bias=attention_bias and kind == "llama",
+        activation=activation,
         inv_freq=inv_freq,
         rope_scale=scale,
         mrope_section=mrope_section,
         windows=sliding_windows(text, kind, layers),
+        attention_scale=float(text.get("query_pre_attn_scalar") or head_dim) ** -0.5,
+        local_inv_freq=local_frequencies(text, head_dim),
+        logit_cap=text.get("final_logit_softcapping"),
+        **(facts | DECODERS[kind]),
     )
 
 
 def sliding_windows(text: dict[str, Any], kind: str, layers: int) -> tuple[int | None, ...]:
     """Sliding attention window per layer, in tokens."""
     window = text.get("sliding_window")
-    if kind.startswith("qwen2"):
-        if not text.get("use_sliding_window", False) or window is None:
-            return (None,) * layers
-        types = text.get("layer_types")
-        if types:
-            return tuple(int(window) if t == "sliding_attention" else None for t in types)
+    if kind == "mistral":
+        local = [True] * layers
+    elif kind.startswith("qwen") and text.get("use_sliding_window", False):
         first = int(text.get("max_window_layers", layers))
-        return tuple(int(window) if i >= first else None for i in range(layers))
-    if kind == "mistral" and window is not None:
-        return (int(window),) * layers
-    return (None,) * layers
+        local = _windowed(text) or [i >= first for i in range(layers)]
+    elif "sliding_window_pattern" in text:
+        every = int(text["sliding_window_pattern"])
+        local = _windowed(text) or [(i + 1) % every > 0 for i in range(layers)]
+    else:
+        local = [False] * layers
+    return tuple(int(window) if here and window is not None else None for here in local)
+
+
+def _windowed(text: dict[str, Any]) -> list[bool]:
+    """Per layer, if config.json says it so."""
+    return [kind == "sliding_attention" for kind in text.get("layer_types") or ()]
 
 
 def eos_tokens(checkpoint: Checkpoint) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""LLaVA and LLaVA-1.5: CLIP or SigLIP tower, two-layer MLP projector, Llama, Mistral or Qwen2 decoder.
+"""LLaVA and LLaVA-1.5: CLIP or SigLIP tower, two-layer MLP projector, Llama, Mistral, Qwen2, Qwen3 or Gemma decoder.
 
 One placeholder token per image or clip frame; the raster is fixed by the tower's image size.
 """
@@ -21,7 +21,6 @@ from exporter.families._contract import (
     decoder_spec,
     eos_tokens,
     normalization,
-    text_config,
 )
 from exporter.graphset import ImageSpec
 from exporter.nn.specs import DecoderSpec, VitSpec
@@ -41,7 +40,7 @@ RENAMES = (
 
 class Llava(Family):
     model_type = "llava"
-    summary = "LLaVA-1.5 layout: CLIP or SigLIP tower, MLP projector, Llama, Mistral or Qwen2 decoder"
+    summary = "LLaVA-1.5 layout: CLIP or SigLIP tower, MLP projector, Llama, Mistral, Qwen2, Qwen3 or Gemma decoder"
     published: ClassVar = {
         "_name_or_path": "llava-hf/llava-1.5-7b-hf", "model_type": "llava", "image_token_index": 32000,
         "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
@@ -49,10 +48,7 @@ class Llava(Family):
             "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
             "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
         },
-        "text_config": {
-            "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "vocab_size": 32064,
-        },
+        "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064},
     }  # fmt: skip
 
     def canonical(self, key: str) -> str:
@@ -68,7 +64,7 @@ class Llava(Family):
             raise UsageError(
                 f"This tower takes {spec.image}×{spec.image} images only (learned positions); leave --image-size out."
             )
-        decoder = decoder_spec(config)
+        decoder = self.decoder(checkpoint)
         rows, cols = spec.grid
         tokens = rows * cols
         signals, shared = spec.signals | PROMPT, 0
@@ -108,13 +104,14 @@ class Llava(Family):
         config = checkpoint.config
         return Projector(
             int(config["vision_config"]["hidden_size"]),
-            int(text_config(config)["hidden_size"]),
+            decoder_spec(config).hidden,
             str(config.get("projector_hidden_act", "gelu")),
             bool(config.get("multimodal_projector_bias", True)),
         )
 
     def decoder(self, checkpoint: Checkpoint) -> DecoderSpec:
-        return decoder_spec(checkpoint.config)
+        # LLaVA's head caps no logits, whatever the decoder's own head does.
+        return replace(decoder_spec(checkpoint.config), logit_cap=None)
 
     def _tower(self, config: dict[str, Any]) -> VitSpec:
         vision = config.get("vision_config") or {}

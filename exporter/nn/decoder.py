@@ -1,19 +1,29 @@
-"""A Llama-type decoder (Llama, Mistral, Qwen2, M-RoPE) that prunes visual tokens between layers and keeps one KV length
-per group of layers. `exporter.graphset` describes the inputs: visual tokens first, `order` carries causality."""
+"""A Llama-type decoder (Llama, Mistral, Qwen2, Qwen3, Gemma, M-RoPE; what differs is in `DecoderSpec`) that prunes visual
+tokens between layers and keeps one KV length per group of layers. `exporter.graphset` describes the inputs: visual tokens
+first, `order` carries causality."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from exporter.graphset import PAD
 from exporter.nn.atom import Atom
-from exporter.nn.layers import ACTIVATIONS, MASKED, Linear, RMSNorm, merge_heads, rotate, split_heads
+from exporter.nn.layers import ACTIVATIONS, MASKED, Linear, RMSNorm, merge_heads, rotate, soft_cap, split_heads
 from exporter.nn.specs import DecoderSpec
 from graphs._blocks import complement, take
 from graphs._contract import InLLM
+
+T = TypeVar("T")
+
+
+def scores(spec: DecoderSpec, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """What goes into the softmax: [.., queries, keys], float32 where scores are capped; query, key [.., tokens, head_dim]."""
+    found = soft_cap((query * spec.attention_scale) @ key.transpose(-1, -2), spec.attention_cap)
+    return found if bias is None else found + bias.to(found.dtype)
 
 
 class Attention(nn.Module):
@@ -28,6 +38,9 @@ class Attention(nn.Module):
         self.k_proj = Linear(spec.hidden, kv, spec.qkv_bias)
         self.v_proj = Linear(spec.hidden, kv, spec.qkv_bias)
         self.o_proj = Linear(spec.heads * spec.head_dim, spec.hidden, spec.output_bias)
+        if spec.qk_norm:
+            self.q_norm = RMSNorm(spec.head_dim, spec.eps, spec.norm_offset)
+            self.k_norm = RMSNorm(spec.head_dim, spec.eps, spec.norm_offset)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, past: tuple[Tensor, Tensor] | None
@@ -44,13 +57,17 @@ class Attention(nn.Module):
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         seq = x.shape[1]
         folded = q.reshape(-1, s.kv_heads, s.heads // s.kv_heads * seq, s.head_dim)
-        scores = (folded * s.head_dim**-0.5) @ k.transpose(-1, -2) + bias
-        out = torch.softmax(scores.float(), -1).to(v.dtype) @ v
+        out = torch.softmax(scores(s, folded, k, bias).float(), -1).to(v.dtype) @ v
         return self.o_proj(merge_heads(out.reshape(-1, s.heads, seq, s.head_dim))), k, v, q, plain_q, plain_k
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [batch, heads, seq, head_dim] and keys [batch, kv_heads, seq, head_dim] before the rotation."""
-        return split_heads(self.q_proj(x), self.spec.heads), split_heads(self.k_proj(x), self.spec.kv_heads)
+        """Queries [batch, heads, seq, head_dim] and keys [batch, kv_heads, seq, head_dim] before the rotation, normed
+        where the decoder norms them."""
+        s = self.spec
+        q, k = self.q_proj(x).unflatten(-1, (s.heads, -1)), self.k_proj(x).unflatten(-1, (s.kv_heads, -1))
+        if s.qk_norm:  # behind the transposition ONNX Runtime would move that through the norm, and not fuse it
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q.transpose(1, 2), k.transpose(1, 2)
 
 
 class Mlp(nn.Module):
@@ -68,13 +85,18 @@ class Mlp(nn.Module):
 
 
 class Layer(Atom):
-    """One decoder layer."""
+    """One decoder layer. With `post_norms`, `post_attention_layernorm` is what it is called; without, it is the norm
+    before the MLP: the names are the checkpoints'."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(spec.hidden, spec.eps)
+        norm = spec.hidden, spec.eps, spec.norm_offset
+        self.input_layernorm = RMSNorm(*norm)
         self.self_attn = Attention(spec)
-        self.post_attention_layernorm = RMSNorm(spec.hidden, spec.eps)
+        self.post_attention_layernorm = RMSNorm(*norm)
+        if spec.post_norms:
+            self.pre_feedforward_layernorm = RMSNorm(*norm)
+            self.post_feedforward_layernorm = RMSNorm(*norm)
         self.mlp = Mlp(spec.hidden, spec.intermediate, spec.activation)
 
     def key(self) -> Hashable:
@@ -86,21 +108,26 @@ class Layer(Atom):
         """Returns x, the present key and value, the rotated queries, and queries and keys before the rotation."""
         past = None if past_key is None or past_value is None else (past_key, past_value)
         out, *rest = self.self_attn(self.input_layernorm(x), cos, sin, bias, past)
-        x = x + out
-        return (x + self.mlp(self.post_attention_layernorm(x)), *rest)
+        if not self.self_attn.spec.post_norms:
+            x = x + out
+            return (x + self.mlp(self.post_attention_layernorm(x)), *rest)
+        x = x + self.post_attention_layernorm(out)
+        return (x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), *rest)
 
 
 class Frame(Atom):
-    """What the layers of a KV group share: rotary factors, order (and size) of all its tokens, a mask per sliding window."""
+    """What the layers of a KV group share: order (and size) of all its tokens, rotary factors for each set of frequencies, a
+    mask for each sliding window."""
 
     def __init__(self, spec: DecoderSpec, shift: int = 0) -> None:
         """`shift`: how far the positions of what follows the image have moved up."""
         super().__init__()
         self.spec, self.shift = spec, shift
         self.windows = tuple(dict.fromkeys(spec.windows))
-        self.register_buffer(
-            "inv_freq", torch.tensor(spec.inv_freq, dtype=torch.float32, device="cpu"), persistent=False
-        )
+        self.frequencies = tuple(dict.fromkeys(map(spec.frequencies, range(spec.layers))))
+        for i, inv_freq in enumerate(self.frequencies):
+            values = torch.tensor(inv_freq, dtype=torch.float32, device="cpu")
+            self.register_buffer(f"inv_freq_{i}", values, persistent=False)
 
     def key(self) -> Hashable:
         return self.spec, self.shift
@@ -114,19 +141,22 @@ class Frame(Atom):
         size: Tensor | None,
         past_size: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """cos, sin [batch, 1, seq, head_dim / 2]; order, and size if given, with the past [batch, total]; masks
-        [batch, 1, group * seq, total], to which log(size) of the keys is added."""
+        """order, and size if given, with the past [batch, total]; cos, sin [batch, 1, seq, head_dim / 2] for each set of
+        frequencies; masks [batch, 1, group * seq, total], to which log(size) of the keys is added."""
         s = self.spec
         if self.shift:
             position_ids = position_ids - self.shift
-        angle = position_ids.float().unsqueeze(-1) * self.get_buffer("inv_freq")
-        if s.mrope_section is not None:
-            parts = angle.split(list(s.mrope_section), -1)
-            angle = torch.cat([part[axis] for axis, part in enumerate(parts)], -1)
-        angle = angle.unsqueeze(1)
-        cos, sin = torch.cos(angle), torch.sin(angle)
-        if s.rope_scale != 1.0:
-            cos, sin = cos * s.rope_scale, sin * s.rope_scale
+        rotary = []
+        for i in range(len(self.frequencies)):
+            angle = position_ids.float().unsqueeze(-1) * self.get_buffer(f"inv_freq_{i}")
+            if s.mrope_section is not None:
+                parts = angle.split(list(s.mrope_section), -1)
+                angle = torch.cat([part[axis] for axis, part in enumerate(parts)], -1)
+            angle = angle.unsqueeze(1)
+            cos, sin = torch.cos(angle), torch.sin(angle)
+            if s.rope_scale != 1.0:
+                cos, sin = cos * s.rope_scale, sin * s.rope_scale
+            rotary += [cos.to(x.dtype), sin.to(x.dtype)]
         total = order if past_order is None else torch.cat([past_order, order], 1)
         sizes = [] if size is None else [size if past_size is None else torch.cat([past_size, size], 1)]
         allowed = torch.log(sizes[0])[:, None, None, :] if sizes else torch.zeros(())
@@ -138,7 +168,13 @@ class Frame(Atom):
                 visible = visible & (kv > q - window)
             bias = torch.where(visible, allowed, MASKED).to(x.dtype)
             masks.append(torch.cat([bias] * (s.heads // s.kv_heads), 2))
-        return (cos.to(x.dtype), sin.to(x.dtype), total, *sizes, *masks)
+        return (total, *sizes, *rotary, *masks)
+
+    def of_layer(self, layer: int, shared: Sequence[T]) -> tuple[T, T, T]:
+        """cos, sin and mask of one layer. shared: what `forward` returns behind order and size."""
+        pair = 2 * self.frequencies.index(self.spec.frequencies(layer))
+        masks = shared[2 * len(self.frequencies) :]
+        return shared[pair], shared[pair + 1], masks[self.windows.index(self.spec.windows[layer])]
 
 
 class Ahead(Atom):
@@ -190,12 +226,14 @@ class Cut(Atom):
         plain_key: Tensor,
         *ahead: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Everything of layer l - 1 but x, which enters layer l; `ahead`: from `Ahead`. embeds: x of layer 0, its visual
-        tokens gathered like all others, or None if nothing looks at it.
+        """Everything of layer l - 1 but x, which enters layer l; `ahead`: from `Ahead`, then the mask of layer l. embeds: x
+        of layer 0, its visual tokens gathered like all others, or None if nothing looks at it.
 
         Returns x, position_ids, order, then size and embeds if given, all without the dropped tokens, and the kept index
         int64 [batch, kept]."""
-        seen = _Seen(self.visual, x, previous, embeds, order, size, bias, query, key, plain_query, plain_key, ahead)
+        seen = _Seen(
+            self.spec, self.visual, x, previous, embeds, order, size, bias, query, key, plain_query, plain_key, ahead
+        )
         signals = {name: getattr(seen, name)() for name in {"hidden", "size", *self.method.needs}}
         out = self.method.forward(self.layer, signals)
         index = out.index
@@ -219,6 +257,8 @@ class Cut(Atom):
 
     def gaps(self, index: Tensor, order: Tensor) -> Tensor:
         """int64 [batch, seq]: how many dropped tokens stand before each token in the prompt."""
+        if index.shape[1] == self.visual:  # ONNX Runtime's ReduceSum over an empty axis has the wrong shape
+            return torch.zeros_like(order)
         gone = take(order[:, : self.visual], complement(index, self.visual))
         return (gone[:, None, :] < order[:, :, None]).to(torch.int64).sum(-1)
 
@@ -227,9 +267,11 @@ class _Seen:
     """The signals of a `Cut`, each computed when it is asked for; see `graphs._contract`."""
 
     def __init__(
-        self, visual: int, x: Tensor, previous: Tensor, embeds: Tensor | None, order: Tensor, size: Tensor | None, bias: Tensor,
-        query: Tensor, key: Tensor, plain_query: Tensor, plain_key: Tensor, ahead: Sequence[Tensor],
+        self, spec: DecoderSpec, visual: int, x: Tensor, previous: Tensor, embeds: Tensor | None, order: Tensor,
+        size: Tensor | None, bias: Tensor, query: Tensor, key: Tensor, plain_query: Tensor, plain_key: Tensor,
+        ahead: Sequence[Tensor],
     ) -> None:  # fmt: skip
+        self.spec = spec
         self.v, self.x, self.before, self.first, self.order, self.sizes = visual, x, previous, embeds, order, size
         self.bias, self.q, self.k, self.plain_q, self.plain_k = bias, query, key, plain_query, plain_key
         self.ahead = ahead
@@ -272,8 +314,8 @@ class _Seen:
         return self.rows(self.plain_q[:, :, -1:], self.plain_k[:, :, : self.v], None).mean((1, 2))[:, 0]
 
     def next_row(self) -> Tensor:
-        q, k, *_ = self.ahead
-        return self.rows(q[:, :, -1:], k, self.bias[:, :, -1:]).mean((1, 2))[:, 0, : self.v]
+        q, k, *_, bias = self.ahead
+        return self.rows(q[:, :, -1:], k, bias[:, :, -1:]).mean((1, 2))[:, 0, : self.v]
 
     def text_attention(self) -> Tensor:
         seq = self.x.shape[1]
@@ -298,9 +340,9 @@ class _Seen:
     def rows(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
         """Attention float32 [batch, kv_heads, group, queries, keys]; bias [batch, 1, queries, keys]."""
         heads, kv_heads = query.shape[1], key.shape[1]
-        grouped = query.unflatten(1, (kv_heads, heads // kv_heads)) * query.shape[-1] ** -0.5
-        scores = grouped @ key.unsqueeze(2).transpose(-1, -2)
-        return torch.softmax((scores if bias is None else scores + bias.unsqueeze(1)).float(), -1)
+        grouped = query.unflatten(1, (kv_heads, heads // kv_heads))
+        found = scores(self.spec, grouped, key.unsqueeze(2), None if bias is None else bias.unsqueeze(1))
+        return torch.softmax(found.float(), -1)
 
 
 class FinalNorm(Atom, RMSNorm):
@@ -316,8 +358,15 @@ class FinalNorm(Atom, RMSNorm):
 class LmHead(Atom, Linear):
     """[batch, hidden] → logits [batch, vocab]."""
 
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__(spec.hidden, spec.vocab, bias=False)
+        self.cap = spec.logit_cap
+
     def key(self) -> Hashable:
-        return tuple(self.weight.shape)
+        return *self.weight.shape, self.cap
+
+    def forward(self, x: Tensor) -> Tensor:
+        return soft_cap(Linear.forward(self, x), self.cap).to(x.dtype)
 
 
 class Decoder(nn.Module):
@@ -335,8 +384,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
-        self.norm = FinalNorm(spec.hidden, spec.eps)
-        self.lm_head = LmHead(spec.hidden, spec.vocab, bias=False)
+        self.norm = FinalNorm(spec.hidden, spec.eps, spec.norm_offset)
+        self.lm_head = LmHead(spec)
         self.cuts = [layer for _, method in reductions for layer in method.layers]
         self.pruned: dict[int, Cut] = {}
         self.ahead: dict[int, Ahead] = {}
@@ -396,13 +445,16 @@ class Decoder(nn.Module):
         kept: list[Tensor] = []
         embeds = x if self.looks_back else None
         positions = position_ids
-        rotary: list[Tensor] = []
+        shared: list[Tensor] = []
         before: tuple[Tensor, ...] = ()  # of the layer before: what entered it, its mask, queries and keys
         for i, layer in enumerate(self.layers):
             if i in self.pruned:
                 assert before, "nothing has looked at the tokens before the first layer"
                 previous, *seen = before
-                ahead = self.ahead[i](x, *rotary) if i in self.ahead else ()
+                ahead: tuple[Tensor, ...] = ()
+                if i in self.ahead:
+                    cos, sin, bias = self.frames[0].of_layer(i, shared)
+                    ahead = (*self.ahead[i](x, cos, sin), bias)
                 x, positions, order, *more, index = self.pruned[i](
                     x, previous, embeds, positions, order, size, *seen, *ahead
                 )
@@ -413,15 +465,14 @@ class Decoder(nn.Module):
                 group = groups[i]
                 past_order = past_orders[group] if past_orders else None
                 past_size = past_sizes[group] if past_sizes else None
-                cos, sin, total, *masks = self.frames[group](x, positions, order, past_order, size, past_size)
-                rotary = [cos, sin]
+                total, *shared = self.frames[group](x, positions, order, past_order, size, past_size)
                 orders.append(total)
                 if size is not None:
-                    sizes.append(masks.pop(0))
+                    sizes.append(shared.pop(0))
             past = (past_keys[i], past_values[i]) if past_keys else (None, None)
-            bias = masks[self.frames[0].windows.index(self.spec.windows[i])]
+            cos, sin, bias = self.frames[0].of_layer(i, shared)
             entered = x
-            x, key, value, query, plain_query, plain_key = layer(x, *rotary, bias, *past)
+            x, key, value, query, plain_query, plain_key = layer(x, cos, sin, bias, *past)
             presents += [key, value]
             before = entered, bias, query, key, plain_query, plain_key
         return (self.lm_head(self.norm(x)), *presents, *orders, *sizes, *kept)

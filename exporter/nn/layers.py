@@ -26,12 +26,16 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm; statistics in float32, in the op order that ONNX Runtime fuses (Pow, not Mul)."""
+    """Root-mean-square norm; statistics in float32, in the op order that ONNX Runtime fuses (Pow, not Mul).
 
-    def __init__(self, dim: int, eps: float) -> None:
+    Args:
+        offset: the checkpoint holds weight - offset; what is added when it is read (`exporter.weights`) is not in the graph.
+    """
+
+    def __init__(self, dim: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
-        self.eps = eps
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
@@ -61,6 +65,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
 }
 """Activations by their name in a Hugging Face config."""
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """Bent to stay between -cap and cap, in float32; x itself if there is no cap."""
+    return x if cap is None else torch.tanh(x.float() / cap) * cap
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -152,9 +152,16 @@ IN_LLM_SIGNALS = frozenset(
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """The decoder's shape. `inv_freq`: head_dim / 2 rotary frequencies; `rope_scale` multiplies cos and sin.
-    `mrope_section`: how many frequencies follow the t, h, w position, or None. `windows`: per layer, the sliding
-    window in tokens or None."""
+    """The decoder's shape, and what makes it another than Llama's (whose facts are the defaults).
+
+    inv_freq: head_dim / 2 rotary frequencies; `rope_scale` multiplies cos and sin. local_inv_freq: those of layers with a
+    window; empty where they are the same. mrope_section: how many frequencies follow the t, h, w position, or None.
+    windows: per layer, the sliding window in tokens or None. attention_scale: multiplies queries.
+    attention_cap, logit_cap: scores and logits are bent by tanh to stay below; None: they are not.
+    qk_norm: RMS norm of queries and keys, per head and before the rotation. post_norms: norms also behind attention and MLP.
+    norm_offset: what has to be added to the norm weights of a checkpoint. scaled_embeddings: text embeddings are
+    multiplied by sqrt(hidden); what comes from an image is not.
+    """
 
     hidden: int
     layers: int
@@ -171,3 +178,19 @@ class DecoderSpec:
     rope_scale: float
     mrope_section: tuple[int, ...] | None
     windows: tuple[int | None, ...]
+    attention_scale: float
+    local_inv_freq: tuple[float, ...] = ()
+    attention_cap: float | None = None
+    logit_cap: float | None = None
+    qk_norm: bool = False
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    scaled_embeddings: bool = False
+
+    @property
+    def embed_scale(self) -> float:
+        return self.hidden**0.5 if self.scaled_embeddings else 1.0
+
+    def frequencies(self, layer: int) -> tuple[float, ...]:
+        """Rotary frequencies of one layer."""
+        return self.inv_freq if self.windows[layer] is None else self.local_inv_freq or self.inv_freq

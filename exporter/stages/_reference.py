@@ -15,6 +15,7 @@ from exporter.graphset import GraphSet
 from exporter.nn.decoder import Decoder
 from exporter.plan import Plan
 from exporter.stages.export import Modules, describe, llm_outputs, load_reference, reduce_outputs, side_inputs
+from exporter.weights import text_embeddings
 
 NUMPY: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
 
@@ -88,7 +89,8 @@ def reference(plan: Plan, modules: Modules | None = None) -> tuple[dict[str, Run
         runners["question"] = TorchRunner(
             lambda v: [question(v["question_ids"])], {"question_ids": torch.int64}, ["aligned_text"]
         )
-    table = plan.checkpoint.tensor("text.embed_tokens.weight").float().numpy()
+    spec = plan.family.decoder(plan.checkpoint)
+    table = text_embeddings(plan.checkpoint.tensor("text.embed_tokens.weight"), spec).float().numpy()
     return runners, graphs, table
 
 

@@ -29,7 +29,7 @@ from exporter.runtime.question import QuestionTokenizer
 from exporter.stages._draw import DTYPES as TORCH
 from exporter.stages._draw import Shape, draw
 from exporter.stages._store import WeightFile, to_dtype
-from exporter.weights import Source, elsewhere, fill, sources, trained
+from exporter.weights import Source, elsewhere, fill, sources, text_embeddings, trained
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -157,9 +157,7 @@ def export(
     for data in folder.glob("*.data"):
         if data.stat().st_size == 0:
             data.unlink()
-    _write_embedding(
-        plan.checkpoint, folder / "embedding.npy", dtype, (plan.geometry.vocab, plan.geometry.hidden), progress
-    )
+    _write_embedding(plan, folder / "embedding.npy", dtype, progress)
     copy_processor(plan.checkpoint, folder / "processor")
     if plan.clip is not None:
         copy_processor(plan.clip, folder / "processor" / CLIP_FOLDER)
@@ -318,14 +316,15 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _write_embedding(
-    checkpoint: Checkpoint, path: Path, dtype: torch.dtype, shape: tuple[int, int], progress: Callable[[int], None]
-) -> None:
-    source = Source("text.embed_tokens.weight", shape, False).read(checkpoint)
+def _write_embedding(plan: Plan, path: Path, dtype: torch.dtype, progress: Callable[[int], None]) -> None:
+    spec = plan.family.decoder(plan.checkpoint)
+    shape = spec.vocab, spec.hidden
+    source = Source("text.embed_tokens.weight", shape, False).read(plan.checkpoint)
     kind = np.float16 if dtype == torch.float16 else np.float32
     table = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
     for start in range(0, shape[0], 4096):
         rows = source[start : start + 4096]
-        table[start : start + 4096] = to_dtype("embed_tokens.weight", rows, dtype).numpy()
+        embeds = text_embeddings(rows, spec)
+        table[start : start + 4096] = to_dtype("embed_tokens.weight", embeds, dtype).numpy()
         progress(rows.numel() * rows.element_size())
     table.flush()

@@ -246,7 +246,8 @@ def test_fitting_resolves_every_count(method: Reduction, site: Site) -> None:
     assert method.fit(site) == method
     assert set(method.needs) <= site.signals
     after = method.after(site)
-    assert 1 <= after.tokens <= site.tokens * site.frames + 1
+    fewest = 0 if isinstance(method, InLLM) else 1  # in its later layers a language model can do without
+    assert fewest <= after.tokens <= site.total + 1
     assert after.signals <= site.signals
     assert _spec.parse(_spec.format(method)).fit(site) == method
 

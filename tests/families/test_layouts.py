@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
-from exporter.families._contract import Request
+from exporter.errors import CheckpointError
+from exporter.families._contract import Request, decoder_spec
 from exporter.stages.export import load_reference
 from tests.families import tiny
 
@@ -79,6 +81,61 @@ def test_half_precision_checkpoints_are_read_exactly(dtype: torch.dtype, tmp_pat
     wide, narrow = (parameters(tmp_path / name, "llava") for name in ("wide", "narrow"))
     assert all(p.dtype == torch.float32 for p in narrow.values())
     assert same(narrow, {name: p.to(dtype).float() for name, p in wide.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_norm_lacks_is_added_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    theirs: Any = tiny.llava(tmp_path, decoder="gemma3_text")
+    theirs.to(dtype).save_pretrained(tmp_path)
+    stored = theirs.model.language_model.named_parameters()
+    expected = {f"llm.{name}": 1 + p.float() for name, p in stored if "norm" in name}
+    found = parameters(tmp_path, "llava")
+    assert len(expected) == 4 * 6 + 1
+    assert same({name: found[name] for name in expected}, expected)
+
+
+PUBLISHED: list[dict[str, Any]] = [
+    {
+        "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "rope_theta": 1000000,
+        "max_window_layers": 36, "sliding_window": None, "use_sliding_window": False, "rope_scaling": None,
+    },
+    {
+        "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "vocab_size": 257216,
+    },
+    {
+        "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "vocab_size": 256000, "hidden_act": "gelu",
+    },
+    {
+        "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_key_value_heads": 4, "vocab_size": 257216,
+    },
+    {
+        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    },
+    {
+        "model_type": "gemma3_text", "hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "sliding_window_pattern": 6, "sliding_window": 1024,
+        "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0,
+    },
+]  # fmt: skip
+"""Configs that say little, in the words of their time."""
+
+
+@pytest.mark.parametrize("text", PUBLISHED, ids=lambda text: f"{text['model_type']}-{len(text)}")
+def test_what_a_config_leaves_out(text: dict[str, Any]) -> None:
+    """A short config is the same decoder as the long one that Hugging Face makes of it."""
+    long = AutoConfig.for_model(**json.loads(json.dumps(text))).to_dict()
+    assert len(long) > len(text)
+    assert decoder_spec({"text_config": text}) == decoder_spec({"text_config": long})
+
+
+def test_no_decoder_that_looks_ahead() -> None:
+    with pytest.raises(CheckpointError, match="use_bidirectional_attention"):
+        decoder_spec({"text_config": PUBLISHED[-1] | {"use_bidirectional_attention": True}})
 
 
 def test_a_config_with_flat_text_settings_and_old_rope_names(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import Gemma2ForCausalLM, Gemma3ForCausalLM, PreTrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from exporter.checkpoint import Checkpoint
 from exporter.embedded import CHECKPOINT
-from exporter.families._contract import Request
+from exporter.families import llava
+from exporter.families._contract import Request, decoder_spec
+from exporter.nn.decoder import Decoder
 from exporter.runtime import images
 from exporter.runtime.generate import Generator
 from exporter.runtime.sequence import arrange
 from exporter.stages._reference import reference
+from exporter.weights import load, text_embeddings
 from tests.families import tiny
 
 TOLERANCE = 1e-4
@@ -72,6 +78,42 @@ def test_llava(tower: str, decoder: str, tmp_path: Path) -> None:
     compare(theirs, ours(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("decoder", "text"),
+    [
+        ("qwen3", dict(use_sliding_window=True, sliding_window=tiny.WINDOW, max_window_layers=1)),
+        ("qwen3", dict(attention_bias=True)),
+        ("gemma", dict(attention_bias=True, num_key_value_heads=1)),
+        ("gemma2", dict(sliding_window=64)),
+        ("gemma2", dict(layer_types=["full_attention", *["sliding_attention"] * 3], attn_logit_softcapping=None)),
+        ("gemma3_text", dict(sliding_window=64)),
+        ("gemma3_text", dict(sliding_window_pattern=6)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)  # fmt: skip
+def test_what_a_decoder_can_be_set_to(decoder: str, text: dict[str, Any], tmp_path: Path) -> None:
+    """Windows shorter and longer than the prompt among them."""
+    compare(tiny.llava(tmp_path, decoder=decoder, **text), ours(tmp_path))
+
+
+@pytest.mark.parametrize("theirs", [Gemma2ForCausalLM, Gemma3ForCausalLM])
+def test_a_head_with_a_cap(theirs: type[PreTrainedModel], tmp_path: Path) -> None:
+    """LLaVA's head bends no logits, whatever its decoder's own head does: so the language model alone."""
+    kind = theirs.config_class.model_type
+    text = tiny.text_config(kind) | dict(final_logit_softcapping=2.0)
+    model = tiny.saved(theirs(theirs.config_class(**text)), tmp_path)
+    checkpoint = Checkpoint(tmp_path).named(lambda name: re.sub("^model", "text", name).replace("lm_head", "head"))
+    spec = decoder_spec(checkpoint.config)
+    ids = torch.arange(20)[None] * 7 % tiny.VOCAB
+    embeds = text_embeddings(checkpoint.tensor("text.embed_tokens.weight"), spec)[ids]
+    with torch.no_grad():
+        found = load(Decoder(spec), "text", checkpoint)(embeds, *[torch.arange(20)[None]] * 2)[0]
+        expected = model(ids).logits[:, -1]
+    assert expected.abs().max() > 1
+    assert relative(found, expected) <= TOLERANCE
+    assert llava.FAMILY.decoder(checkpoint).logit_cap is None
+
+
 def test_llava_with_several_images(tmp_path: Path) -> None:
     compare(tiny.llava(tmp_path), ours(tmp_path, Request(frames=2)))
 
@@ -121,15 +163,19 @@ def test_pixels_are_those_of_the_image_processor(tmp_path: Path) -> None:
     assert (found - theirs["pixel_values"]).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("build", [tiny.llava, tiny.qwen2_5_vl])
-def test_tied_head(build: Any, tmp_path: Path) -> None:
-    """No head in the file: the embedding table takes its place."""
+@pytest.mark.parametrize(
+    ("build", "request_"),
+    [
+        pytest.param(tiny.llava, Request(), id="llava"),
+        pytest.param(partial(tiny.llava, decoder="gemma"), Request(), id="gemma"),
+        pytest.param(tiny.qwen2_5_vl, Request(1, (112, 112)), id="qwen2_5_vl"),
+    ],
+)
+def test_tied_head(build: Any, request_: Request, tmp_path: Path) -> None:
+    """No head in the file: the embedding table takes its place, as it is where text embeddings are scaled."""
     theirs = build(tmp_path, tied=True)
-    generator = ours(tmp_path, Request(1, None if build is tiny.llava else (112, 112)))
-    assert (
-        "head.weight" not in tiny.plan(tmp_path, (), Request(1, None if build is tiny.llava else (112, 112))).checkpoint
-    )
-    compare(theirs, generator)
+    assert "head.weight" not in tiny.plan(tmp_path, (), request_).checkpoint
+    compare(theirs, ours(tmp_path, request_))
 
 
 @pytest.mark.parametrize(

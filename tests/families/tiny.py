@@ -32,13 +32,31 @@ from exporter.plan import Plan, make_plan
 from profiles import _schema
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
-DECODERS = ("llama", "mistral", "qwen2")
 IMAGE, VIDEO, START, END, EOS = 5, 6, 7, 8, 2
 VOCAB, PATCH = 96, 14
 QUESTION_TOKENS = 12
 """Length of a question for `clip`, start and end included."""
 WINDOW = 12
-"""Mistral's sliding window: shorter than every prompt below."""
+"""A sliding window shorter than every prompt below."""
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": dict(sliding_window=WINDOW),
+    "qwen2": {},
+    "qwen3": dict(head_dim=24),
+    "gemma": dict(head_dim=24),
+    "gemma2": dict(
+        head_dim=24, sliding_window=WINDOW, query_pre_attn_scalar=40, attn_logit_softcapping=2.0,
+        final_logit_softcapping=4.0,
+    ),
+    "gemma3_text": dict(
+        head_dim=24, sliding_window=WINDOW, sliding_window_pattern=2, query_pre_attn_scalar=40,
+        rope_parameters=dict(
+            full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1000.0),
+            sliding_attention=dict(rope_type="default", rope_theta=100.0),
+        ),
+    ),
+}  # fmt: skip
+"""Decoder type → what makes it another than Llama, at this size."""
 
 
 def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -53,24 +71,29 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
+def text_config(kind: str, tied: bool = False) -> dict[str, Any]:
+    """The config of a decoder of four layers."""
+    return dict(
+        model_type=kind, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=VOCAB, max_position_embeddings=512, rms_norm_eps=1e-6, eos_token_id=EOS,
+        tie_word_embeddings=tied,
+    ) | DECODERS[kind]  # fmt: skip
+
+
 def llava(
     folder: Path, tower: str = "clip_vision_model", decoder: str = "llama", tied: bool = False, **text: Any
 ) -> PreTrainedModel:
     """16 visual tokens per image; the features are those behind the second of three blocks."""
-    text = dict(
-        model_type=decoder, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=VOCAB, max_position_embeddings=512, rms_norm_eps=1e-6, eos_token_id=EOS,
-        tie_word_embeddings=tied, **({"sliding_window": WINDOW} if decoder == "mistral" else {}), **text,
-    )  # fmt: skip
     vision = dict(
         model_type=tower, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
         image_size=56, patch_size=PATCH,
     )  # fmt: skip
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=16, tie_word_embeddings=tied,
-        vision_feature_layer=-2, vision_feature_select_strategy="default" if tower.startswith("clip") else "full",
+        vision_config=vision, text_config=text_config(decoder, tied) | text, image_token_index=IMAGE,
+        image_seq_length=16, tie_word_embeddings=tied, vision_feature_layer=-2,
+        vision_feature_select_strategy="default" if tower.startswith("clip") else "full",
     )  # fmt: skip
-    return _saved(LlavaForConditionalGeneration(config), folder)
+    return saved(LlavaForConditionalGeneration(config), folder)
 
 
 def qwen2_5_vl(folder: Path, tied: bool = False) -> PreTrainedModel:
@@ -88,7 +111,7 @@ def qwen2_5_vl(folder: Path, tied: bool = False) -> PreTrainedModel:
         text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
         vision_start_token_id=START, vision_end_token_id=END, tie_word_embeddings=tied,
     )  # fmt: skip
-    return _saved(Qwen2_5_VLForConditionalGeneration(config), folder)
+    return saved(Qwen2_5_VLForConditionalGeneration(config), folder)
 
 
 def clip(folder: Path, hidden: int = 48, layers: int = 3, early: bool = False, **text: Any) -> CLIPModel:
@@ -113,10 +136,10 @@ def clip(folder: Path, hidden: int = 48, layers: int = 3, early: bool = False, *
         projection_dim=24,
     )  # fmt: skip
     CLIPTokenizer(vocab, [], model_max_length=QUESTION_TOKENS).save_pretrained(folder)
-    return _saved(CLIPModel(config), folder)
+    return saved(CLIPModel(config), folder)
 
 
-def _saved(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+def saved(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     randomize(model).save_pretrained(folder)
     return model
 

@@ -27,7 +27,7 @@ def test_rank_beyond_the_limit_is_the_same(
     assert torch.equal(select(scores, k), kept)
 
 
-@pytest.mark.parametrize("k", [1, 7, 19])
+@pytest.mark.parametrize("k", [0, 1, 7, 19, 20])
 def test_complement(scores: torch.Tensor, k: int) -> None:
     index = ascending(rank(scores, k))
     rest = complement(index, 20)

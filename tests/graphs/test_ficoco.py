@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from graphs._contract import Reduced, ReductionError, Site
-from graphs.ficoco import FiCoCo, target_count
+from graphs._recycle import target_count
+from graphs.ficoco import FiCoCo
 from tests.graphs.oracle import KINDS, Array, attention, best, features, grid
 
 N, DIM = 26, 8
@@ -39,7 +40,7 @@ def one_block(hidden: Array, maps: Array, size: Array, r: int, beta: float, quan
     for i in goes:
         targets = [stays[k] for k in best([grid(maps[i, j], 1 / len(patches)) for j in stays], count)]
         total = sum(math.exp(maps[i, j]) for j in targets)
-        weights[i] = {j: grid(math.exp(maps[i, j]) / total) / 4096 for j in targets}
+        weights[i] = {j: round(math.exp(maps[i, j]) / total * 256) / 256 for j in targets}
         weights[i][targets[0]] += 1 - sum(weights[i].values())
     out = [(0, hidden[0].astype(np.float64), float(size[0]))]
     for j in stays:

@@ -74,7 +74,7 @@ def test_format_leaves_defaults_out() -> None:
         ("fastv:keep=3,,layer=2", "'' in 'fastv:keep=3,,layer=2' is not of the form"),
         (
             "fastv:layers=3",
-            "fastv has no knob `layers`. Did you mean 'layer'? Knobs: layer=2, keep=none, keep_ratio=none.",
+            "fastv has no knob `layers`. Did you mean 'layer'? Knobs: position=auto, layer=2, keep=none, keep_ratio=none, rope=on.",
         ),
         ("fastv:layer=two", "`layer` of fastv takes a whole number; found 'two'"),
         ("fastv:layer=2.0", "`layer` of fastv takes a whole number; found '2.0'"),
@@ -97,9 +97,11 @@ def test_describe() -> None:
     assert found.paper == "Chen et al. 2024, arXiv:2403.06764"
     assert found.summary == "Drop the visual tokens the last prompt token does not look at, inside the language model."
     assert [(k.name, k.default, k.takes) for k in found.knobs] == [
+        ("position", "auto", "auto, keep or compact"),
         ("layer", "2", "a whole number"),
         ("keep", "none", "a whole number or none"),
         ("keep_ratio", "none", "a number or none"),
+        ("rope", "on", "on or off"),
     ]
 
 
