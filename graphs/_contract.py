@@ -1,11 +1,12 @@
 """What a reduction is.
 
-A reduction is a frozen dataclass whose fields are its knobs. It acts at one of three places:
+A reduction is a frozen dataclass whose fields are its knobs. It acts at one of four places:
 
 * `BeforeLLM`: once, on the visual tokens between tower and language model (`PerFrame` when frames are
   independent, `PerClip` when they share one budget).
 * `InTower`: in tower blocks, between attention and MLP (`PerFrameInTower` when frames are independent).
-* `InLLM`: before chosen decoder layers, during prefill.
+* `InLLM`: before chosen decoder layers, during prefill; while decoding too, if it says when.
+* `InCache`: on the keys and values that chosen decoder layers leave in the cache, at the end of prefill.
 
 `fit` resolves the knobs against a `Site` (static counts and the signals there are) before anything is traced.
 `forward` is plain torch with static shapes: run eagerly it is the reference, traced it is the subgraph.
@@ -65,13 +66,34 @@ next_plain_queries  [batch, heads, tokens, head_dim] as layer l would project th
 next_plain_keys     [batch, kv_heads, tokens, head_dim] as layer l would project them, before RoPE
 next_keys           [batch, kv_heads, tokens, head_dim] the same with RoPE
 =================== ================================ =====================================================
+
+=================== ================================ =====================================================
+in the cache        shape, behind layer l            meaning; heads: mean over those that share the keys
+=================== ================================ =====================================================
+keys                [batch, kv_heads, tokens, head_dim] of layer l, with RoPE
+received            [batch, kv_heads, tokens]        attention a token receives, sum over the prompt's tokens
+head_attention      [batch, kv_heads, text, tokens]  attention of each text token
+text_attention      [batch, text, tokens]            the same, mean over all heads
+attention_row       [batch, tokens]                  last token's attention, mean over all heads
+text_mask           [batch, text]                    1 for real text tokens, 0 for padding
+instruction_mask    [batch, text]                    1 for text behind the image
+behind              int64 [batch, text]              tokens behind it in the prompt, 0 for the last one, -1 for padding
+=================== ================================ =====================================================
+
+=================== ================================ =====================================================
+while decoding      shape                            meaning
+=================== ================================ =====================================================
+attention_row       [batch, present]                 newest token's attention to the visual tokens in the cache
+shares              [batch, 4]                       its attention to system text, image, instruction, answer
+state               [batch, state]                   what `WhileDecoding.wanted` returned one token ago, 0 at first
+=================== ================================ =====================================================
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeVar, get_type_hints
 
@@ -103,6 +125,7 @@ class Site:
     depth: tower blocks up to the features (InTower, BeforeLLM) or decoder layers (InLLM).
     signals: names that can be supplied. grid_positions: positions are t/h/w triplets, not a count.
     dim, llm_dim: width of `hidden` in the tower and of the language model; 0 where unknown.
+    kv_heads: of a decoder layer (InCache); 0 elsewhere.
     """
 
     tokens: int
@@ -113,6 +136,7 @@ class Site:
     grid_positions: bool = False
     dim: int = 0
     llm_dim: int = 0
+    kv_heads: int = 0
 
     @property
     def total(self) -> int:
@@ -432,6 +456,123 @@ class InLLM(Reduction):
                 raise ReductionError("`position` must be keep: t/h/w positions cannot be renumbered inside the LLM")
             return "keep"
         return self.paper_position if self.position == "auto" else self.position
+
+
+@dataclass(frozen=True)
+class Skipping(InLLM):
+    """An `InLLM` method that drops nothing: the visual tokens that `forward` leaves out of a layer skip it, and go on.
+
+    So every layer's cache holds the tokens that took part in it. What leaves a layer is h + w · MLP(h) for those that took
+    part (h: behind attention), w · x for those that skipped it, with a weight w for each.
+    """
+
+    @abstractmethod
+    def weight(self, layer: int, signals: Signals) -> Tensor:
+        """float32 [batch, tokens], of all visual tokens.
+
+        Args:
+            signals: hidden, and the trained tensors.
+        """
+
+
+@dataclass(frozen=True)
+class WhileDecoding(InLLM):
+    """An `InLLM` method that acts at one layer, and goes on dropping there while the answer is written.
+
+    The cache of that layer and of all behind it shrinks in `buckets`, so that each length has an engine's shape. What it
+    looks at is the attention of the layer before, whose cache holds every visual token.
+    """
+
+    @property
+    @abstractmethod
+    def buckets(self) -> tuple[tuple[int, int], ...]:
+        """(answer tokens run, visual tokens that stay from then on), ascending and descending (fitted method)."""
+
+    @property
+    def state(self) -> int:
+        """Width of what a predictor remembers from token to token."""
+        return 0
+
+    @property
+    def predicts(self) -> bool:
+        """Whether `wanted` is there; else only the number of tokens decides."""
+        return False
+
+    @abstractmethod
+    def shorten(self, attention_row: Tensor, keep: int) -> Tensor:
+        """int64 [batch, keep], ascending: which of the visual tokens present stay.
+
+        Args:
+            attention_row: float32 [batch, present].
+        """
+
+    def wanted(self, signals: Signals, visual: int) -> tuple[Tensor, Tensor | None]:
+        """What the next token needs: visual tokens int64 [batch], and the new state [batch, state] if there is one.
+
+        Args:
+            signals: shares, state if there is one, and the trained tensors, all float32. visual: tokens before the layer.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class InCache(Reduction):
+    """Shortens the cache that prefill leaves in decoder layer `start` and all behind it: prefill itself sees all tokens,
+    decoding fewer. Text always stays.
+
+    Every layer chooses for itself, or the first one for all (`shared`). A KV head may have its own choice (`per_head`).
+    Kept tokens stay at their positions.
+    """
+
+    place: ClassVar[str] = "in_cache"
+    shared: ClassVar[bool] = False
+    per_head: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def start(self) -> int:
+        """The first decoder layer (0-based) whose cache is shortened (fitted method)."""
+
+    @property
+    def readers(self) -> tuple[int, ...]:
+        """Token ids that the runtime puts behind the image. If there are any, no other text sees the image."""
+        return ()
+
+    @abstractmethod
+    def kept(self, layer: int) -> int:
+        """Visual tokens that stay in the cache of `layer`; the same for all layers if `shared`."""
+
+    def alike(self, layer: int) -> Hashable:
+        """Layers for which this is equal choose by the same rule, and are traced once: by default those that keep as many."""
+        return self.kept(layer)
+
+    @abstractmethod
+    def choose(self, layer: int, signals: Signals) -> Tensor:
+        """int64 [batch, kept], or [batch, kv_heads, kept] if `per_head`: the visual tokens that stay, ascending.
+
+        With -1 for slots that a head leaves empty; those come last.
+
+        Args:
+            signals: what `needs` names.
+        """
+
+    def merge(self, keys: Tensor, values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The kept keys and values; overridden where those that go change them (then `merges` is True as well).
+
+        Args:
+            keys, values: [batch, kv_heads, tokens, head_dim], of the visual tokens. index: [batch, kv_heads, kept].
+        Returns:
+            Both [batch, kv_heads, kept, head_dim].
+        """
+        return take_per_head(keys, index), take_per_head(values, index)
+
+
+def take_per_head(x: Tensor, index: Tensor) -> Tensor:
+    """Gather along axis 2, per sample and head: x [batch, heads, n, dim], index int64 [batch, heads, k] (-1: token 0)."""
+    from graphs._blocks import take
+
+    found: Tensor = take(x.flatten(0, 1), index.clamp(min=0).flatten(0, 1)).unflatten(0, (-1, x.shape[1]))
+    return found
 
 
 def _arange(n: int) -> Tensor:

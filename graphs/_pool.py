@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from graphs._blocks import spread
+from graphs._contract import Reduced
 from graphs._torch import torch
 
 if TYPE_CHECKING:
@@ -27,6 +29,26 @@ def bilinear(grid: Grid, out: Grid) -> Tensor:
 def pool(matrix: Tensor, x: Tensor) -> Tensor:
     """[..., in, dim] → [..., out, dim], in float32, then cast back."""
     return (matrix @ x.float()).to(x.dtype)
+
+
+def pooled(matrix: Tensor, hidden: Tensor, grid: Grid, out: Grid) -> Reduced:
+    """hidden [batch, tokens, dim] on `grid`, pooled to `out`: anchored at the middles, all of the same size, which is the
+    number of tokens that come in per token that leaves."""
+    index = spread(middles(grid, out), hidden)
+    share = grid[0] * grid[1] / (out[0] * out[1])
+    return Reduced(pool(matrix, hidden), index, torch.full_like(index, share, dtype=torch.float32))
+
+
+def middles(grid: Grid, cells: Grid) -> list[int]:
+    """The place nearest to the middle of every cell, the upper left of equally near ones.
+
+    The middle of the i-th of m equal shares of n is (i + 1/2) · n / m - 1/2.
+
+    >>> middles((4, 4), (2, 2))
+    [0, 2, 8, 10]
+    """
+    rows, cols = ([-((2 * m - (2 * i + 1) * n) // (2 * m)) for i in range(m)] for n, m in zip(grid, cells, strict=True))
+    return [row * grid[1] + col for row in rows for col in cols]
 
 
 def _average(n: int, m: int) -> Rows:

@@ -22,11 +22,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from graphs._blocks import spread
 from graphs._contract import PerFrame, Reduced, ReductionError, Signals, Site, Space, Tier, keep_count
 from graphs._groups import rows_of
-from graphs._pool import Grid, average, pool
-from graphs._torch import torch
+from graphs._pool import Grid, average, pooled
 
 EXAMPLES = ("avgpool:kernel=2", "avgpool:keep=64", "avgpool:keep_ratio=0.3,space=llm")
 
@@ -83,28 +81,13 @@ class AvgPool(PerFrame):
     def reduce_frame(self, signals: Signals) -> Reduced:
         assert self.kernel is not None and self.rows is not None
         hidden = signals["hidden"]
-        n = hidden.shape[1]
-        grid = (self.rows, n // self.rows)
+        grid = (self.rows, hidden.shape[1] // self.rows)
         cells = _cells(grid, self.kernel)
-        index = spread(middles(grid, cells), hidden)
-        size = torch.full_like(index, n / (cells[0] * cells[1]), dtype=torch.float32)
-        return Reduced(pool(average(grid, cells), hidden), index, size)
+        return pooled(average(grid, cells), hidden, grid, cells)
 
 
 def _cells(grid: Grid, kernel: int) -> Grid:
     return -(-grid[0] // kernel), -(-grid[1] // kernel)
-
-
-def middles(grid: Grid, cells: Grid) -> list[int]:
-    """The place nearest to the middle of every cell, the upper left of equally near ones.
-
-    The middle of the i-th of m equal shares of n is (i + 1/2) · n / m - 1/2.
-
-    >>> middles((4, 4), (2, 2))
-    [0, 2, 8, 10]
-    """
-    rows, cols = ([-((2 * m - (2 * i + 1) * n) // (2 * m)) for i in range(m)] for n, m in zip(grid, cells, strict=True))
-    return [row * grid[1] + col for row in rows for col in cols]
 
 
 METHOD = AvgPool

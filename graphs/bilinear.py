@@ -24,12 +24,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from graphs._blocks import spread
 from graphs._contract import PerFrame, Reduced, ReductionError, Signals, Site, Space, Tier, keep_count
 from graphs._groups import rows_of
-from graphs._pool import Grid, bilinear, pool
-from graphs._torch import torch
-from graphs.avgpool import middles
+from graphs._pool import Grid, bilinear, pooled
 
 EXAMPLES = ("bilinear:out=12+12", "bilinear:keep=64,space=tower", "bilinear:keep_ratio=0.3")
 
@@ -93,11 +90,8 @@ class Bilinear(PerFrame):
     def reduce_frame(self, signals: Signals) -> Reduced:
         assert self.out is not None and self.rows is not None
         hidden = signals["hidden"]
-        n = hidden.shape[1]
-        grid, out = (self.rows, n // self.rows), (self.out[0], self.out[1])
-        index = spread(middles(grid, out), hidden)
-        size = torch.full_like(index, n / (out[0] * out[1]), dtype=torch.float32)
-        return Reduced(pool(bilinear(grid, out), hidden), index, size)
+        grid, out = (self.rows, hidden.shape[1] // self.rows), (self.out[0], self.out[1])
+        return pooled(bilinear(grid, out), hidden, grid, out)
 
 
 def _explicit(out: tuple[int, ...], grid: Grid) -> Grid:

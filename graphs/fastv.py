@@ -19,59 +19,36 @@ Position: *keep*: kept tokens keep their ids, holes stay, as in the paper.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from graphs._blocks import select, snap, take
-from graphs._contract import InLLM, Reduced, ReductionError, Signals, Site, Tier, keep_count
+from graphs._contract import Reduced, Signals, Tier
+from graphs._layers import AtLayer
 
 EXAMPLES = ("fastv", "fastv:layer=3,keep=64")
 
 
 @dataclass(frozen=True)
-class FastV(InLLM):
+class FastV(AtLayer):
     """Keep the visual tokens with the most attention from the last prompt token."""
 
     paper: ClassVar[str] = "Chen et al. 2024, arXiv:2403.06764"
     tier: ClassVar[Tier] = "exact"
 
-    layer: int = 2
-    keep: int | None = None
-    keep_ratio: float | None = None
+    paper_layer: ClassVar[int] = 2
+    paper_ratio: ClassVar[float] = 0.5
+
+    layer: int = paper_layer  # at any depth
     rope: bool = True
 
     @property
     def needs(self) -> tuple[str, ...]:
         return ("attention_row" if self.rope else "plain_row",)
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return (self.layer,)
-
-    def fit(self, site: Site) -> FastV:
-        self.check()
-        if not 1 <= self.layer < site.depth:
-            raise ReductionError(
-                f"`layer` must be in 1..{site.depth - 1}, as the model has {site.depth} decoder layers and "
-                f"the attention comes from the layer before; found {self.layer}"
-            )
-        ratio = 0.5 if self.keep is None and self.keep_ratio is None else self.keep_ratio
-        keep = keep_count(self.keep, ratio, site.total, what="visual tokens in the language model")
-        fitted = replace(self, keep=keep, keep_ratio=None, position=self.resolved_position(site))
-        fitted.require(site)
-        return fitted
-
-    def after(self, site: Site) -> Site:
-        assert self.keep is not None
-        return replace(site, tokens=self.keep, frames=1, grid=None)
-
-    def kept(self, layer: int) -> int:
-        assert self.keep is not None and layer >= self.layer
-        return self.keep
-
     def forward(self, layer: int, signals: Signals) -> Reduced:
         assert self.keep is not None
-        row = signals["attention_row" if self.rope else "plain_row"]
+        (row,) = (signals[name] for name in self.needs)
         index = select(snap(row, 1 / row.shape[-1]), self.keep)
         return Reduced(take(signals["hidden"], index), index)
 

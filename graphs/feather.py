@@ -35,6 +35,7 @@ from typing import ClassVar, Literal
 
 from graphs._blocks import force, select, snap, take
 from graphs._contract import Reduced, ReductionError, Signals, Site, Tier
+from graphs._groups import raster_of
 from graphs._layers import Staged, layers_of
 from graphs._torch import torch
 
@@ -72,14 +73,7 @@ class Feather(Staged):
         layers = layers_of(site, "layer_list", self.layer_list, (8, 16))
         if len(layers) != 2:
             raise ReductionError(f"`layer_list` needs two layers; found {'+'.join(map(str, layers))}")
-        raster = site.grid if self.raster is None else self.raster
-        if raster is None:
-            raise ReductionError("it needs the raster of the tokens, which is lost here; give `raster` if there is one")
-        if len(raster) != 2 or min(raster) < 1 or raster[0] * raster[1] != site.tokens:
-            raise ReductionError(
-                f"`raster` must be rows and columns of the {site.tokens} tokens of a frame; found {'+'.join(map(str, raster))}"
-            )
-        known = replace(self, raster=raster)
+        known = replace(self, raster=raster_of(site, self.raster))
         fitted = known.resolve(site, layers, known._counts(site))
         grid = sum(known._on_grid(site.total))
         if fitted.kept(layers[0]) < grid:

@@ -21,19 +21,32 @@ import torch
 
 import exporter.families
 import graphs
-from exporter.nn.specs import IN_LLM_SIGNALS
+from exporter.nn.specs import IN_CACHE_SIGNALS, IN_LLM_SIGNALS
 from exporter.stages._trace import trace
 from graphs import _spec
 from graphs._blocks import TOPK_LIMIT, take
-from graphs._contract import BeforeLLM, InLLM, InTower, Reduced, Reduction, ReductionError, Site, Tier
+from graphs._contract import (
+    BeforeLLM,
+    InCache,
+    InLLM,
+    InTower,
+    Reduced,
+    Reduction,
+    ReductionError,
+    Site,
+    Skipping,
+    Tier,
+    take_per_head,
+)
 from tests.graphs.oracle import KINDS, attention, features
 
+SPLIT = "method"
 DIM, HEAD_DIM, TEXT = 8, 6, 5
 
 ALLOWED = frozenset(
     "Abs Add And ArgMax ArgMin Cast Ceil Clip Concat Constant Div Equal Exp Expand Floor Gather GatherElements GatherND Greater "
     "GreaterOrEqual Identity Less LessOrEqual Log MatMul Max Min Mul Neg Not Or Pow Reciprocal ReduceMax ReduceMean "
-    "ReduceMin ReduceSum Reshape Round Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tile TopK Transpose "
+    "ReduceMin ReduceSum Reshape Round Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh Tile TopK Transpose "
     "Unsqueeze Where".split()
 )
 """Operators that TensorRT 10.3 and TensorRT-RTX both take, with static shapes. A method that needs another one should
@@ -59,6 +72,10 @@ SITES = {
     "in_llm": (
         Site(576, 1, (24, 24), IN_LLM_SIGNALS, 8, dim=DIM, llm_dim=DIM),
         Site(20, 3, (4, 5), IN_LLM_SIGNALS, 5, dim=DIM, llm_dim=DIM),
+    ),
+    "in_cache": (
+        Site(576, 1, (24, 24), IN_CACHE_SIGNALS, 8, kv_heads=2),
+        Site(20, 3, (4, 5), IN_CACHE_SIGNALS, 5, kv_heads=2),
     ),
 }
 
@@ -99,8 +116,12 @@ class Once(torch.nn.Module):
     def forward(self, signals: list[torch.Tensor]) -> list[torch.Tensor]:
         if isinstance(self.method, InTower):
             return self.tower(*signals)
+        if isinstance(self.method, Skipping):
+            return self.routed(*signals)
         if isinstance(self.method, InLLM):
             return self.language_model(*signals)
+        if isinstance(self.method, InCache):
+            return self.cache(*signals)
         named = dict(zip((*self.method.needs, *self.method.trained(self.site)), signals, strict=True))
         assert isinstance(self.method, BeforeLLM)
         return [x for x in self.method.forward(named) if x is not None]
@@ -130,6 +151,32 @@ class Once(torch.nn.Module):
             indices.append(out.index)
         return [hidden, size, *indices]
 
+    def routed(self, hidden: torch.Tensor, *weights: torch.Tensor) -> list[torch.Tensor]:
+        """Every layer given the same tokens: those that take part, all tokens' weights, the indices."""
+        assert isinstance(self.method, Skipping)
+        known = dict(zip(self.method.trained(self.site), (w.float() for w in weights), strict=True))
+        signals = {"hidden": hidden, **known}
+        found = [self.method.forward(layer, signals) for layer in self.method.layers]
+        weight = [self.method.weight(layer, signals) for layer in self.method.layers]
+        return [*(out.tokens for out in found), *weight, *(out.index for out in found)]
+
+    def cache(self, hidden: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+        """Behind the first layer, and the last if it chooses too: keys, values and choices."""
+        assert isinstance(self.method, InCache)
+        signals = {n: f(hidden, text, mask) for n, f in MADE_FOR_CACHE.items() if n in self.method.needs}
+        keys = MADE_FOR_CACHE["keys"](hidden, text, mask)
+        found, indices = [], []
+        for layer in cached_layers(self.method, self.site):
+            index = self.method.choose(layer, signals)
+            each = index if index.ndim == 3 else index[:, None].expand(-1, 2, -1)
+            found += self.method.merge(keys, keys.flip(-1), each)
+            indices.append(index)
+        return [*found, *indices]
+
+
+def cached_layers(method: InCache, site: Site) -> list[int]:
+    return [method.start] if method.shared else sorted({method.start, site.depth - 1})
+
 
 def attention_of(hidden: torch.Tensor) -> torch.Tensor:
     part = torch.round(hidden[..., :HEAD_DIM].float() * 16) / 16
@@ -150,7 +197,13 @@ def inputs(method: Reduction, site: Site, kind: str, batch: int) -> list[torch.T
     if isinstance(method, InTower):
         tokens = site.tokens + ("cls" in site.signals)
         return [torch.from_numpy(features(kind, (batch, site.frames, tokens, DIM)))]
-    if isinstance(method, InLLM):
+    trained = [
+        torch.from_numpy(features("random", (batch, *shape), seed)[0])
+        for seed, shape in enumerate(method.trained(site).values())
+    ]
+    if isinstance(method, Skipping):
+        return [torch.from_numpy(features(kind, (batch, site.total, DIM))), *trained]
+    if isinstance(method, InLLM | InCache):
         mask = np.ones((batch, TEXT), np.float32)
         mask[0, :1] = 0
         hidden, text = features(kind, (batch, site.total, DIM)), features("random", (batch, TEXT, DIM), 1)
@@ -175,9 +228,7 @@ def inputs(method: Reduction, site: Site, kind: str, batch: int) -> list[torch.T
         else:
             value = features(kind, (*lead, site.tokens, DIM if signal == "hidden" else HEAD_DIM), seed)
         made.append(torch.from_numpy(np.ascontiguousarray(value)))
-    for seed, shape in enumerate(method.trained(site).values()):
-        made.append(torch.from_numpy(features("random", (batch, *shape), seed)[0]))
-    return made
+    return [*made, *trained]
 
 
 def attention_from(text: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -201,6 +252,12 @@ MADE_FOR_LLM = {
     "next_keys": lambda x, t, m: torch.stack([x[..., :4], x[..., 4:]], 1),
     "next_plain_keys": lambda x, t, m: torch.stack([x[..., :4], x[..., 4:]], 1),
     "next_plain_queries": lambda x, t, m: torch.stack([x[..., :4], x[..., 4:], x[..., 2:6], x[..., ::2]], 1),
+}
+MADE_FOR_CACHE = {
+    **{n: MADE_FOR_LLM[n] for n in ("keys", "text_attention", "attention_row", "text_mask", "instruction_mask")},
+    "received": lambda x, t, m: torch.stack([attention_of(x).sum(1), attention_of(x.flip(-1)).sum(1)], 1),
+    "head_attention": lambda x, t, m: torch.stack([attention_from(t, x), attention_from(t.flip(-1), x.flip(-1))], 1),
+    "behind": lambda x, t, m: torch.where(m > 0, torch.arange(TEXT - 1, -1, -1), -1),
 }
 
 
@@ -316,13 +373,38 @@ def test_counts_and_indices(method: Reduction, site: Site) -> None:
     after = method.after(site)
     for kind in KINDS:
         out = Once(method, site)(inputs(method, site, kind, 2))
-        if isinstance(method, InLLM):
+        if isinstance(method, Skipping):
+            layers = len(method.layers)
+            for tokens, weight, index in zip(out[:layers], out[layers:], out[2 * layers :], strict=False):
+                assert tokens.shape == (2, index.shape[1], DIM)
+                assert weight.shape == (2, site.total)
+                assert (index.diff(dim=1) > 0).all()
+            assert [x.shape[1] for x in out[2 * layers :]] == [method.kept(layer) for layer in method.layers]
+        elif isinstance(method, InLLM):
             tokens, size, *indices = out
             assert [x.shape[1] for x in indices] == [method.kept(layer) for layer in method.layers]
             assert all((x.diff(dim=1) > 0).all() for x in indices)
             assert tokens.shape == (2, after.total, DIM)
             assert (size.sum(1) <= site.total + 1e-2).all(), "no token may count twice"
             assert (size > 0).all()
+        elif isinstance(method, InCache):
+            given = inputs(method, site, kind, 2)
+            keys, layers = MADE_FOR_CACHE["keys"](*given), cached_layers(method, site)
+            for layer, key, value, index in zip(layers, out[::2], out[1::2], out[2 * len(layers) :], strict=False):
+                kept = method.kept(layer)
+                assert index.shape == ((2, 2, kept) if method.per_head else (2, kept))
+                assert key.shape == value.shape == (2, 2, kept, keys.shape[-1])
+                each = index if method.per_head else index[:, None].expand(-1, 2, -1)
+                rows = each.flatten(0, 1).tolist()
+                assert max(sum(i >= 0 for i in row) for row in rows) == kept
+                for row in rows:
+                    stay = [i for i in row if i >= 0]
+                    assert stay == sorted(set(stay)), "ascending, each once"
+                    assert row == stay + [-1] * (kept - len(stay)), "empty slots come last"
+                    assert all(i < site.total for i in stay)
+                if not method.merges:
+                    assert torch.equal(key, take_per_head(keys, each))
+                    assert torch.equal(value, take_per_head(keys.flip(-1), each))
         elif isinstance(method, InTower):
             cls = int("cls" in site.signals)
             assert out[0].shape == (2, after.frames, after.tokens + cls, DIM)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from graphs._contract import BeforeLLM, Site
 
 Array = NDArray[np.float32]
 KINDS = ("random", "ties", "equal", "frozen")
@@ -50,3 +53,35 @@ def attention(kind: str, shape: tuple[int, ...], seed: int = 1) -> Array:
     elif kind == "frozen" and len(shape) > 2:
         x = np.broadcast_to(x[:, :1], shape)
     return (x / x.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def run(method: BeforeLLM, given: dict[str, Array]) -> tuple[Array, Array]:
+    """Tokens and index of a fitted method that only chooses."""
+    out = method.forward({k: torch.from_numpy(given[k]) for k in method.needs})
+    assert out.size is None
+    return out.tokens.numpy(), out.index.numpy()
+
+
+def run_merging(method: BeforeLLM, given: dict[str, Array]) -> tuple[Array, Array, Array]:
+    """Tokens, index and size of a fitted method that merges."""
+    out = method.forward({k: torch.from_numpy(given[k]) for k in method.needs})
+    assert out.size is not None
+    return out.tokens.numpy(), out.index.numpy(), out.size.numpy()
+
+
+GUIDED = Site(20, 2, (4, 5), frozenset({"hidden", "text", "text_mask"}))
+"""Where a question meets the tokens in the language model's space, and below also in CLIP's."""
+GUIDED_BY_CLIP = Site(20, 2, (4, 5), GUIDED.signals | {"aligned", "aligned_text"})
+
+
+def guided(kind: str, dim: int, text: int = 5, shared: int = 6) -> dict[str, Array]:
+    """Signals of two samples for either site, the first question of three tokens and padding."""
+    mask = np.ones((2, text), np.float32)
+    mask[0, 3:] = 0
+    return {
+        "hidden": features(kind, (2, GUIDED.frames, GUIDED.tokens, dim)),
+        "aligned": features(kind, (2, GUIDED.frames, GUIDED.tokens, shared), 1),
+        "aligned_text": features("random", (2, shared), 2),
+        "text": features("random", (2, text, dim), 3),
+        "text_mask": mask,
+    }

@@ -6,33 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from graphs._contract import ReductionError, Site
+from graphs._contract import ReductionError
 from graphs.cdpruner import CDPruner
-from tests.graphs.oracle import KINDS, Array, best, cosine, features, grid
+from tests.graphs.oracle import GUIDED, GUIDED_BY_CLIP, KINDS, Array, best, cosine, grid, guided, run
 
-N, FRAMES, DIM, TEXT, SHARED = 20, 2, 24, 5, 6
-LLM = Site(N, FRAMES, (4, 5), frozenset({"hidden", "text", "text_mask"}))
-CLIP = Site(N, FRAMES, (4, 5), LLM.signals | {"aligned", "aligned_text"})
-
-
-def signals(kind: str) -> dict[str, Array]:
-    mask = np.ones((2, TEXT), np.float32)
-    mask[0, 3:] = 0
-    return {
-        "hidden": features(kind, (2, FRAMES, N, DIM)),
-        "aligned": features(kind, (2, FRAMES, N, SHARED), 1),
-        "aligned_text": features("random", (2, SHARED), 2),
-        "text": features("random", (2, TEXT, DIM), 3),
-        "text_mask": mask,
-    }
-
-
-def run(method: CDPruner, given: dict[str, Array]) -> tuple[Array, Array]:
-    out = method.forward({k: torch.from_numpy(given[k]) for k in method.needs})
-    assert out.size is None
-    return out.tokens.numpy(), out.index.numpy()
+N, FRAMES, DIM = GUIDED.tokens, GUIDED.frames, 24
+LLM, CLIP = GUIDED, GUIDED_BY_CLIP
 
 
 def kernel(given: dict[str, Array], relevance: str, b: int, f: int) -> Any:
@@ -87,7 +67,7 @@ def blockwise(L: Any, keep: int, per_step: int) -> list[int]:
 @pytest.mark.parametrize("relevance", ["clip", "llm"])
 @pytest.mark.parametrize("per_step", [1, 3])
 def test_against_the_definition(kind: str, keep: int, relevance: Any, per_step: int) -> None:
-    given = signals(kind)
+    given = guided(kind, DIM)
     tokens, index = run(CDPruner(keep=keep, relevance=relevance, per_step=per_step).fit(CLIP), given)
     for b in range(2):
         expected: list[int] = []
@@ -100,14 +80,14 @@ def test_against_the_definition(kind: str, keep: int, relevance: Any, per_step: 
 
 
 def test_of_two_equal_tokens_only_one_stays() -> None:
-    given = signals("random")
+    given = guided("random", DIM)
     given["hidden"][:, :, 10:] = given["hidden"][:, :, :10]
     for row in run(CDPruner(keep=9).fit(LLM), given)[1]:
         assert len({i % 10 + i // N * 100 for i in row.tolist()}) == 2 * 9
 
 
 def test_the_least_clip_like_and_the_most_text_like_come_first() -> None:
-    given = signals("random")
+    given = guided("random", DIM)
     frame = np.array([[cosine(x, given["aligned_text"][0]) for x in f] for f in given["aligned"][0]])
     assert run(CDPruner(keep=1, relevance="clip").fit(CLIP), given)[1][0, 0] == frame[0].argmin()
     text = given["text"][0][given["text_mask"][0] > 0].mean(0)
@@ -116,14 +96,14 @@ def test_the_least_clip_like_and_the_most_text_like_come_first() -> None:
 
 
 def test_padding_text_changes_nothing() -> None:
-    given = signals("random")
+    given = guided("random", DIM)
     other = given | {"text": np.where(given["text_mask"][..., None] > 0, given["text"], 1e4).astype(np.float32)}
     method = CDPruner(keep=7).fit(LLM)
     assert (run(method, given)[1] == run(method, other)[1]).all()
 
 
 def test_keeping_all_is_the_identity() -> None:
-    given = signals("random")
+    given = guided("random", DIM)
     tokens, index = run(CDPruner(keep_ratio=1).fit(LLM), given)
     assert (tokens == given["hidden"].reshape(2, -1, DIM)).all()
     assert (index == np.arange(FRAMES * N)).all()

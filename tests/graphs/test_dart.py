@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from graphs._contract import ReductionError, Site
 from graphs.dart import Dart
-from tests.graphs.oracle import KINDS, Array, best, cosine, features, grid
+from tests.graphs.oracle import KINDS, Array, best, cosine, features, grid, run
 
 N, FRAMES, DIM = 24, 2, 8
 SITE = Site(N, FRAMES, (4, 6), frozenset({"hidden", "keys", "joint_keys"}))
@@ -22,12 +21,6 @@ def signals(kind: str) -> dict[str, Array]:
         "keys": features(kind, (2, FRAMES, N, 5), 1),
         "joint_keys": features(kind, (2, FRAMES, N, 10), 2),
     }
-
-
-def run(method: Dart, given: dict[str, Array]) -> tuple[Array, Array]:
-    out = method.forward({k: torch.from_numpy(given[k]) for k in method.needs})
-    assert out.size is None
-    return out.tokens.numpy(), out.index.numpy()
 
 
 def one_frame(hidden: Array, keys: Array, keep: int, pivots: int) -> list[int]:

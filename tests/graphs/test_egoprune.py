@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from graphs._contract import ReductionError, Site
 from graphs.egoprune import EgoPrune
-from tests.graphs.oracle import KINDS, Array, best, cosine, features, grid
+from tests.graphs.oracle import KINDS, Array, best, cosine, features, grid, run
 
 T, P, DIM, TEXT = 4, 10, 6, 5
 SITE = Site(P, T, (2, 5), frozenset({"hidden", "warp", "text", "text_mask"}))
@@ -23,12 +22,6 @@ def signals(kind: str) -> dict[str, Array]:
         "text": features("random", (2, TEXT, DIM), 3),
         "text_mask": mask,
     }
-
-
-def run(method: EgoPrune, given: dict[str, Array]) -> tuple[Array, Array]:
-    out = method.forward({k: torch.from_numpy(given[k]) for k in method.needs})
-    assert out.size is None
-    return out.tokens.numpy(), out.index.numpy()
 
 
 def expected(

@@ -6,11 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 
 from graphs._contract import ReductionError, Site
 from graphs.hiprune import HiPrune
-from tests.graphs.oracle import KINDS, Array, attention, best, features, grid
+from tests.graphs.oracle import KINDS, Array, attention, best, features, grid, run
 
 ROWS, COLS, FRAMES, DIM = 6, 5, 2, 4
 N = ROWS * COLS
@@ -23,12 +22,6 @@ def signals(kind: str, batch: int = 2) -> dict[str, Array]:
         "column_attention": attention(kind, (batch, FRAMES, N)),
         "column_attention@3": attention(kind, (batch, FRAMES, N), 7),
     }
-
-
-def run(method: HiPrune, given: dict[str, Array]) -> tuple[Array, Array]:
-    out = method.forward({k: torch.from_numpy(given[k]) for k in method.needs})
-    assert out.size is None
-    return out.tokens.numpy(), out.index.numpy()
 
 
 def one_frame(middle: Array, last: Array, keep: int, anchors: int) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 from graphs._contract import ReductionError, Site
 from graphs._quota import quotas
 from graphs.hired import HiRED
-from tests.graphs.oracle import KINDS, Array, attention, best, features, grid
+from tests.graphs.oracle import KINDS, Array, attention, best, features, grid, run
 
 ROWS, COLS, FRAMES, DIM = 4, 5, 5, 6
 N = ROWS * COLS
@@ -26,12 +26,6 @@ def signals(kind: str, batch: int = 2, frames: int = FRAMES) -> dict[str, Array]
         "hidden": features(kind, (batch, frames, N, DIM)),
         **{name: attention(kind, (batch, frames, N), seed) for seed, name in enumerate(names)},
     }
-
-
-def run(method: HiRED, given: dict[str, Array]) -> tuple[Array, Array]:
-    out = method.forward({k: torch.from_numpy(given[k]) for k in method.needs})
-    assert out.size is None
-    return out.tokens.numpy(), out.index.numpy()
 
 
 def shared_out(counts: list[float], total: int) -> list[int]:

@@ -6,11 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 
 from graphs._contract import ReductionError, Site
 from graphs.holov import HoloV
-from tests.graphs.oracle import KINDS, Array, attention, best, features, grid
+from tests.graphs.oracle import KINDS, Array, attention, best, features, grid, run
 
 N, FRAMES, DIM = 29, 2, 8
 CLS = Site(N, FRAMES, None, frozenset({"hidden", "cls_attention", "column_attention"}))
@@ -23,12 +22,6 @@ def signals(kind: str, batch: int = 2) -> dict[str, Array]:
         "cls_attention": attention(kind, (batch, FRAMES, N)),
         "column_attention": attention(kind, (batch, FRAMES, N), 7),
     }
-
-
-def run(method: HoloV, given: dict[str, Array]) -> tuple[Array, Array]:
-    out = method.forward({k: torch.from_numpy(given[k]) for k in method.needs})
-    assert out.size is None
-    return out.tokens.numpy(), out.index.numpy()
 
 
 def crop_score(x: Array, attention: Array) -> float:

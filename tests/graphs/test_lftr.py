@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from graphs._contract import ReductionError, Site
 from graphs.lftr import Lftr
-from tests.graphs.oracle import KINDS, Array, best, cosine, features, grid
+from tests.graphs.oracle import KINDS, Array, best, cosine, features, grid, run_merging
 
 T, P, DIM, TEXT = 5, 12, 6, 7
 SITE = Site(P, T, (3, 4), frozenset({"hidden", "cls", "text", "text_mask"}))
@@ -25,12 +24,6 @@ def signals(kind: str, batch: int = 2) -> dict[str, Array]:
         "text": features("random", (batch, TEXT, DIM), 3),
         "text_mask": mask,
     }
-
-
-def run(method: Lftr, given: dict[str, Array]) -> tuple[Array, Array, Array]:
-    out = method.forward({k: torch.from_numpy(given[k]) for k in method.needs})
-    assert out.size is not None
-    return out.tokens.numpy(), out.index.numpy(), out.size.numpy()
 
 
 def runs(sequence: Array, measure: str, slots: int, scale: float) -> list[list[int]]:
@@ -97,7 +90,7 @@ MODES = [
 def test_against_the_formulas(kind: str, temporal: Any, keep_frames: int, spatial: Any, cls: bool) -> None:
     method = Lftr(temporal, keep_frames, spatial, keep=5 if spatial else None, cls=cls).fit(SITE)
     given = signals(kind)
-    tokens, index, size = run(method, given)
+    tokens, index, size = run_merging(method, given)
     after = method.after(SITE)
     assert index.shape == (2, after.total)
     for b in range(2):
@@ -115,7 +108,7 @@ def test_against_the_formulas(kind: str, temporal: Any, keep_frames: int, spatia
 def test_of_two_equal_frames_the_second_goes(temporal: Any) -> None:
     given = signals("random")
     given["hidden"][:, 3] = given["hidden"][:, 2]
-    _, index, size = run(Lftr(temporal, 4).fit(SITE), given)
+    _, index, size = run_merging(Lftr(temporal, 4).fit(SITE), given)
     assert (index == np.r_[0 : 3 * P, 4 * P : 5 * P]).all()
     assert (size == np.repeat([1, 1, 2, 1], P)).all()
 
@@ -127,7 +120,7 @@ def test_a_frozen_clip_keeps_its_first_frames(temporal: Any, noise: float) -> No
     given = signals("frozen")
     wobble = np.random.default_rng(9).standard_normal(given["hidden"].shape) * noise
     given["hidden"] = (given["hidden"] + wobble).astype(np.float32)
-    _, index, size = run(Lftr(temporal, 3).fit(SITE), given)
+    _, index, size = run_merging(Lftr(temporal, 3).fit(SITE), given)
     assert (index == np.arange(3 * P)).all()
     assert (size == np.repeat([1, 1, 3], P)).all()
 
@@ -136,25 +129,25 @@ def test_scale_of_the_features_does_not_matter() -> None:
     given = signals("random")
     method = Lftr("differential", 3, "text", keep=4).fit(SITE)
     large = given | {"hidden": given["hidden"] * 1024, "text": given["text"] / 4096}
-    assert (run(method, given)[1] == run(method, large)[1]).all()
+    assert (run_merging(method, given)[1] == run_merging(method, large)[1]).all()
 
 
 def test_padding_text_changes_nothing() -> None:
     given = signals("random")
     method = Lftr(spatial="text", keep=4).fit(SITE)
     other = given | {"text": np.where(given["text_mask"][..., None] > 0, given["text"], 1e4).astype(np.float32)}
-    assert (run(method, given)[0] == run(method, other)[0]).all()
+    assert (run_merging(method, given)[0] == run_merging(method, other)[0]).all()
     longer = given | {
         "text": np.concatenate([given["text"], given["text"]], 1),
         "text_mask": np.concatenate([given["text_mask"], 0 * given["text_mask"]], 1),
     }
-    assert (run(method, given)[0] == run(method, longer)[0]).all()
+    assert (run_merging(method, given)[0] == run_merging(method, longer)[0]).all()
 
 
 def test_keeping_all_is_the_identity() -> None:
     given = signals("random")
     for method in (Lftr("similarity", T), Lftr(spatial="topic", keep=P), Lftr("differential", T, "text", keep=P)):
-        tokens, index, size = run(method.fit(SITE), given)
+        tokens, index, size = run_merging(method.fit(SITE), given)
         assert (tokens == given["hidden"].reshape(2, -1, DIM)).all()
         assert (index == np.arange(T * P)).all()
         assert (size == 1).all()
@@ -163,9 +156,9 @@ def test_keeping_all_is_the_identity() -> None:
 def test_batches_do_not_mix() -> None:
     given = signals("random")
     method = Lftr("differential", 3, "text", keep=4, cls=True).fit(SITE)
-    both = run(method, given)
+    both = run_merging(method, given)
     for b in range(2):
-        alone = run(method, {k: v[b : b + 1] for k, v in given.items()})
+        alone = run_merging(method, {k: v[b : b + 1] for k, v in given.items()})
         assert (both[1][b] == alone[1][0]).all()
         np.testing.assert_allclose(both[0][b], alone[0][0], atol=1e-6)
 
@@ -173,8 +166,8 @@ def test_batches_do_not_mix() -> None:
 def test_float16_accumulates_in_float32() -> None:
     given = {k: v.astype(np.float16) for k, v in signals("random").items()}
     method = Lftr("similarity", 2, "topic", keep=4).fit(SITE)
-    tokens, index, _ = run(method, given)
-    wide = run(method, {k: v.astype(np.float32) for k, v in given.items()})
+    tokens, index, _ = run_merging(method, given)
+    wide = run_merging(method, {k: v.astype(np.float32) for k, v in given.items()})
     assert tokens.dtype == np.float16
     assert (index == wide[1]).all()
     np.testing.assert_allclose(tokens.astype(np.float32), wide[0], rtol=1e-3, atol=1e-3)

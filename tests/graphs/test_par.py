@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from graphs._contract import ReductionError, Site
 from graphs.par import Par
-from tests.graphs.oracle import KINDS, Array, best, cosine, features, grid
+from tests.graphs.oracle import KINDS, Array, best, cosine, features, grid, run
 
 N, FRAMES, DIM, TEXT = 20, 2, 6, 5
 SITE = Site(N, FRAMES, (4, 5), frozenset({"hidden", "text", "text_mask"}))
@@ -24,12 +23,6 @@ def signals(kind: str) -> dict[str, Array]:
         "text": features("random", (2, TEXT, DIM), 3),
         "text_mask": mask,
     }
-
-
-def run(method: Par, given: dict[str, Array]) -> tuple[Array, Array]:
-    out = method.forward({k: torch.from_numpy(given[k]) for k in method.needs})
-    assert out.size is None
-    return out.tokens.numpy(), out.index.numpy()
 
 
 def clusters(x: Any, count: int, neighbours: int) -> list[list[int]]:

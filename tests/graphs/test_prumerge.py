@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from graphs._contract import ReductionError, Site
 from graphs.prumerge import PruMerge
-from tests.graphs.oracle import KINDS, Array, attention, best, cosine, features, grid
+from tests.graphs.oracle import KINDS, Array, attention, best, cosine, features, grid, run_merging
 
 N, FRAMES, DIM, DEPTH = 22, 2, 8, 3
 KEYS, CLS, COLUMN = f"joint_keys@{DEPTH}", f"joint_cls_attention@{DEPTH}", f"column_attention@{DEPTH}"
@@ -26,12 +25,6 @@ def signals(kind: str, batch: int = 2) -> dict[str, Array]:
         CLS: attention(kind, (batch, FRAMES, N)),
         COLUMN: attention(kind, (batch, FRAMES, N), 7),
     }
-
-
-def run(method: PruMerge, given: dict[str, Array]) -> tuple[Array, Array, Array]:
-    out = method.forward({k: torch.from_numpy(given[k]) for k in method.needs})
-    assert out.size is not None
-    return out.tokens.numpy(), out.index.numpy(), out.size.numpy()
 
 
 def merged(x: Array, keys: Array, a: Array, centres: list[int], neighbours: int) -> list[Any]:
@@ -59,7 +52,7 @@ def chosen(a: Array, count: int, samples: int, order: str) -> list[int]:
 
 def check(method: PruMerge, kind: str, samples: int, cls: bool) -> None:
     given = signals(kind)
-    tokens, index, size = run(method, given)
+    tokens, index, size = run_merging(method, given)
     for b in range(2):
         expected = []
         for f in range(FRAMES):
@@ -88,7 +81,7 @@ def test_without_attention_a_centre_stays_what_it_is() -> None:
     """The sums are weighted by attention and not normalised."""
     given = signals("random")
     given[CLS] = given[CLS] * np.float32(0)
-    tokens, index, _ = run(PruMerge(keep=4).fit(WITH_CLS), given)
+    tokens, index, _ = run_merging(PruMerge(keep=4).fit(WITH_CLS), given)
     assert index[0, :4].tolist() == [0, 1, 2, -1]
     assert (tokens[0, :3] == given["hidden"][0, 0, :3]).all()
     assert (tokens[0, 3] == 0).all()
@@ -108,8 +101,8 @@ def test_the_block_is_right_behind_the_features_if_there_is_one() -> None:
 def test_float16_accumulates_in_float32() -> None:
     given: dict[str, Any] = {k: v.astype(np.float16) for k, v in signals("random").items()}
     method = PruMerge(keep=7).fit(WITH_CLS)
-    tokens, index, _ = run(method, given)
-    wide = run(method, {k: v.astype(np.float32) for k, v in given.items()})
+    tokens, index, _ = run_merging(method, given)
+    wide = run_merging(method, {k: v.astype(np.float32) for k, v in given.items()})
     assert tokens.dtype == np.float16
     assert (index == wide[1]).all()
     np.testing.assert_allclose(tokens.astype(np.float32), wide[0], rtol=1e-3, atol=1e-3)

@@ -10,8 +10,8 @@ import pytest
 from graphs._contract import ReductionError
 from graphs.prumerge import PruMerge
 from graphs.prumerge_plus import PruMergePlus
-from tests.graphs.oracle import KINDS
-from tests.graphs.test_prumerge import NO_CLS, WITH_CLS, N, check, run, signals
+from tests.graphs.oracle import KINDS, run_merging
+from tests.graphs.test_prumerge import NO_CLS, WITH_CLS, N, check, signals
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -30,7 +30,7 @@ def test_against_the_description(
 def test_plus_with_outliers_only_is_prumerge() -> None:
     given = signals("random")
     plain, plus = PruMerge(keep=6).fit(WITH_CLS), PruMergePlus(keep=6, outliers=5).fit(WITH_CLS)
-    assert all((x == y).all() for x, y in zip(run(plain, given), run(plus, given), strict=True))
+    assert all((x == y).all() for x, y in zip(run_merging(plain, given), run_merging(plus, given), strict=True))
 
 
 def test_paper_split() -> None:

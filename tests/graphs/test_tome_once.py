@@ -7,20 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from graphs._contract import ReductionError, Site
 from graphs.tome_once import ToMeOnce, plan
-from tests.graphs.oracle import KINDS, Array, best, cosine, features, grid
+from tests.graphs.oracle import KINDS, Array, best, cosine, features, grid, run_merging
 
 N, FRAMES, DIM = 21, 2, 8
 SITE = Site(N, FRAMES, (3, 7), frozenset({"hidden", "keys"}))
-
-
-def run(method: ToMeOnce, given: dict[str, Array]) -> tuple[Array, Array, Array]:
-    out = method.forward({k: torch.from_numpy(given[k]) for k in method.needs})
-    assert out.size is not None
-    return out.tokens.numpy(), out.index.numpy(), out.size.numpy()
 
 
 def signals(kind: str) -> dict[str, Array]:
@@ -51,7 +44,7 @@ def test_against_the_definition(kind: str, metric: Any, keep: int, rounds: int |
     method = ToMeOnce(keep=keep, rounds=rounds, metric=metric, order=order).fit(SITE)
     assert method.rounds is not None
     given = signals(kind)
-    tokens, index, size = run(method, given)
+    tokens, index, size = run_merging(method, given)
     for s in range(2):
         expected = []
         for f in range(FRAMES):
@@ -68,7 +61,7 @@ def test_against_the_definition(kind: str, metric: Any, keep: int, rounds: int |
 
 def test_keeping_all_is_the_identity() -> None:
     given = signals("random")
-    tokens, index, size = run(ToMeOnce(keep_ratio=1).fit(SITE), given)
+    tokens, index, size = run_merging(ToMeOnce(keep_ratio=1).fit(SITE), given)
     assert (tokens == given["hidden"].reshape(2, -1, DIM)).all()
     assert (index == np.arange(FRAMES * N)).all()
     assert (size == 1).all()
@@ -76,7 +69,7 @@ def test_keeping_all_is_the_identity() -> None:
 
 def test_of_equal_tokens_a_mean_is_the_token() -> None:
     given = signals("equal")
-    tokens, _, size = run(ToMeOnce(keep=4).fit(SITE), given)
+    tokens, _, size = run_merging(ToMeOnce(keep=4).fit(SITE), given)
     np.testing.assert_allclose(tokens, np.broadcast_to(given["hidden"][:1, 0, :1], tokens.shape), rtol=1e-6)
     assert size.sum() == 2 * FRAMES * N
 

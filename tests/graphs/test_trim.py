@@ -6,33 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from graphs._contract import ReductionError, Site
+from graphs._contract import ReductionError
 from graphs.trim import Trim
-from tests.graphs.oracle import KINDS, Array, best, cosine, features, grid
+from tests.graphs.oracle import GUIDED, GUIDED_BY_CLIP, KINDS, Array, best, cosine, grid, guided, run_merging
 
-N, FRAMES, DIM, TEXT, SHARED = 20, 2, 8, 5, 6
-LLM = Site(N, FRAMES, (4, 5), frozenset({"hidden", "text", "text_mask"}))
-CLIP = Site(N, FRAMES, (4, 5), LLM.signals | {"aligned", "aligned_text"})
-
-
-def signals(kind: str) -> dict[str, Array]:
-    mask = np.ones((2, TEXT), np.float32)
-    mask[0, 3:] = 0
-    return {
-        "hidden": features(kind, (2, FRAMES, N, DIM)),
-        "aligned": features(kind, (2, FRAMES, N, SHARED), 1),
-        "aligned_text": features("random", (2, SHARED), 2),
-        "text": features("random", (2, TEXT, DIM), 3),
-        "text_mask": mask,
-    }
-
-
-def run(method: Trim, given: dict[str, Array]) -> tuple[Array, Array, Array]:
-    out = method.forward({k: torch.from_numpy(given[k]) for k in method.needs})
-    assert out.size is not None
-    return out.tokens.numpy(), out.index.numpy(), out.size.numpy()
+N, FRAMES, DIM = GUIDED.tokens, GUIDED.frames, 8
+LLM, CLIP = GUIDED, GUIDED_BY_CLIP
 
 
 def one_frame(given: dict[str, Array], b: int, f: int, keep: int, text: str, sign: str) -> list[Any]:
@@ -55,8 +35,8 @@ def one_frame(given: dict[str, Array], b: int, f: int, keep: int, text: str, sig
 @pytest.mark.parametrize("text", ["clip", "llm"])
 @pytest.mark.parametrize("sign", ["lowest", "highest"])
 def test_against_the_definition(kind: str, keep: int, text: Any, sign: Any) -> None:
-    given = signals(kind)
-    tokens, index, size = run(Trim(keep=keep, text=text, sign=sign).fit(CLIP), given)
+    given = guided(kind, DIM)
+    tokens, index, size = run_merging(Trim(keep=keep, text=text, sign=sign).fit(CLIP), given)
     for b in range(2):
         expected = [
             (i + f * N, token, s) for f in range(FRAMES) for i, token, s in one_frame(given, b, f, keep, text, sign)
@@ -67,8 +47,8 @@ def test_against_the_definition(kind: str, keep: int, text: Any, sign: Any) -> N
 
 
 def test_keeping_all_changes_no_token() -> None:
-    given = signals("random")
-    tokens, index, size = run(Trim(keep_ratio=1).fit(LLM), given)
+    given = guided("random", DIM)
+    tokens, index, size = run_merging(Trim(keep_ratio=1).fit(LLM), given)
     assert (np.sort(index) == np.arange(FRAMES * N)).all()
     for b in range(2):
         assert (tokens[b] == given["hidden"][b].reshape(-1, DIM)[index[b]]).all()
@@ -76,16 +56,18 @@ def test_keeping_all_changes_no_token() -> None:
 
 
 def test_the_sign_turns_the_order_round() -> None:
-    given = signals("random")
-    low, high = (set(run(Trim(keep=11, sign=s).fit(CLIP), given)[1][0, :10].tolist()) for s in ("lowest", "highest"))
+    given = guided("random", DIM)
+    low, high = (
+        set(run_merging(Trim(keep=11, sign=s).fit(CLIP), given)[1][0, :10].tolist()) for s in ("lowest", "highest")
+    )
     assert low | high == set(range(N))
 
 
 def test_padding_text_changes_nothing() -> None:
-    given = signals("random")
+    given = guided("random", DIM)
     other = given | {"text": np.where(given["text_mask"][..., None] > 0, given["text"], 1e4).astype(np.float32)}
     method = Trim(keep=7).fit(LLM)
-    assert (run(method, given)[0] == run(method, other)[0]).all()
+    assert (run_merging(method, given)[0] == run_merging(method, other)[0]).all()
 
 
 def test_auto_follows_the_site() -> None:

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from graphs._contract import ReductionError, Site
 from graphs.visionzip import VisionZip
-from tests.graphs.oracle import KINDS, Array, attention, best, cosine, features, grid
+from tests.graphs.oracle import KINDS, Array, attention, best, cosine, features, grid, run_merging
 
 N, FRAMES, DIM = 24, 3, 8
 CLS = Site(N, FRAMES, (4, 6), frozenset({"hidden", "cls", "keys", "cls_attention", "column_attention"}))
@@ -26,12 +25,6 @@ def signals(kind: str, batch: int = 2) -> dict[str, Array]:
         "cls_attention": attention(kind, (batch, FRAMES, N)),
         "column_attention": attention(kind, (batch, FRAMES, N), 7),
     }
-
-
-def run(method: VisionZip, given: dict[str, Array]) -> tuple[Array, Array, Array]:
-    out = method.forward({k: torch.from_numpy(given[k]) for k in method.needs})
-    assert out.size is not None
-    return out.tokens.numpy(), out.index.numpy(), out.size.numpy()
 
 
 def one_frame(hidden: Array, keys: Array, score: Array, cls: Array | None, dominant: int, contextual: int) -> list[Any]:
@@ -63,7 +56,7 @@ def test_against_the_paper(kind: str, keep: int, contextual: int | None, site: S
     method = VisionZip(keep=keep, contextual=contextual, order=order).fit(site)  # type: ignore[arg-type]
     assert method.contextual is not None
     given = signals(kind)
-    tokens, index, size = run(method, given)
+    tokens, index, size = run_merging(method, given)
     for b in range(2):
         expected = []
         for f in range(FRAMES):
@@ -89,7 +82,7 @@ def test_paper_splits() -> None:
 
 def test_keeping_all_is_the_identity() -> None:
     given = signals("random")
-    tokens, index, size = run(VisionZip(keep=N, order="raster").fit(NO_CLS), given)
+    tokens, index, size = run_merging(VisionZip(keep=N, order="raster").fit(NO_CLS), given)
     assert (tokens == given["hidden"].reshape(2, -1, DIM)).all()
     assert (index == np.arange(FRAMES * N)).all()
     assert (size == 1).all()
@@ -98,7 +91,7 @@ def test_keeping_all_is_the_identity() -> None:
 def test_merging_equal_tokens_doubles_them() -> None:
     """The paper's contextual token is a sum of target and mean, by design."""
     given = signals("equal")
-    tokens, _, size = run(VisionZip(keep=6, contextual=2).fit(NO_CLS), given)
+    tokens, _, size = run_merging(VisionZip(keep=6, contextual=2).fit(NO_CLS), given)
     token = given["hidden"][0, 0, 0]
     np.testing.assert_allclose(tokens[0, :4], np.tile(token, (4, 1)))
     np.testing.assert_allclose(tokens[0, 4], 2 * token, rtol=1e-6)
@@ -108,17 +101,17 @@ def test_merging_equal_tokens_doubles_them() -> None:
 
 def test_batches_do_not_mix() -> None:
     method, given = VisionZip(keep=9).fit(CLS), signals("random")
-    both = run(method, given)
+    both = run_merging(method, given)
     for b in range(2):
-        alone = run(method, {k: v[b : b + 1] for k, v in given.items()})
+        alone = run_merging(method, {k: v[b : b + 1] for k, v in given.items()})
         assert all((x[b] == y[0]).all() for x, y in zip(both, alone, strict=True))
 
 
 def test_float16_accumulates_in_float32() -> None:
     given = {k: v.astype(np.float16) for k, v in signals("random").items()}
     method = VisionZip(keep=6, contextual=3).fit(NO_CLS)
-    tokens, _, _ = run(method, given)
-    wide, _, _ = run(method, {k: v.astype(np.float32) for k, v in given.items()})
+    tokens, _, _ = run_merging(method, given)
+    wide, _, _ = run_merging(method, {k: v.astype(np.float32) for k, v in given.items()})
     assert tokens.dtype == np.float16
     np.testing.assert_allclose(tokens.astype(np.float32), wide, rtol=1e-3, atol=1e-3)
 

@@ -6,11 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 
 from graphs._contract import ReductionError, Site
 from graphs.vispruner import VisPruner
-from tests.graphs.oracle import KINDS, Array, attention, best, cosine, features, grid
+from tests.graphs.oracle import KINDS, Array, attention, best, cosine, features, grid, run
 
 N, FRAMES, DIM = 24, 2, 8
 CLS = Site(N, FRAMES, (4, 6), frozenset({"hidden", "cls_attention", "column_attention"}))
@@ -23,12 +22,6 @@ def signals(kind: str, n: int = N) -> dict[str, Array]:
         "cls_attention": attention(kind, (2, FRAMES, n)),
         "column_attention": attention(kind, (2, FRAMES, n), 7),
     }
-
-
-def run(method: VisPruner, given: dict[str, Array]) -> tuple[Array, Array]:
-    out = method.forward({k: torch.from_numpy(given[k]) for k in method.needs})
-    assert out.size is None
-    return out.tokens.numpy(), out.index.numpy()
 
 
 def one_frame(hidden: Array, score: Array, keep: int, ratio: float, per_round: int) -> list[int]:

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from graphs._contract import ReductionError, Site
 from graphs.vscan import VScan
-from tests.graphs.oracle import KINDS, Array, attention, best, cosine, features, grid
+from tests.graphs.oracle import KINDS, Array, attention, best, cosine, features, grid, run_merging
 
 ROWS, COLS, FRAMES, DIM = 5, 6, 2, 8
 N = ROWS * COLS
@@ -27,12 +26,6 @@ def signals(kind: str, batch: int = 2) -> dict[str, Array]:
         "hidden": features(kind, (batch, FRAMES, N, DIM)),
         **{name: attention(kind, (batch, FRAMES, N), seed) for seed, name in enumerate(names)},
     }
-
-
-def run(method: VScan, given: dict[str, Array]) -> tuple[Array, Array, Array]:
-    out = method.forward({k: torch.from_numpy(given[k]) for k in method.needs})
-    assert out.size is not None
-    return out.tokens.numpy(), out.index.numpy(), out.size.numpy()
 
 
 def chosen(early: Array, last: Array, keep: int, local: int, side: int) -> list[int]:
@@ -68,7 +61,9 @@ def merged(x: Array, kept: list[int]) -> tuple[Array, list[int]]:
 @pytest.mark.parametrize("cls", [True, False])
 def test_against_the_description(kind: str, keep: int, ratio: float, side: int, cls: bool) -> None:
     given = signals(kind)
-    tokens, index, size = run(VScan(keep=keep, local_ratio=ratio, window=side).fit(CLS if cls else NO_CLS), given)
+    tokens, index, size = run_merging(
+        VScan(keep=keep, local_ratio=ratio, window=side).fit(CLS if cls else NO_CLS), given
+    )
     name = "cls_attention" if cls else "column_attention"
     for b in range(2):
         for f in range(FRAMES):
@@ -84,7 +79,7 @@ def test_every_window_gets_its_part() -> None:
     """One window holds all attention of the early block; the others give their share all the same."""
     given = signals("random", 1)
     given["cls_attention@2"][..., [0, 1, COLS, COLS + 1]] += 1
-    _, index, _ = run(VScan(keep=6, local_ratio=1, window=2).fit(CLS), given)
+    _, index, _ = run_merging(VScan(keep=6, local_ratio=1, window=2).fit(CLS), given)
     found = {(min(i // COLS // 2, 1), i % COLS // 2) for i in index[0, :6].tolist()}
     assert len(found) == 6
 
@@ -92,7 +87,7 @@ def test_every_window_gets_its_part() -> None:
 def test_where_windows_hold_too_few_the_global_scan_fills_up() -> None:
     """⌈28 / 6⌉ = 5 a window, but the three upper ones hold only 2 × 2: 27 local tokens."""
     given = signals("random")
-    tokens, index, _ = run(VScan(keep=28, local_ratio=1, window=2).fit(CLS), given)
+    tokens, index, _ = run_merging(VScan(keep=28, local_ratio=1, window=2).fit(CLS), given)
     assert tokens.shape == (2, FRAMES * 28, DIM)
     for b in range(2):
         kept = chosen(given["cls_attention@2"][b, 0], given["cls_attention"][b, 0], 28, 28, 2)
@@ -101,7 +96,7 @@ def test_where_windows_hold_too_few_the_global_scan_fills_up() -> None:
 
 def test_keeping_all_is_the_identity() -> None:
     given = signals("random")
-    tokens, index, size = run(VScan(keep_ratio=1).fit(CLS), given)
+    tokens, index, size = run_merging(VScan(keep_ratio=1).fit(CLS), given)
     assert (tokens == given["hidden"].reshape(2, -1, DIM)).all()
     assert (index == np.arange(FRAMES * N)).all()
     assert (size == 1).all()
