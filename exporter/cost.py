@@ -1,4 +1,4 @@
-"""What a decoder costs, by counting: floating-point operations of prefill, bytes of the cache. No torch.
+"""What a decoder costs, by counting: floating-point operations of prefill and decode, bytes of the cache. No torch.
 
 A multiply and an add are two operations. Attention is counted in full, not its causal half, as the papers do; norms,
 rotary embedding, softmax and the LM head are left out, as they do too.
@@ -23,6 +23,12 @@ def layer_flops(spec: DecoderSpec, tokens: int) -> int:
 def prefill_flops(spec: DecoderSpec, tokens: Sequence[int]) -> int:
     """Of all layers; `tokens`: how many enter each."""
     return sum(layer_flops(spec, n) for n in tokens)
+
+
+def decode_flops(spec: DecoderSpec, tokens: Sequence[int]) -> int:
+    """Of all layers for one token; `tokens`: how many each layer's attention sees, the new one included."""
+    one = layer_flops(spec, 1) - 4 * spec.heads * spec.head_dim
+    return sum(one + 4 * n * spec.heads * spec.head_dim for n in tokens)
 
 
 def cache_bytes(spec: DecoderSpec, tokens: Sequence[int], each: int) -> int:

@@ -24,13 +24,17 @@ always real. `position_ids` [batch, seq] (or [3, batch, seq] with M-RoPE) feed t
 Where merged tokens shall count as many times as they have parts, `reduce` returns `visual_size` too, and the language
 model takes `size` float32 [batch, seq] and `past_size_g` and returns `present_size_g`, as with `order`.
 
-Layers between two in-LLM reductions form a *KV group* and share a cache length and one `order` tensor per group.
+Where a reduction goes on while decoding, prefill and decode also return `attention_row`, `shares`, `present_starts` (and
+`wanted`, `present_state`), see `exporter.nn.cuts.Watch`; a graph `shorten_n` per bucket takes that row, `kept` and the
+`past_*` of the last KV group, and returns them as `kept_now` and `present_*`.
+
+Layers that keep the same tokens form a *KV group*: they share a cache length and one `order` tensor.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +42,12 @@ PAD = 2**31 - 1
 """`order` of padding: above every real token, so nothing attends to it."""
 
 ROLES = ("vision", "question", "reduce", "prefill", "decode")
-"""In the order in which they run."""
+"""In the order in which they run. Behind them come those of `bucket_role`."""
+
+
+def bucket_role(number: int) -> str:
+    """Role of the graph that cuts the cache at the start of a bucket, from 0 on."""
+    return f"shorten_{number + 1}"
 
 
 def tokens_in_words(before: int, after: int) -> str:
@@ -89,6 +98,8 @@ class VisualLayout:
     span: int
     """How far one placeholder advances the positions of what follows it (unreduced)."""
     policy: Literal["keep", "compact"]
+    readers: list[int] = field(default_factory=list)
+    """Token ids that a runtime puts behind the last image token of a prompt."""
 
     @property
     def media(self) -> Literal["image", "video"]:
@@ -108,11 +119,13 @@ class TextSpec:
     position_axes: int
     """1, or 3 with M-RoPE."""
     groups: list[int]
-    """KV group of every layer; group 0 is never pruned."""
+    """KV group of every layer."""
     kept: list[int]
-    """Visual tokens per KV group after prefill."""
+    """Visual tokens in the cache of every KV group after prefill."""
     image_token: int
     eos: list[int]
+    per_head: list[int] = field(default_factory=list)
+    """KV groups whose heads keep tokens of their own: their order (and size) is [batch, kv_heads, past]."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +150,28 @@ class GraphSet:
     """Whether `reduce` tells the tokens' sizes and the language model's attention counts them."""
     question_tokens: int = 0
     """Length of `question_ids`; 0 where there is no such graph."""
+    buckets: list[list[int]] = field(default_factory=list)
+    """Where the cache is cut while decoding: [answer tokens run, visual tokens that stay in its last KV group]."""
+    state: int = 0
+    """Width of `past_state`; 0 where there is none."""
+    guided: bool = False
+    """Whether a reduction inside the language model keeps other tokens for another question."""
     embedding: str = "embedding.npy"
     """File of the token embedding table [vocab, hidden], float16 or float32, memory-mapped."""
 
+    @property
+    def prefill_apart(self) -> bool:
+        """Whether prefill is a graph of its own, as a reduction inside the language model or of its cache makes it."""
+        return self.files["prefill"] != self.files["decode"]
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether `reduce` keeps other tokens for another question."""
+        return bool(self.side.keys() & {"text", "text_mask", "aligned_text"})
+
     def roles(self) -> dict[str, tuple[str, ...]]:
         """File name → the roles it plays, both in the order in which they run."""
-        present = [role for role in ROLES if role in self.files]
+        present = [role for role in (*ROLES, *map(bucket_role, range(len(self.buckets)))) if role in self.files]
         return {
             file: tuple(role for role in present if self.files[role] == file)
             for file in dict.fromkeys(self.files[role] for role in present)

@@ -26,7 +26,12 @@ RATIO = 0.5
 """Keep ratio at which a fit is tried."""
 CLIP = 4
 """Frames of the clip it is tried on."""
-PLACES = {"in_tower": "in the tower", "before_llm": "before the LLM", "in_llm": "in the LLM"}
+PLACES = {
+    "in_tower": "in the tower",
+    "before_llm": "before the LLM",
+    "in_llm": "in the LLM",
+    "in_cache": "in the cache",
+}
 TIERS = {
     "exact": "the published method has the same static token count: a port can match it",
     "fixed budget": "the published count depends on the image: here it is fixed, and the docstring says how",
@@ -104,7 +109,7 @@ def _head() -> Iterable[str]:
     yield ""
     yield (
         "**Acts**: in the tower (between attention and MLP of its blocks: the tower gets shorter too), before the LLM (once, "
-        "between tower and language model), in the LLM (during prefill). **Tier**: "
+        "between tower and language model), in the LLM (during prefill), in the cache (behind prefill, for decoding). **Tier**: "
         + "; ".join(f"*{tier}*: {words}" for tier, words in TIERS.items())
         + ". **Needs**: the signals of the tower or the prompt that it reads, at its defaults (`graphs/_contract.py` explains "
         "each). **Families**: those whose published model it fits at its defaults, on an image or a clip."

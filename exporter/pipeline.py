@@ -62,12 +62,14 @@ class Job:
         """Check everything, in words. Raises UsageError or CheckpointError."""
         from exporter.checkpoint import Checkpoint
         from exporter.families._contract import Request
-        from exporter.plan import make_plan
+        from exporter.plan import check_weights, make_plan
 
         folder = folder_of(self.checkpoint)
         profile = self.loaded_profile()
         clip = None if self.clip is None else Checkpoint(folder_of(self.clip))
-        return make_plan(Checkpoint(folder), self.reductions, profile, Request(self.frames, self.image_size, clip))
+        plan = make_plan(Checkpoint(folder), self.reductions, profile, Request(self.frames, self.image_size, clip))
+        check_weights(plan)
+        return plan
 
     def loaded_profile(self) -> Profile:
         return _schema.load(self.profile)

@@ -13,15 +13,33 @@ from exporter.checkpoint import Checkpoint, tensor_shapes
 from exporter.errors import CheckpointError, UsageError
 from exporter.families._contract import ALIGNED, Family, Geometry, Request
 from exporter.graphset import tokens_in_words
-from exporter.nn.specs import IN_LLM_SIGNALS
+from exporter.kv import KvLayout
+from exporter.nn.specs import IN_CACHE_SIGNALS, IN_LLM_SIGNALS
 from graphs import _spec
-from graphs._contract import OF_PROMPT, BeforeLLM, InLLM, InTower, Reduction, ReductionError, Site
+from graphs._contract import (
+    OF_PROMPT,
+    BeforeLLM,
+    InCache,
+    InLLM,
+    InTower,
+    Reduction,
+    ReductionError,
+    Site,
+    Skipping,
+    WhileDecoding,
+)
 
 if TYPE_CHECKING:
     from profiles._schema import Profile
 
 SIDE = ("text", "text_mask", "aligned_text", "warp")
 """Signals of a reduction before the LLM that do not come from the tower, in the order of the graph's inputs."""
+
+GUIDING = frozenset(
+    "text_hidden text_embeds text_mask instruction_mask attention_row plain_row next_row text_attention head_attention "
+    "received".split()
+)
+"""Signals inside the language model that depend on the text behind the image."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,31 @@ class Plan:
         return [(s.name, cast(InLLM, s.method)) for s in self.at("in_llm")]
 
     @property
+    def in_cache(self) -> list[tuple[str, InCache]]:
+        return [(s.name, cast(InCache, s.method)) for s in self.at("in_cache")]
+
+    @property
+    def kv(self) -> KvLayout:
+        in_llm, in_cache = [m for _, m in self.in_llm], [m for _, m in self.in_cache]
+        return KvLayout.of(self.geometry.layers, self.kept, in_llm, in_cache)
+
+    @property
+    def while_decoding(self) -> tuple[str, WhileDecoding] | None:
+        found = [(name, method) for name, method in self.in_llm if isinstance(method, WhileDecoding)]
+        return found[0] if found else None
+
+    @property
+    def separate_prefill(self) -> bool:
+        """Whether prefill is a graph of its own, because it drops tokens that decoding does without."""
+        return bool(self.in_llm or self.in_cache)
+
+    @property
+    def guided(self) -> bool:
+        """Whether another question makes a reduction inside the language model keep other tokens."""
+        read = {name for _, method in (*self.in_llm, *self.in_cache) for name in method.needs}
+        return bool(read & GUIDING) or self.while_decoding is not None
+
+    @property
     def side(self) -> tuple[str, ...]:
         """Signals that have to come from elsewhere than the tower."""
         needed = {name for _, method, _ in self.before_llm for name in method.needs}
@@ -112,10 +155,27 @@ class Plan:
         ]
 
 
+def check_weights(plan: Plan) -> None:
+    """Raise UsageError if a reduction's file lacks a tensor that it needs, or has it in another shape; CheckpointError if it
+    cannot be read."""
+    for step in plan.steps:
+        wanted = step.method.trained(step.site)
+        found = tensor_shapes(Path(step.weights)) if wanted else {}
+        wrong = [
+            f"`{n}` {list(s)} (found {list(found[n]) if n in found else 'none'})"
+            for n, s in wanted.items()
+            if found.get(n) != s
+        ]
+        if wrong:
+            raise UsageError(
+                f"--reduce {_spec.format(step.method)}: {step.weights} does not fit this model. Expected {', '.join(wrong)}."
+            )
+
+
 def make_plan(
     checkpoint: Checkpoint, reductions: Sequence[str], profile: Profile, request: Request | None = None
 ) -> Plan:
-    """Fit reductions to a model.
+    """Fit reductions to a model; their trained weights are not looked at, see `check_weights`.
 
     Args:
         reductions: specs as typed, `NAME[:knob=value,…]`, in the order of composition.
@@ -145,7 +205,7 @@ def make_plan(
             methods.append((text, _spec.parse(text)))
         except ReductionError as e:
             raise UsageError(f"--reduce {text}: {e}") from e
-    places = ("in_tower", "before_llm", "in_llm")
+    places = ("in_tower", "before_llm", "in_llm", "in_cache")
     methods.sort(key=lambda item: places.index(item[1].place))
     return _Fitting(checkpoint, family, geometry, request, profile).run(methods)
 
@@ -169,21 +229,6 @@ def _check_limits(geometry: Geometry, request: Request, profile: Profile) -> Non
             f"Profile `{profile.name}` allows {profile.limits.frames} frames, --frames asks for {request.frames}. "
             "Pass fewer frames or raise `frames` under [limits] in a profile of your own."
         )
-
-
-def _check_weights(text: str, step: Step) -> None:
-    """Refuse a file that lacks a tensor the method needs, or has it in another shape."""
-    wanted = step.method.trained(step.site)
-    if not wanted:
-        return
-    found = tensor_shapes(Path(step.weights))
-    wrong = [
-        f"`{n}` {list(s)} (found {list(found[n]) if n in found else 'none'})"
-        for n, s in wanted.items()
-        if found.get(n) != s
-    ]
-    if wrong:
-        raise UsageError(f"--reduce {text}: {step.weights} does not fit this model. Expected {', '.join(wrong)}.")
 
 
 class _Fitting:
@@ -235,10 +280,17 @@ class _Fitting:
                 after = fitted.after(site)
                 self._add(fitted, site, site.total, after.total)
                 self.policies.append(fitted.resolved_position(site))
-                _check_weights(text, self.steps[-1])
                 site = after
+            elif isinstance(method, InCache):
+                self._alone(text, method)
+                self._in_cache(text, method, site)
             else:
                 assert isinstance(method, InLLM)
+                self._alone(text, method)
+                if any(isinstance(s.method, WhileDecoding) for s in self.steps):
+                    raise UsageError(
+                        f"--reduce {text} acts behind a reduction that goes on while decoding. Put it first."
+                    )
                 llm_site = llm_site or replace(site, signals=IN_LLM_SIGNALS, depth=self.geometry.layers)
                 fitted_llm = self.fit(text, method, llm_site)
                 after = fitted_llm.after(llm_site)
@@ -256,6 +308,21 @@ class _Fitting:
             self.checkpoint, self.family, self.geometry, self.request, self.profile, tuple(self.steps), tuple(taps),
             site.total, "compact" if "compact" in self.policies else "keep",
         )  # fmt: skip
+
+    def _alone(self, text: str, method: Reduction) -> None:
+        """Refuse a second reduction beside one that sets every layer's cache."""
+        inside = [s for s in self.steps if isinstance(s.method, InLLM | InCache)]
+        if inside and any(isinstance(m, InCache | Skipping) for m in (method, *(s.method for s in inside))):
+            raise UsageError(
+                f"--reduce {text} and {inside[0].name} both act inside the language model, and one of them decides what every "
+                "layer's cache holds. Give one of the two."
+            )
+
+    def _in_cache(self, text: str, method: InCache, site: Site) -> None:
+        g = self.geometry
+        here = replace(site, signals=IN_CACHE_SIGNALS, depth=g.layers, kv_heads=g.kv_heads)
+        fitted = self.fit(text, method, here)
+        self._add(fitted, here, here.total, fitted.after(here).total)
 
     def _in_tower(self, text: str, method: InTower, site: Site) -> Site:
         where = self.geometry.in_tower

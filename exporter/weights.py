@@ -80,11 +80,11 @@ def elsewhere(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> dict[st
     return {n: CheckpointSource(s.name, s.shape, s.transposed, checkpoint, offset=s.offset) for n, s in found.items()}
 
 
-def trained(plan: Plan) -> dict[str, Source]:
-    """Parameter of the reduce stage → source, for reductions with weights of their own."""
+def trained(plan: Plan, place: str, module: str) -> dict[str, Source]:
+    """Parameter → source, for reductions with weights of their own at `place`; `module` names theirs, {} for the method."""
     return {
-        f"{step.name}.{name}": FileSource(name, shape, False, Path(step.weights))
-        for step in plan.at("before_llm")
+        f"{module.format(step.name)}.{name}": FileSource(name, shape, False, Path(step.weights))
+        for step in plan.at(place)
         for name, shape in step.method.trained(step.site).items()
     }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
-from exporter.nn.decoder import Mlp
+from exporter.nn.decoder_layer import Mlp
 from exporter.nn.layers import (
     ACTIVATIONS,
     MASKED,

@@ -149,6 +149,11 @@ IN_LLM_SIGNALS = frozenset(
 )
 """What a reduction inside the language model can look at, see `graphs._contract`."""
 
+IN_CACHE_SIGNALS = frozenset(
+    "keys received head_attention text_attention attention_row text_mask instruction_mask behind".split()
+)
+"""What a reduction of the cache can look at."""
+
 
 @dataclass(frozen=True)
 class DecoderSpec:

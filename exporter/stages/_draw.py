@@ -21,7 +21,7 @@ Shape = Sequence[int | str]
 KINDS = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.int64: ir.DataType.INT64}
 DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
 
-SIZES = {"batch": 2, "seq": 3, "text": 7, "past": 5, **{f"past_{g}": 5 + 6 * g for g in range(32)}}
+SIZES = {"batch": 2, "seq": 3, "text": 7, "past": 5, **{f"past_{g}": 5 + 6 * g for g in range(128)}}
 """Example sizes for tracing: above 1 and all different, so that nothing is specialised. `draw` can override them."""
 
 _traced: dict[Hashable, tuple[ir.Model, bool]] = {}

@@ -7,14 +7,16 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from exporter.backends._contract import Array, Runner
-from exporter.graphset import GraphSet
+from exporter.graphset import GraphSet, bucket_role
 from exporter.nn.decoder import Decoder
 from exporter.plan import Plan
-from exporter.stages.export import Modules, describe, llm_outputs, load_reference, reduce_outputs, side_inputs
+from exporter.stages._llm import buckets, call_llm, llm_inputs, llm_outputs
+from exporter.stages.export import Modules, describe, load_reference, reduce_outputs, side_inputs
 from exporter.weights import text_embeddings
 
 NUMPY: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
@@ -58,6 +60,9 @@ class TorchRunner(Runner):
     def numpy(self, value: Any) -> Array:
         return value.numpy() if isinstance(value, Tensor) else np.asarray(value)
 
+    def gather(self, value: Any, rows: npt.NDArray[np.int64]) -> Any:
+        return value[torch.from_numpy(rows)] if isinstance(value, Tensor) else value[rows]
+
 
 def reference(plan: Plan, modules: Modules | None = None) -> tuple[dict[str, Runner], GraphSet, Array]:
     """Runners for all roles, the description of the graphs they stand for, and the embedding table."""
@@ -72,6 +77,7 @@ def reference(plan: Plan, modules: Modules | None = None) -> tuple[dict[str, Run
         files["prefill"] = "decode"
     if modules.question is not None:
         files["question"] = ""
+    files |= {bucket_role(number): bucket_role(number) for number, _ in enumerate(buckets(plan))}
     graphs = describe(plan, files, signals)
     side = {name: kind or torch.float32 for name, (_, kind) in side_inputs(plan).items()}
     runners: dict[str, Runner] = {
@@ -89,30 +95,14 @@ def reference(plan: Plan, modules: Modules | None = None) -> tuple[dict[str, Run
         runners["question"] = TorchRunner(
             lambda v: [question(v["question_ids"])], {"question_ids": torch.int64}, ["aligned_text"]
         )
+    for number, bucket in enumerate(buckets(plan)):
+        inputs = {name: dtype for name, (_, dtype) in bucket.inputs(torch.float32).items()}
+        runners[bucket_role(number)] = TorchRunner(bucket.call, inputs, bucket.outputs())
     spec = plan.family.decoder(plan.checkpoint)
     table = text_embeddings(plan.checkpoint.tensor("text.embed_tokens.weight"), spec).float().numpy()
     return runners, graphs, table
 
 
 def _llm(module: Decoder, plan: Plan) -> TorchRunner:
-    groups, layers = module.groups, plan.geometry.layers
-    inputs: dict[str, torch.dtype] = {
-        "inputs_embeds": torch.float32,
-        "position_ids": torch.int64,
-        "order": torch.int64,
-    }
-    tokens = {"order": torch.int64} | ({"size": torch.float32} if plan.sized else {})
-    inputs |= tokens
-    if not module.pruned:
-        inputs |= {f"past_{kind}_{i}": torch.float32 for kind in ("key", "value") for i in range(layers)}
-        inputs |= {f"past_{kind}_{g}": dtype for kind, dtype in tokens.items() for g in range(max(groups) + 1)}
-
-    def call(v: dict[str, Tensor]) -> Sequence[Tensor]:
-        past: dict[str, list[Tensor]] = {}
-        if not module.pruned:
-            past = {f"past_{kind}s": [v[f"past_{kind}_{i}"] for i in range(layers)] for kind in ("key", "value")}
-            past |= {f"past_{kind}s": [v[f"past_{kind}_{g}"] for g in range(max(groups) + 1)] for kind in tokens}
-        out: Sequence[Tensor] = module(v["inputs_embeds"], v["position_ids"], v["order"], **past, size=v.get("size"))
-        return out
-
-    return TorchRunner(call, inputs, llm_outputs(layers, groups, list(module.pruned), plan.sized))
+    inputs = {name: dtype for name, (_, dtype) in llm_inputs(plan, module, torch.float32).items()}
+    return TorchRunner(lambda v: call_llm(module, v), inputs, llm_outputs(plan, module))

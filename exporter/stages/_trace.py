@@ -17,9 +17,10 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch.export import Dim
-from torch.onnx._internal.exporter import _registration
+from torch.onnx._internal.exporter import _fx_passes, _registration
 
 from exporter import __version__
+from exporter.stages._lower import lower
 
 OPSET = 21
 
@@ -48,8 +49,7 @@ def trace(
         The optimized model. `symbolic(model)` tells weights from inputs.
     """
     shapes = {name: _spec(value, dynamic.get(name, {})) for name, value in inputs.items()}
-    weights = _stand_in(module)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _stand_in(module) as weights, _quiet(), _quick():
         program = torch.export.export(
             module, (), kwargs=dict(inputs), dynamic_shapes=shapes, strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
@@ -87,15 +87,24 @@ def _per_tensor(value: torch.Tensor | Sequence[torch.Tensor], axes: Axes | Seque
     return list(axes)
 
 
-def _stand_in(module: torch.nn.Module) -> set[str]:
-    """Replace meta parameters by CPU tensors of one element, expanded: right shape and device, no memory."""
-    names = {name for name, p in module.named_parameters() if p.device.type == "meta"}
-    for name in names:
+@contextlib.contextmanager
+def _stand_in(module: torch.nn.Module) -> Iterator[set[str]]:
+    """Replace meta parameters by CPU tensors of one element, expanded: right shape and device, no memory. Yields their names,
+    and puts them back: another atom may share them."""
+    meta = {name: p for name, p in module.named_parameters() if p.device.type == "meta"}
+
+    def put(name: str, parameter: torch.nn.Parameter) -> None:
         owner, _, leaf = name.rpartition(".")
-        old = module.get_parameter(name)
+        setattr(module.get_submodule(owner), leaf, parameter)
+
+    for name, old in meta.items():
         stand_in = torch.zeros((), dtype=old.dtype).expand(old.shape)
-        setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(stand_in, requires_grad=False))
-    return names
+        put(name, torch.nn.Parameter(stand_in, requires_grad=False))
+    try:
+        yield set(meta)
+    finally:
+        for name, old in meta.items():
+            put(name, old)
 
 
 def _free_weights(model: ir.Model, names: set[str]) -> None:
@@ -187,20 +196,30 @@ def _tidy(model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter logs about packages we do not use, and rebuilds its operator table (over a second) for every call;
-    keep the user's terminal for what matters, and the table for the next atom."""
+    """torch's exporter logs about packages we do not use; keep the user's terminal for what matters."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    registry = _registration.ONNXRegistry
-    built = registry.from_torchlib
-    registry.from_torchlib = staticmethod(_operator_table)  # type: ignore[method-assign]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        registry.from_torchlib = built  # type: ignore[method-assign]
         logging.disable(level)
+
+
+@contextlib.contextmanager
+def _quick() -> Iterator[None]:
+    """torch's exporter rebuilds its operator table (over a second) for every call, and traces what it has traced once more;
+    keep the table for the next atom, and `lower` instead."""
+    registry = _registration.ONNXRegistry
+    built, decompose = registry.from_torchlib, _fx_passes.decompose_with_registry
+    registry.from_torchlib = staticmethod(_operator_table)  # type: ignore[method-assign]
+    _fx_passes.decompose_with_registry = lower
+    try:
+        yield
+    finally:
+        registry.from_torchlib = built  # type: ignore[method-assign]
+        _fx_passes.decompose_with_registry = decompose
 
 
 _from_torchlib = _registration.ONNXRegistry.from_torchlib

@@ -11,7 +11,7 @@ import exporter.backends
 from exporter import _discover
 from exporter.backends._contract import Axis, Backend, EngineRecord, Range, ShapeProfile
 from exporter.errors import EnvironmentMismatch, VerificationError
-from exporter.graphset import GraphSet
+from exporter.graphset import GraphSet, bucket_role
 from profiles._schema import Limits, Profile
 
 DECODE_STEP = Range(1, 1, 4)
@@ -84,7 +84,24 @@ def shape_profile(role: str, graphs: GraphSet, limits: Limits) -> ShapeProfile:
         for name, side in graphs.side.items():
             inputs[name] = (batch, *(axis if isinstance(axis, int) else text for axis in side))
         return ShapeProfile(role, inputs)
+    for number, kept in enumerate([graphs.text.kept[-1], *(kept for _, kept in graphs.buckets[:-1])]):
+        if graphs.buckets and role == bucket_role(number):
+            return ShapeProfile(role, _bucket_inputs(kept, graphs, limits, batch))
     return ShapeProfile(role, _llm_inputs(role, graphs, limits, batch, text))
+
+
+def _bucket_inputs(kept: int, graphs: GraphSet, limits: Limits, batch: Range) -> Mapping[str, tuple[Axis, ...]]:
+    spec, past = graphs.text, _past(False, kept, limits)
+    last = len(spec.kept) - 1
+    inputs: dict[str, tuple[Axis, ...]] = {
+        "attention_row": (batch, _past(False, spec.kept[last - 1], limits)),
+        "kept": (batch, kept),
+        f"past_order_{last}": (batch, past),
+        **({f"past_size_{last}": (batch, past)} if graphs.sized else {}),
+    }
+    for layer in (i for i, group in enumerate(spec.groups) if group == last):
+        inputs |= {f"past_{kind}_{layer}": (batch, spec.kv_heads, past, spec.head_dim) for kind in ("key", "value")}
+    return inputs
 
 
 def _llm_inputs(
@@ -101,16 +118,20 @@ def _llm_inputs(
         "order": (batch, seq),
         **({"size": (batch, seq)} if graphs.sized else {}),
     }
-    shared = graphs.files["prefill"] == graphs.files["decode"]
-    if prefill and not shared:
+    if prefill and graphs.prefill_apart:
         return inputs
     for layer, group in enumerate(spec.groups):
         past = _past(prefill, spec.kept[group], limits)
         for kind in ("key", "value"):
             inputs[f"past_{kind}_{layer}"] = (batch, spec.kv_heads, past, spec.head_dim)
+    if graphs.buckets:
+        inputs["past_starts"] = (batch, 3)
+    if graphs.state:
+        inputs["past_state"] = (batch, graphs.state)
     for group, kept_here in enumerate(spec.kept):
         for kind in ("order", "size") if graphs.sized else ("order",):
-            inputs[f"past_{kind}_{group}"] = (batch, _past(prefill, kept_here, limits))
+            heads = (spec.kv_heads,) if group in spec.per_head else ()
+            inputs[f"past_{kind}_{group}"] = (batch, *heads, _past(prefill, kept_here, limits))
     return inputs
 
 

@@ -139,15 +139,16 @@ def prompt_of(plan: Plan) -> Prompt:
 def kept(
     generator: Generator, pixel_values: Array, input_ids: Sequence[int], side: Mapping[str, Array] | None = None
 ) -> npt.NDArray[np.int64]:
-    """Which of the visual tokens before any reduction are still there behind the last one: int64 [kept], −1 for CLS."""
+    """Which of the visual tokens before any reduction are still there behind the last one, that of a cache aside: int64 [kept],
+    −1 for CLS."""
     from exporter.runtime.sequence import split
 
     text = split([input_ids], generator.graphs)
     visual = generator.reduce(generator.vision(pixel_values), text, side)
     index = visual.index[0]
-    if max(generator.graphs.text.groups):
+    if generator.graphs.prefill_apart:
         found = generator.prefill(visual, [input_ids], text).kept
-        for name in sorted(found, key=lambda n: int(n.rpartition("_")[2])):
+        for name in sorted((n for n in found if n.startswith("kept_")), key=lambda n: int(n.rpartition("_")[2])):
             index = index[found[name][0]]
     return index.astype(np.int64)
 

@@ -7,7 +7,7 @@ time, into the external data files. Memory peaks at one tensor, whatever the mod
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from torch import nn
 
 from exporter.checkpoint import TOKENIZER_FILES, Checkpoint
 from exporter.clip import text_spec, text_tokens
-from exporter.graphset import GraphSet, TextSpec, VisualLayout
+from exporter.flavours._apply import apply
+from exporter.graphset import GraphSet, TextSpec, VisualLayout, bucket_role
 from exporter.nn.clip_text import ClipText
 from exporter.nn.decoder import Decoder
 from exporter.nn.reduce import Reduce
@@ -28,6 +29,7 @@ from exporter.runtime.question import FOLDER as CLIP_FOLDER
 from exporter.runtime.question import QuestionTokenizer
 from exporter.stages._draw import DTYPES as TORCH
 from exporter.stages._draw import Shape, draw
+from exporter.stages._llm import buckets, draw_llm
 from exporter.stages._store import WeightFile, to_dtype
 from exporter.weights import Source, elsewhere, fill, sources, text_embeddings, trained
 
@@ -59,7 +61,8 @@ class Modules:
 def origins(plan: Plan, modules: Modules) -> dict[str, dict[str, Source]]:
     """Weight file → parameter name → where it comes from: the checkpoint, the CLIP checkpoint, a method's own file."""
     found = {"vision": sources(modules.vision, "vision"), "llm": sources(modules.decode, "text")}
-    found["reduce"] = trained(plan)
+    found["reduce"] = trained(plan, "before_llm", "{}")
+    found["llm"] |= trained(plan, "in_llm", "{}_trained")
     if modules.reduce.projector is not None:
         found["reduce"] |= {f"projector.{k}": v for k, v in sources(modules.reduce.projector, "projector").items()}
     if plan.request.clip is not None and "aligned" in plan.taps:
@@ -78,8 +81,9 @@ def build_modules(plan: Plan) -> Modules:
         question = None if plan.clip is None else ClipText(text_spec(plan.clip))
         projector = plan.family.projector(plan.checkpoint)
         reduce = Reduce(plan.before_llm, projector, (*plan.taps, *plan.side), plan.sized)
-        decode = Decoder(spec, plan.in_llm, plan.kept)
-        prefill = Decoder(spec, plan.in_llm, plan.kept, prunes=True) if plan.in_llm else decode
+        prefill = decode = Decoder(spec, plan.in_llm, plan.kept, in_cache=plan.in_cache)
+        if plan.separate_prefill:
+            prefill = Decoder(spec, plan.in_llm, plan.kept, prunes=True, in_cache=plan.in_cache)
     return Modules(vision, question, reduce, prefill, decode)
 
 
@@ -135,6 +139,10 @@ def export(
         log("tracing prefill")
         files["prefill"] = "prefill.onnx"
         models.append(("prefill", draw_llm(plan, modules.prefill, dtype)))
+    for number, bucket in enumerate(buckets(plan)):
+        role = bucket_role(number)
+        files[role] = f"{role}.onnx"
+        models.append((role, bucket.draw(dtype)))
     if modules.question is not None:
         log("tracing question")
         files["question"] = "question.onnx"
@@ -161,6 +169,9 @@ def export(
     copy_processor(plan.checkpoint, folder / "processor")
     if plan.clip is not None:
         copy_processor(plan.clip, folder / "processor" / CLIP_FOLDER)
+    target = plan.profile.stack
+    if target.flavour is not None:
+        files |= apply(target.flavour, target.backend, folder, files, log)
     graphs = describe(plan, files, {v.name or "": static_sizes(v) for v in vision.graph.outputs})
     graphs.save(folder)
     return graphs
@@ -177,10 +188,7 @@ def copy_processor(checkpoint: Checkpoint, folder: Path) -> None:
 def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -> GraphSet:
     """The description that a runtime needs instead of the plan."""
     g = plan.geometry
-    kept = [plan.kept]
-    for _, method in plan.in_llm:
-        kept += [method.kept(layer) for layer in method.layers]
-    cuts = [layer for _, method in plan.in_llm for layer in method.layers]
+    kv = plan.kv
     return GraphSet(
         family=plan.family.model_type,
         compute=plan.profile.precision.compute,
@@ -197,6 +205,7 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
             ids=[list(i) for i in g.ids],
             span=g.span,
             policy=plan.policy,
+            readers=[token for _, method in plan.in_cache for token in method.readers],
         ),
         text=TextSpec(
             hidden=g.hidden,
@@ -205,15 +214,19 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
             head_dim=g.head_dim,
             vocab=g.vocab,
             position_axes=g.position_axes,
-            groups=[sum(cut <= layer for cut in cuts) for layer in range(g.layers)],
-            kept=kept,
+            groups=list(kv.groups),
+            kept=list(kv.kept),
             image_token=g.image_token,
             eos=list(g.eos),
+            per_head=[group for group, apart in enumerate(kv.per_head) if apart],
         ),
         signals=signals,
         side={name: list(shape) for name, (shape, _) in side_inputs(plan).items()},
         question_tokens=0 if plan.clip is None else text_tokens(plan.clip),
         sized=plan.sized,
+        buckets=[list(b) for b in plan.while_decoding[1].buckets] if plan.while_decoding else [],
+        state=plan.while_decoding[1].state if plan.while_decoding else 0,
+        guided=plan.guided,
     )
 
 
@@ -262,52 +275,6 @@ def static_sizes(value: ir.Value) -> list[int]:
     found = [d for d in value.shape if isinstance(d, int)]
     assert len(found) == len(value.shape) - 1, f"{value.name} {value.shape} is not static"
     return found
-
-
-def draw_llm(plan: Plan, module: Decoder, dtype: torch.dtype) -> ir.Model:
-    """Prefill with a static visual count if the module prunes, else prefill and decode in one, everything dynamic."""
-    g = plan.geometry
-    prefill = bool(module.pruned)
-    groups = module.groups
-    axes = (3,) if g.position_axes == 3 else ()
-    inputs: dict[str, tuple[Shape, torch.dtype]] = {
-        "inputs_embeds": (("batch", "seq", g.hidden), dtype),
-        "position_ids": ((*axes, "batch", "seq"), torch.int64),
-        "order": (("batch", "seq"), torch.int64),
-    }
-    if plan.sized:
-        inputs["size"] = ("batch", "seq"), torch.float32
-    past: dict[str, list[str]] = {"past_keys": [], "past_values": [], "past_orders": [], "past_sizes": []}
-    if not prefill:
-        lengths = [f"past_{group}" if max(groups) else "past" for group in range(max(groups) + 1)]
-        for kind in ("key", "value"):
-            for layer, group in enumerate(groups):
-                name = f"past_{kind}_{layer}"
-                inputs[name] = ("batch", g.kv_heads, lengths[group], g.head_dim), dtype
-                past[f"past_{kind}s"].append(name)
-        for group, length in enumerate(lengths):
-            inputs[f"past_order_{group}"] = ("batch", length), torch.int64
-            past["past_orders"].append(f"past_order_{group}")
-            if plan.sized:
-                inputs[f"past_size_{group}"] = ("batch", length), torch.float32
-                past["past_sizes"].append(f"past_size_{group}")
-
-    def call(values: dict[str, ir.Value]) -> Sequence[ir.Value]:
-        first = [values[n] for n in ("inputs_embeds", "position_ids", "order")]
-        rest = {k: [values[n] for n in names] for k, names in past.items()}
-        found: Sequence[ir.Value] = module(*first, **rest, size=values.get("size"))
-        return found
-
-    sizes = {"seq": plan.kept + 7} if prefill else {}
-    return draw(module, inputs, call, llm_outputs(g.layers, groups, list(module.pruned), plan.sized), sizes)
-
-
-def llm_outputs(layers: int, groups: Sequence[int], pruned: Sequence[int], sized: bool) -> list[str]:
-    """Output names of the language model graphs, in order."""
-    presents = [f"present_{kind}_{i}" for i in range(layers) for kind in ("key", "value")]
-    kinds = ("order", "size") if sized else ("order",)
-    tokens = [f"present_{kind}_{i}" for kind in kinds for i in range(max(groups) + 1)]
-    return ["logits", *presents, *tokens, *(f"kept_{layer}" for layer in pruned)]
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:

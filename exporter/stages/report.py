@@ -29,6 +29,7 @@ PLACES = {
     "in_tower": "inside the tower",
     "before_llm": "before the language model",
     "in_llm": "inside the language model",
+    "in_cache": "in the cache",
 }
 NO_SUCH_STAGE = "the unreduced model has no such stage."
 NONE_OF_THIS = ""

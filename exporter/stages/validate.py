@@ -17,8 +17,9 @@ from exporter.backends._contract import Array, Runner
 from exporter.graphset import GraphSet
 from exporter.plan import Plan, make_plan
 from exporter.runtime import images
-from exporter.runtime.generate import Generator, Visual, greedy
+from exporter.runtime.generate import Generator, Visual
 from exporter.runtime.prompt import Prompt
+from exporter.runtime.sampling import greedy
 from exporter.runtime.sequence import split
 from exporter.stages._reference import reference
 from exporter.stages._task import Question, kinds, right
@@ -219,9 +220,11 @@ def _gated(stage: StageFidelity, threshold: float | None, name: str) -> StageFid
 
 
 def _overlap(found: npt.NDArray[np.int64], expected: npt.NDArray[np.int64]) -> float:
-    """Share of the expected tokens that were kept too, row by row."""
-    rows = [len(np.intersect1d(f, e)) / max(1, len(np.unique(e))) for f, e in zip(found, expected, strict=True)]
-    return float(np.mean(rows))
+    """Share of the expected tokens that were kept too, row by row (and head by head); -1 is no token."""
+    rows = int(np.prod(expected.shape[:-1]))
+    pairs = zip(found.reshape(rows, -1), expected.reshape(rows, expected.shape[-1]), strict=True)
+    tokens = [(f, e[e >= 0]) for f, e in pairs]
+    return float(np.mean([np.isin(e, f).mean() if e.size else 1.0 for f, e in tokens]))
 
 
 def answers(generator: Generator, prompt: Prompt, questions: Sequence[Question], new_tokens: int = 8) -> list[str]:

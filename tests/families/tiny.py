@@ -28,7 +28,7 @@ from transformers import (
 from exporter.checkpoint import Checkpoint
 from exporter.families._contract import Request
 from exporter.graphset import GraphSet
-from exporter.plan import Plan, make_plan
+from exporter.plan import Plan, check_weights, make_plan
 from profiles import _schema
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -147,7 +147,9 @@ def saved(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 def plan(
     folder: Path, reductions: tuple[str, ...] = (), request: Request | None = None, profile: str = "cpu_fp32"
 ) -> Plan:
-    return make_plan(Checkpoint(folder), reductions, _schema.load(profile), request)
+    plan = make_plan(Checkpoint(folder), reductions, _schema.load(profile), request)
+    check_weights(plan)
+    return plan
 
 
 def endless(graphs: GraphSet) -> GraphSet:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from exporter.graphset import PAD
-from exporter.nn.decoder import Cut, Decoder
+from exporter.nn.cuts import Cut
+from exporter.nn.decoder import Decoder
 from exporter.nn.specs import IN_LLM_SIGNALS, DecoderSpec
 from graphs._contract import Reduced, Signals
 from graphs.fastv import FastV
@@ -148,7 +149,7 @@ def test_groups_have_their_own_lengths(spec: DecoderSpec) -> None:
     order = torch.arange(VISUAL + TEXT).expand(2, -1)
     logits, *rest = module(embeds(2, VISUAL + TEXT), positions(spec, order), order)
     presents, orders, kept = rest[: 2 * spec.layers], rest[2 * spec.layers : -1], rest[-1]
-    assert module.groups == [0, 0, 1, 1]
+    assert module.layout.groups == (0, 0, 1, 1)
     assert logits.shape == (2, spec.vocab)
     assert [p.shape[2] for p in presents[::2]] == [VISUAL + TEXT] * 2 + [3 + TEXT] * 2
     assert [o.shape[1] for o in orders] == [VISUAL + TEXT, 3 + TEXT]
@@ -184,14 +185,14 @@ def test_a_reduction_sees_what_the_layers_attend_with(spec: DecoderSpec, layer: 
     module(embeds(2, VISUAL + TEXT), positions(spec, order), order)
 
     def row(i: int, rotated: bool = True) -> Tensor:
-        (_, _, _, bias, *_), (_, key, _, *queries, plain_key) = found[i]
+        (_, _, _, bias, *_), (_, key, _, *queries, plain_key, _) = found[i]
         query, key = (queries[0], key) if rotated else (queries[1], plain_key[:, :, :VISUAL])
         scores = torch.einsum("bhd,bhkd->bhk", query[:, :, -1], key.repeat_interleave(2, 1)) * spec.attention_scale
         if spec.attention_cap is not None:
             scores = spec.attention_cap * (scores / spec.attention_cap).tanh()
         return (scores + (bias[:, :, -1] if rotated else 0)).softmax(-1).mean(1)[:, :VISUAL]
 
-    _, (_, key, _, _, plain_query, plain_key) = found[layer]
+    _, (_, key, _, _, plain_query, plain_key, _) = found[layer]
     expected = {
         "attention_row": row(layer - 1), "plain_row": row(layer - 1, False), "next_row": row(layer),
         "keys": found[layer - 1][1][1][:, :, :VISUAL], "next_keys": key[:, :, :VISUAL],

@@ -1,4 +1,5 @@
-"""What a reduction inside the language model is shown, against Hugging Face's layers run in the order of the prompt."""
+"""What reductions inside the language model and of its cache are shown, against Hugging Face's layers run in the order of the
+prompt."""
 
 from __future__ import annotations
 
@@ -13,14 +14,15 @@ from torch import Tensor
 
 from exporter.graphset import PAD
 from exporter.nn.decoder import Decoder
-from exporter.nn.specs import IN_LLM_SIGNALS
+from exporter.nn.specs import IN_CACHE_SIGNALS, IN_LLM_SIGNALS
 from exporter.weights import load
 from graphs._blocks import spread
-from graphs._contract import InLLM, Reduced, Signals, Site
+from graphs._contract import InCache, InLLM, Reduced, Signals, Site
 from tests.families import tiny
 
 VISUAL, BEFORE, BEHIND, LAYER = 16, 3, 4, 2
 SHOWN: dict[str, Tensor] = {}
+SHOWN_OF_CACHE: dict[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,57 @@ class Spy(InLLM):
         return Reduced(signals["hidden"], spread(list(range(VISUAL)), signals["hidden"]))
 
 
+@dataclass(frozen=True)
+class CacheSpy(InCache):
+    """Notes everything behind the layer before, keeps everything."""
+
+    paper: ClassVar[str] = "none"
+    shared: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(sorted(IN_CACHE_SIGNALS))
+
+    @property
+    def start(self) -> int:
+        return LAYER - 1
+
+    def fit(self, site: Site) -> CacheSpy:
+        return self
+
+    def after(self, site: Site) -> Site:
+        return site
+
+    def kept(self, layer: int) -> int:
+        return VISUAL
+
+    def choose(self, layer: int, signals: Signals) -> Tensor:
+        assert layer == self.start
+        SHOWN_OF_CACHE.update(signals)
+        return spread(list(range(VISUAL)), signals["keys"])
+
+
 @cache
 def seen(folder: Path) -> tuple[Any, Tensor]:
-    """Hugging Face's language model, and the embeddings [1, seq, hidden] of the prompt in its order; fills SHOWN from a
-    batch of that prompt and the same one with two tokens of padding between image and text."""
+    """Hugging Face's language model, and the embeddings [1, seq, hidden] of the prompt in its order; fills SHOWN and
+    SHOWN_OF_CACHE from that prompt with two tokens of padding between image and text."""
     model = tiny.llava(folder)
     text = model.model.language_model
     plan = tiny.plan(folder)
-    ours = Decoder(plan.family.decoder(plan.checkpoint), (("spy", Spy(position="keep")),), VISUAL, prunes=True)
-    load(ours, "text", plan.checkpoint)
+    spec = plan.family.decoder(plan.checkpoint)
+    spies = (
+        Decoder(spec, (("spy", Spy(position="keep")),), VISUAL, prunes=True),
+        Decoder(spec, (), VISUAL, prunes=True, in_cache=(("spy", CacheSpy()),)),
+    )
     x = torch.randn(1, BEFORE + VISUAL + BEHIND, 64, generator=torch.Generator().manual_seed(0))
     place = [*range(BEFORE, BEFORE + VISUAL), *range(BEFORE), *range(BEFORE + VISUAL, x.shape[1])]
     pad = torch.full((1, 2), 0)
     inputs = torch.cat([x[:, place[:VISUAL]], 9 * torch.ones(1, 2, 64), x[:, place[VISUAL:]]], 1)
     order = torch.cat([torch.tensor([place[:VISUAL]]), pad + PAD, torch.tensor([place[VISUAL:]])], 1)
-    with torch.inference_mode():
-        ours(inputs, torch.where(order == PAD, 0, order), order)
+    for ours in spies:
+        load(ours, "text", plan.checkpoint)
+        with torch.inference_mode():
+            ours(inputs, torch.where(order == PAD, 0, order), order)
     return text, x
 
 
@@ -96,7 +133,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 
     def attention(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
         scores = q @ k.repeat_interleave(2, 1).transpose(-1, -2) / 4
-        return (scores if bias is None else scores + bias).softmax(-1).mean(1)
+        return (scores if bias is None else scores + bias).softmax(-1)
 
     with torch.inference_mode():
         entered = [x]
@@ -111,8 +148,10 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
         q, k = rotated(plain_q, plain_k)
         next_plain_q, next_plain_k = heads(LAYER, now)
         next_q, next_k = rotated(next_plain_q, next_plain_k)
-        rows, ahead = attention(q, k, mask), attention(next_q, next_k, mask)
-        alone = attention(plain_q[:, :, -1:], plain_k[:, :, image], None)
+        by_head, ahead = attention(q, k, mask), attention(next_q, next_k, mask).mean(1)
+        alone = attention(plain_q[:, :, -1:], plain_k[:, :, image], None).mean(1)
+    rows = by_head.mean(1)
+    by_kv_head = torch.stack([by_head[:, :2].mean(1), by_head[:, 2:].mean(1)], 1)
     return {
         "hidden": now[:, image], "size": torch.ones(1, VISUAL), "previous": before[:, image], "embeds": x[:, image],
         "text_hidden": now[:, words], "text_embeds": x[:, words],
@@ -121,14 +160,23 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
         "text_attention": rows[:, words][..., image], "visual_attention": rows[:, image, image],
         "keys": k[:, :, image], "next_keys": next_k[:, :, image], "next_plain_queries": next_plain_q[:, :, image],
         "next_plain_keys": next_plain_k[:, :, image],
+        "received": by_kv_head[..., image].sum(2), "head_attention": by_kv_head[:, :, words][..., image],
+        "behind": torch.tensor([[n - 1 - place for place in words]]),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(IN_LLM_SIGNALS))
-def test_a_signal_is_what_it_says(name: str, truth: dict[str, Tensor]) -> None:
-    found = SHOWN[name]
-    if name.startswith("text") or name == "instruction_mask":
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [*(("in_llm", n) for n in sorted(IN_LLM_SIGNALS)), *(("in_cache", n) for n in sorted(IN_CACHE_SIGNALS))],
+)
+def test_a_signal_is_what_it_says(place: str, name: str, truth: dict[str, Tensor]) -> None:
+    found = (SHOWN if place == "in_llm" else SHOWN_OF_CACHE)[name]
+    if name.startswith("text") or name in ("instruction_mask", "behind"):
         if name.endswith("mask"):
             assert (found[:, :2] == 0).all(), "padding is no text"
+        if name == "behind":
+            assert (found[:, :2] == -1).all(), "padding is nowhere"
         found = found[:, 2:]
+    if name == "head_attention":
+        found = found[:, :, 2:]
     torch.testing.assert_close(found, truth[name], atol=1e-4, rtol=1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,12 @@ class Exported:
         """The PyTorch reference. Its answers have no end."""
         runners, graphs, table = reference(self.plan)
         return Generator(runners, tiny.endless(graphs), table)
+
+
+def plain(plan: Plan) -> Plan:
+    """Without the profile's flavour: tests/flavours compares that with the plain graphs."""
+    stack = replace(plan.profile.stack, flavour=None)
+    return replace(plan, profile=replace(plan.profile, stack=stack))
 
 
 Export = Callable[..., Exported]
@@ -69,14 +75,14 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(checkpoints: dict[str, Path], clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """exported(family, reductions, frames=1, profile="cpu_fp32"): exports once per session."""
+    """exported(family, reductions, frames=1, profile="cpu_fp32"): plain graphs, exported once per session."""
     done: dict[tuple[str, tuple[str, ...], int, str], Exported] = {}
 
     def run(family: str, reductions: tuple[str, ...] = (), frames: int = 1, profile: str = "cpu_fp32") -> Exported:
         key = family, reductions, frames, profile
         if key not in done:
             request = Request(frames, SIZES[family], Checkpoint(clip) if family == "llava" else None)
-            plan = tiny.plan(checkpoints[family], reductions, request, profile)
+            plan = plain(tiny.plan(checkpoints[family], reductions, request, profile))
             folder = tmp_path_factory.mktemp("graphs")
             done[key] = Exported(plan, folder, export(plan, folder))
         return done[key]

@@ -14,14 +14,15 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from exporter.runtime.generate import Generator
+from exporter.families._contract import Request
 from exporter.stages.export import export
 from tests.families import tiny
-from tests.stages.conftest import Engine, Exported
-from tests.stages.test_fidelity import FORBIDDEN, NEW_TOKENS, TOLERANCE, relative
+from tests.stages import uncached
+from tests.stages.conftest import SIZES, Engine, Exported
+from tests.stages.test_fidelity import FORBIDDEN, LONG_ANSWER, NEW_TOKENS, TOLERANCE, relative
 
-LAYER, KEEP = 2, 4
-FASTV = f"fastv:layer={LAYER},keep={KEEP}"
+FASTV = "fastv:layer=2,keep=4"
+DROPPING = {"fastv": FASTV, "pdrop": "pdrop:layer_list=1+3,keep=3"}
 KINDS = ("qwen3", "gemma", "gemma2", "gemma3_text")
 NORMS = {"qwen3": 4 * 4 + 1, "gemma": 4 * 2 + 1, "gemma2": 4 * 4 + 1, "gemma3_text": 4 * 6 + 1}
 
@@ -30,15 +31,19 @@ Build = Callable[..., Exported]
 
 @pytest.fixture(scope="module")
 def exported_decoder(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """exported_decoder(kind, reductions, profile="cpu_fp32"): LLaVA with such a decoder, exported once."""
+    """exported_decoder(kind, reductions, profile="cpu_fp32"): LLaVA with such a decoder, or a family that has its own, exported
+    once."""
     done: dict[tuple[Any, ...], Exported] = {}
 
     def run(kind: str, reductions: tuple[str, ...] = (), profile: str = "cpu_fp32") -> Exported:
         key = kind, reductions, profile
         if key not in done:
             checkpoint, folder = tmp_path_factory.mktemp(kind), tmp_path_factory.mktemp("graphs")
-            tiny.llava(checkpoint, decoder=kind)
-            plan = tiny.plan(checkpoint, reductions, None, profile)
+            if kind == "qwen2_5_vl":
+                tiny.qwen2_5_vl(checkpoint)
+            else:
+                tiny.llava(checkpoint, decoder=kind)
+            plan = tiny.plan(checkpoint, reductions, Request(image_size=SIZES.get(kind)), profile)
             done[key] = Exported(plan, folder, export(plan, folder))
         return done[key]
 
@@ -92,50 +97,29 @@ def test_graphs_are_plain_and_norms_fuse(kind: str, exported_decoder: Build, tmp
     assert sum(k in ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization") for k in kinds) == NORMS[kind]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_dropping_tokens_against_a_loop_without_cache(kind: str, exported_decoder: Build, engine: Engine) -> None:
-    """FastV as its paper has it, on Hugging Face's layers, everything anew for every token."""
-    case = exported_decoder(kind, (FASTV,))
-    asked = tiny.question(case.graphs)
-    theirs = LlavaForConditionalGeneration.from_pretrained(case.plan.checkpoint.folder, attn_implementation="eager")
-    ours = engine(case)
-    result = ours.generate(asked.pixels, [asked.prompt], NEW_TOKENS)
-    tokens, kept = loop(theirs.eval(), asked, ours)
-    assert result.kept[f"kept_{LAYER}"][0].tolist() == kept
-    assert result.tokens == [tokens]
+def best(row: torch.Tensor, count: int) -> list[int]:
+    return row.topk(count).indices.sort().values.tolist()
 
 
-@torch.no_grad()
-def loop(model: Any, asked: tiny.Question, ours: Generator) -> tuple[list[int], list[int]]:
-    """Greedy tokens, and the visual tokens kept before `LAYER`."""
-    text = model.model.language_model
-    seen: list[torch.Tensor] = []
-    for block in text.layers:
-        block.self_attn.register_forward_hook(lambda _, given, out: seen.append(out[1]))
-    ids = asked.for_transformers(ours.graphs)["input_ids"][0].tolist()
-    visual = [p for p, token in enumerate(ids) if token == ours.graphs.text.image_token]
-    embeds = text.embed_tokens(torch.tensor([ids]))
-    embeds[:, visual] = torch.from_numpy(ours.reduce(ours.vision(asked.pixels)).embeds)
-    tokens: list[int] = []
-    kept: list[int] = []
-    while len(tokens) < NEW_TOKENS:
-        x, places = embeds, torch.arange(embeds.shape[1])
-        for i, block in enumerate(text.layers):
-            if i == LAYER:
-                if not tokens:
-                    kept = seen[-1][0].mean(0)[-1, visual].topk(KEEP).indices.sort().values.tolist()
-                gone = [p for n, p in enumerate(visual) if n not in kept]
-                stays = [p for p in places.tolist() if p not in gone]
-                x, places = x[:, stays], places[stays]
-            window = getattr(block.self_attn, "sliding_window", None)
-            far = places[:, None] - places[None, :]
-            hidden = (far < 0) | (far >= (window or 1 << 30))
-            mask = torch.where(hidden, -1e30, 0.0)[None, None]
-            local = (block.self_attn.layer_type,) if text.config.model_type == "gemma3_text" else ()
-            x = block(x, position_embeddings=text.rotary_emb(x, places[None], *local), attention_mask=mask)
-        tokens.append(int(model.lm_head(text.norm(x)[:, -1]).argmax()))
-        embeds = torch.cat([embeds, text.embed_tokens(torch.tensor([tokens[-1:]]))], 1)
-    return tokens, kept
+@pytest.mark.parametrize("name", ["fastv", "pdrop"])
+@pytest.mark.parametrize("kind", [*tiny.DECODERS, "qwen2_5_vl"])
+def test_dropping_tokens_against_a_loop_without_cache(
+    kind: str, name: str, exported_decoder: Build, engine: Engine
+) -> None:
+    """FastV and PyramidDrop as their papers have them, on Hugging Face's layers, everything anew for every token: the same
+    choice, and the same long answer from the pruned caches."""
+    case = exported_decoder(kind, (DROPPING[name],))
+    ((_, method),) = case.plan.in_llm
+    asked, ours = tiny.question(case.graphs), engine(case)
+    result = ours.generate(asked.pixels, [asked.prompt], LONG_ANSWER)
+    expected, kept = uncached.answer(
+        uncached.load(case.plan.family.model_type, case.plan.checkpoint.folder), asked, ours, method.layers,
+        lambda layer, before, ahead: best(before if name == "fastv" else ahead, method.kept(layer)),
+        LONG_ANSWER, method.position == "compact",
+    )  # fmt: skip
+    assert {layer: result.kept[f"kept_{layer}"][0].tolist() for layer in method.layers} == kept
+    assert result.tokens == [expected]
+    assert len(set(expected)) > 4, "a model that repeats itself shows nothing"
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2"])

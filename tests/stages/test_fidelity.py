@@ -17,12 +17,14 @@ import exporter.families
 from exporter import _discover
 from exporter.errors import UsageError
 from exporter.families._contract import Request
-from exporter.runtime.generate import Generator
 from exporter.runtime.sequence import split
 from graphs import _spec
+from graphs._contract import InLLM, WhileDecoding
 from tests.families import tiny
+from tests.stages import uncached
 from tests.stages.conftest import SIZES, Engine, Export, Exported
 
+SPLIT = "case"
 TOLERANCE = 1e-4
 NEW_TOKENS = 32
 LONG_ANSWER = 64
@@ -38,8 +40,18 @@ def adapted(spec: str) -> str:
     return re.sub(r"=(\d+)\b(?!\.)", lambda m: m[0] if int(m[1]) < 4 else "=2", spec)
 
 
-CHOSEN = ("uniform", "visionzip", "lftr", "tome", *(n for n in _spec.names() if _spec.load(n).place == "in_llm"))
-"""One method of every kind that makes a difference behind the reduce graph, and all that act there."""
+CHOSEN = (
+    "uniform",
+    "visionzip",
+    "lftr",
+    "tome",
+    *(
+        n
+        for n in _spec.names()
+        if _spec.load(n).place in ("in_llm", "in_cache") and "weights=" not in str(_spec.examples(n))
+    ),
+)
+"""One method of every kind that makes a difference behind the reduce graph, and all that act there and need no weights."""
 EXAMPLES = {name: adapted((_spec.examples(name) or (f"{name}:keep=2",))[0]) for name in CHOSEN}
 
 REFUSED = {
@@ -60,6 +72,9 @@ MORE: list[tuple[str, tuple[str, ...], int]] = [
     ("llava", ("egoprune:keep_ratio=0.5",), CLIP),
     ("llava", ("trim:keep_ratio=0.5,text=clip",), CLIP),
     ("llava", ("cdpruner:keep_ratio=0.5,relevance=clip", "fastv:keep=4"), 1),
+    ("llava", ("visionzip:keep_ratio=0.5", "sparsemm:capacity_list=1+7+4+4+2+6+8+8,kernel=3"), 1),
+    ("llava", ("restore:keep_ratio=0.5+uniform", "lookm:keep=3"), 1),
+    ("llava", ("restore:keep_ratio=0.5+uniform", "dycoke_kv:keep=3,layer=1"), 1),
     ("qwen2_5_vl", (), 1),
     ("qwen2_5_vl", ("restore:keep_ratio=0.5+uniform",), 1),
     ("qwen2_5_vl", ("uniform:keep=8,position=compact",), 1),
@@ -104,7 +119,7 @@ def test_onnx_runtime_equals_pytorch(case: Exported, engine: Engine) -> None:
         token = np.array([row[step] for row in expected.tokens])
         logits = ours.step(prefilled.cache, token)
         assert relative(logits, theirs.step(start.cache, token)) <= TOLERANCE
-    if not case.plan.in_llm:  # there a longer prompt has another last row of attention
+    if not case.plan.separate_prefill:  # there a longer prompt has another last row of attention
         longer = [prompt + row[:6] for prompt, row in zip(prompts, expected.tokens, strict=True)]
         assert relative(ours.prefill(found, longer).logits, logits) <= TOLERANCE
 
@@ -132,7 +147,12 @@ def test_graphs_are_plain(case: Exported) -> None:
         assert all(n.domain == "" for n in model.graph.node)
         names = [n.name for n in model.graph.node]
         assert len(set(names)) == len(names)
-        for place, where in (("in_tower", "vision"), ("before_llm", "reduce"), ("in_llm", "prefill")):
+        for place, where in (
+            ("in_tower", "vision"),
+            ("before_llm", "reduce"),
+            ("in_llm", "prefill"),
+            ("in_cache", "prefill"),
+        ):
             for step in case.plan.at(place) if where == role else ():
                 scope = re.compile(rf"(.*/)?{re.escape(step.name)}(_\d+)?/")
                 assert any(scope.match(name) for name in names), f"{step.name} cannot be found in {file}"
@@ -142,7 +162,7 @@ def test_graphs_are_plain(case: Exported) -> None:
             "question": {"question.data"},
             "reduce": {"reduce.data"} if case.plan.family.model_type == "llava" else set(),
         }
-        assert locations == expected.get(role, {"llm.data"})
+        assert locations == expected.get(role, set() if role.startswith("shorten_") else {"llm.data"})
         onnx.checker.check_model(case.folder / file, full_check=True)
 
 
@@ -160,10 +180,14 @@ def test_nothing_of_this_machine_is_written(case: Exported) -> None:
 
 
 def test_prefill_is_decode_unless_the_language_model_prunes(case: Exported) -> None:
-    pruned = bool(case.plan.in_llm)
+    pruned = bool(case.plan.in_llm or case.plan.in_cache)
     assert (case.graphs.files["prefill"] != case.graphs.files["decode"]) == pruned
     assert (case.folder / "prefill.onnx").exists() == pruned
-    assert len(case.graphs.text.kept) == 1 + sum(len(method.layers) for _, method in case.plan.in_llm)
+    groups = 1 + sum(len(method.layers) for _, method in case.plan.in_llm)
+    for _, method in case.plan.in_cache:
+        groups += 1 if method.shared else case.graphs.text.layers - method.start
+        groups -= method.start == 0
+    assert len(case.graphs.text.kept) == groups
     assert {p.name for p in case.folder.glob("*.data")} <= {"vision.data", "reduce.data", "llm.data", "question.data"}
 
 
@@ -174,115 +198,61 @@ def test_what_does_not_fit_is_refused_in_words(family: str, name: str, checkpoin
         tiny.plan(checkpoints[family], (EXAMPLES[name],), Request(frames, SIZES[family]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_fastv_against_a_loop_without_cache(family: str, exported: Export, engine: Engine) -> None:
-    """Hugging Face's layers one by one, everything anew for every token, the choice made once."""
-    spec = next(s for f, s, _ in CASES if f == family and len(s) == 1 and s[0].startswith("fastv"))
-    case = exported(family, spec)
-    ((_, method),) = case.plan.in_llm
-    asked = tiny.question(case.graphs)
-    theirs = type_of(family).from_pretrained(case.plan.checkpoint.folder, attn_implementation="eager").eval()
-    expected, kept = pruned_loop(theirs, asked, engine(case), *method.layers, method.kept(*method.layers))
-    result = engine(case).generate(asked.pixels, [asked.prompt], NEW_TOKENS)
-    assert result.tokens == [expected]
-    (found,) = result.kept.values()
-    assert found[0].tolist() == kept
-
-
-PRUNING = [n for n in CHOSEN if _spec.load(n).place == "in_llm" and not _spec.parse(EXAMPLES[n]).merges]
+PRUNING = [n for n in CHOSEN if issubclass(_spec.load(n), InLLM) and not _spec.parse(EXAMPLES[n]).merges]
+PRUNING = [n for n in PRUNING if not issubclass(_spec.load(n), WhileDecoding)]
+"""What goes on dropping while it decodes: test_dyrate.py."""
 
 
 @pytest.mark.parametrize("name", PRUNING)
 @pytest.mark.parametrize("position", ["keep", "compact"])
 def test_pruned_caches_against_a_loop_without_cache(name: str, position: str, exported: Export, engine: Engine) -> None:
-    """Whatever a method keeps: Hugging Face's layers one by one, everything anew for every token, give the same answer."""
+    """Whatever a method keeps: Hugging Face's layers one by one, everything anew for every token, give the same answer.
+    Other decoders: test_decoders.py."""
     spec = EXAMPLES[name] + ("," if ":" in EXAMPLES[name] else ":") + f"position={position}"
     case = exported("llava", (spec,))
     ((_, method),) = case.plan.in_llm
-    asked = tiny.question(case.graphs)
-    theirs = type_of("llava").from_pretrained(case.plan.checkpoint.folder, attn_implementation="eager").eval()
-    ours = engine(case)
+    asked, ours = tiny.question(case.graphs), engine(case)
     result = ours.generate(asked.pixels, [asked.prompt], LONG_ANSWER)
     kept = {layer: result.kept[f"kept_{layer}"][0].tolist() for layer in method.layers}
-    assert result.tokens == [given_loop(theirs, asked, ours, kept, position == "compact")]
+    theirs = uncached.load("llava", case.plan.checkpoint.folder)
+    expected, _ = uncached.answer(
+        theirs, asked, ours, method.layers, lambda layer, *_: kept[layer], LONG_ANSWER, position == "compact"
+    )
+    assert result.tokens == [expected]
 
 
-@torch.no_grad()
-def given_loop(
-    model: Any, asked: tiny.Question, ours: Generator, kept: dict[int, list[int]], compact: bool
-) -> list[int]:
-    """Greedy tokens, the visual tokens to keep before each layer given, as places among those still present."""
-    text = model.model.language_model
-    ids = asked.for_transformers(ours.graphs)["input_ids"][0].tolist()
-    visual = [p for p, token in enumerate(ids) if token == ours.graphs.text.image_token]
-    embeds = text.embed_tokens(torch.tensor([ids]))
-    embeds[:, visual] = torch.from_numpy(ours.reduce(ours.vision(asked.pixels)).embeds)
-    tokens: list[int] = []
-    while len(tokens) < LONG_ANSWER:
-        x, places, present = embeds, list(range(embeds.shape[1])), visual
-        ordinal = places
-        for i, block in enumerate(text.layers):
-            if i in kept:
-                present_now = [present[j] for j in kept[i]]
-                stays = [n for n, p in enumerate(ordinal) if p not in present or p in present_now]
-                x, ordinal = x[:, stays], [ordinal[n] for n in stays]
-                places = list(range(len(stays))) if compact else [places[n] for n in stays]
-                present = present_now
-            mask = torch.full((x.shape[1], x.shape[1]), -1e30).triu(1)[None, None]
-            rotary = text.rotary_emb(x, torch.tensor([places]))
-            out, _ = block.self_attn(block.input_layernorm(x), position_embeddings=rotary, attention_mask=mask)
-            x = x + out
-            x = x + block.mlp(block.post_attention_layernorm(x))
-        tokens.append(int(model.lm_head(text.norm(x)[:, -1]).argmax()))
-        embeds = torch.cat([embeds, text.embed_tokens(torch.tensor([tokens[-1:]]))], 1)
-    return tokens
+EVICTING = {n: EXAMPLES[n] for n in CHOSEN if _spec.load(n).place == "in_cache" and n != "voco"} | {
+    "lookm": "lookm:keep=3,mode=none",
+    "sparsemm, heads apart": "sparsemm:capacity_list=1+7+4+4+2+6+8+8",
+}
+"""Only what leaves the prompt as it is; the other: test_voco.py."""
 
 
-def type_of(family: str) -> Any:
-    import transformers
+@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_short_caches_against_a_loop_without_cache(family: str, name: str, exported: Export, engine: Engine) -> None:
+    """Hugging Face's layers one by one, everything anew for every token: the prompt sees all of itself, and what is behind
+    it, in every layer and for every KV head, only the visual tokens that the engine says are in the cache."""
+    case = exported(family, (EVICTING[name],))
+    ((_, method),) = case.plan.in_cache
+    asked, ours = tiny.question(case.graphs), engine(case)
+    result = ours.generate(asked.pixels, [asked.prompt], LONG_ANSWER)
+    heads, chosen = case.graphs.text.kv_heads, {int(k.removeprefix("cached_")): v[0] for k, v in result.kept.items()}
 
-    return {
-        "llava": transformers.LlavaForConditionalGeneration,
-        "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
-    }[family]
+    def cached(layer: int) -> list[list[int]]:
+        if layer < method.start:
+            return [list(range(case.plan.kept))] * heads
+        stay = chosen[max(n for n in chosen if n <= layer)]
+        return [row[row >= 0].tolist() for row in np.broadcast_to(stay, (heads, stay.shape[-1]))]
+
+    theirs = uncached.load(family, case.plan.checkpoint.folder)
+    expected = uncached.answer_with_short_cache(theirs, asked, ours, cached, LONG_ANSWER)
+    assert result.tokens == [expected]
+    whole = engine(exported(family)).generate(asked.pixels, [asked.prompt], LONG_ANSWER)
+    assert result.tokens != whole.tokens, "nothing that went would have mattered"
 
 
-@torch.no_grad()
-def pruned_loop(
-    model: Any, asked: tiny.Question, ours: Generator, layer: int, keep: int
-) -> tuple[list[int], list[int]]:
-    """32 greedy tokens and the kept visual tokens, in the order of the prompt."""
-    text, arguments = model.model.language_model, asked.for_transformers(ours.graphs)
-    ids = arguments["input_ids"][0].tolist()
-    is_visual = torch.tensor([i == ours.graphs.text.image_token for i in ids])
-    embeds = text.embed_tokens(torch.tensor([ids]))
-    features = ours.reduce(ours.vision(asked.pixels)).embeds
-    embeds[:, is_visual] = torch.from_numpy(features)
-    if "mm_token_type_ids" in arguments:
-        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-        positions = model.model.get_rope_index(**{n: arguments[n] for n in names})[0]
-    else:
-        positions = torch.arange(len(ids))[None]
-    chosen: list[int] = []
-    tokens: list[int] = []
-    while len(tokens) < NEW_TOKENS:
-        x, place, weights = embeds, positions, None
-        for i, block in enumerate(text.layers):
-            if i == layer:
-                assert weights is not None
-                if not tokens:
-                    chosen = weights[0].mean(0)[-1, is_visual].topk(keep).indices.sort().values.tolist()
-                    gone = {p for n, p in enumerate(is_visual.nonzero()[:, 0].tolist()) if n not in chosen}
-                stays = [p for p in range(x.shape[1]) if p not in gone]
-                x, place = x[:, stays], place[..., stays]
-            mask = torch.full((x.shape[1], x.shape[1]), -1e30).triu(1)[None, None]
-            rotary = text.rotary_emb(x, place)
-            out, weights = block.self_attn(
-                block.input_layernorm(x), position_embeddings=rotary, attention_mask=mask, position_ids=place
-            )
-            x = x + out
-            x = x + block.mlp(block.post_attention_layernorm(x))
-        tokens.append(int(model.lm_head(text.norm(x)[:, -1]).argmax()))
-        embeds = torch.cat([embeds, text.embed_tokens(torch.tensor([tokens[-1:]]))], 1)
-        positions = torch.cat([positions, positions.amax() + 1 + torch.zeros_like(positions[..., :1])], -1)
-    return tokens, chosen
+@pytest.mark.parametrize("pair", [("fastv:keep=4", "lookm:keep=2"), ("dycoke_kv:keep=4", "lookm:keep=4")])
+def test_only_one_reduction_decides_over_the_cache(pair: tuple[str, str], checkpoints: Any) -> None:
+    with pytest.raises(UsageError, match="Give one of the two"):
+        tiny.plan(checkpoints["llava"], pair)

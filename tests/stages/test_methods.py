@@ -8,7 +8,6 @@ tiny model with a window-attention tower, no class token and t/h/w positions.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import subprocess
@@ -35,13 +34,14 @@ from exporter.stages import _task
 from exporter.stages._store import WeightFile
 from exporter.stages.export import build_modules, draw_reduce, draw_vision, load_reference, origins
 from graphs import _spec
-from graphs._contract import InLLM
+from graphs._contract import InCache, InLLM
+from tests.conftest import needs_rtx
 from tests.families import tiny
 from tests.stages.conftest import SIZES
 
 CLIP = 4
 """Frames of a clip, for both models."""
-METHODS = [name for name in _spec.names() if not issubclass(_spec.load(name), InLLM)]
+METHODS = [name for name in _spec.names() if not issubclass(_spec.load(name), InLLM | InCache)]
 MODELS = ("embedded", "qwen2_5_vl")
 
 REFUSED = {
@@ -168,20 +168,21 @@ def engines(drawn: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
                 jobs[f"{model}/{name}"] = str(drawn(model, name).folder / f"{role}.onnx")
     log = tmp_path_factory.mktemp("rtx") / "results.jsonl"
     request = json.dumps({"jobs": jobs, "log": str(log)})
-    subprocess.run(
+    worker = subprocess.run(
         [sys.executable, Path(__file__).with_name("rtx_worker.py")], input=request, text=True, check=False,
         capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     lines = log.read_text().splitlines() if log.exists() else []
-    return dict(json.loads(line) for line in lines)
+    came_to = f"the builder did not come that far:\n{worker.stderr[-1000:]}"
+    return dict.fromkeys(jobs, came_to) | dict(json.loads(line) for line in lines)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
+@needs_rtx
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("model", MODELS)
 def test_tensorrt_rtx_builds_it(model: str, name: str, engines: dict[str, Any]) -> None:
     if (model, name) not in REFUSED:
-        assert engines.get(f"{model}/{name}", "the builder did not come that far: it crashed") == "built"
+        assert engines[f"{model}/{name}"] == "built"
 
 
 def test_trained_weights_come_from_their_file(tmp_path: Path, checkpoints: dict[str, Path]) -> None:

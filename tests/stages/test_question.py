@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from exporter.stages._reference import reference
 from exporter.stages.validate import cosine
 from exporter.workspace import Workspace
 from profiles import _schema
+from tests.conftest import needs_rtx
 from tests.families import tiny
 from tests.stages.conftest import Engine, Export
 
@@ -137,7 +137,7 @@ def test_evidence(checkpoints: dict[str, Path], clip: Path, tmp_path: Path) -> N
         assert list(runners) == ["vision", "question", "reduce", "prefill", "decode"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
+@needs_rtx
 def test_tensorrt_rtx_builds_it(checkpoints: dict[str, Path], clip: Path, tmp_path: Path) -> None:
     work = Workspace(tmp_path)
     run_export(Job(str(checkpoints["llava"]), (SPEC,), "rtx_fp16", clip=str(clip)), work)

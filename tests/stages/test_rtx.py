@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ import pytest
 from exporter.errors import ExportError
 from exporter.pipeline import Job, engine_records, run_build, run_export
 from exporter.workspace import Workspace
+from tests.conftest import needs_rtx
 from tests.stages.conftest import SIZES
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed"
-)
+pytestmark = needs_rtx
 
 PRUNED = ("visionzip:keep=8", "fastv:keep=4")
 CASES = [

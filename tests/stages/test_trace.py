@@ -1,4 +1,4 @@
-"""The tracer's optimizer may shorten a graph, never change what it computes."""
+"""The tracer may take short cuts, and its optimizer shorten a graph, but never change what it computes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from exporter.stages import _lower
 from exporter.stages._trace import trace
 
 
@@ -43,3 +44,32 @@ def test_a_factor_near_one_stays() -> None:
     found = run(trace(Scaled(), {"x": x}, {"x": {0: "batch"}}, ["y"]), x)
     torch.testing.assert_close(found, Scaled()(x))
     assert (found > 0.5).all()
+
+
+class Plain(torch.nn.Module):
+    """All that is replaced without decomposing."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        wide = x.to(torch.float32)  # does nothing, and is an output
+        inside = ((x > 0) & (x < 2)) | (x == torch.tensor(3.0))
+        return wide, (1 - x) * inside.to(torch.float32), 2 - inside.to(torch.int64)
+
+
+class Rare(torch.nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x @ torch.eye(2),)
+
+
+@pytest.mark.parametrize(("module", "long_way"), [(Plain(), 0), (Rare(), 1)])
+def test_only_what_needs_it_is_decomposed(
+    module: torch.nn.Module, long_way: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, decompose = [], _lower._decompose
+    monkeypatch.setattr(_lower, "_decompose", lambda *given: calls.append(given) or decompose(*given))
+    x = torch.tensor([[-1.0, 1.0], [3.0, 4.0], [0.0, 2.0]])
+    expected = module(x)
+    model = trace(module, {"x": x}, {"x": {0: "batch"}}, [f"y_{i}" for i in range(len(expected))])
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    for found, true in zip(session.run(None, {"x": x.numpy()}), expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), true, rtol=0, atol=0)
+    assert len(calls) == long_way

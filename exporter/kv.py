@@ -1,0 +1,55 @@
+"""KV groups: which decoder layers share a cache length and the places of its tokens. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphs._contract import InCache, InLLM, Skipping
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """The cache behind prefill.
+
+    groups: KV group of every layer, ascending from 0. kept: visual tokens in the cache of every group.
+    per_head: whether the KV heads of a group keep tokens of their own, so that their places are [batch, kv_heads, past].
+    cuts: layers before which tokens leave the language model.
+    """
+
+    groups: tuple[int, ...]
+    kept: tuple[int, ...]
+    per_head: tuple[bool, ...]
+    cuts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layers: int, visual: int, in_llm: Sequence[InLLM], in_cache: Sequence[InCache]) -> KvLayout:
+        """Of a decoder of `layers` layers which `visual` visual tokens enter; the methods are fitted."""
+        cuts = {i: m.kept(i) for m in in_llm if not isinstance(m, Skipping) for i in m.layers}
+        own: dict[int, InCache | Skipping] = {i: m for m in in_cache for i in range(m.start, layers)}
+        own |= {i: m for m in in_llm if isinstance(m, Skipping) for i in m.layers}
+        groups: list[int] = []
+        kept: list[int] = []
+        per_head: list[bool] = []
+        present, before = visual, None
+        for layer in range(layers):
+            method = own.get(layer)
+            present = cuts.get(layer, present)
+            alone = isinstance(method, Skipping) or (method is not None and not method.shared)
+            if layer == 0 or layer in cuts or alone or method is not before:
+                kept.append(present if method is None else method.kept(layer))
+                per_head.append(isinstance(method, InCache) and method.per_head)
+            groups.append(len(kept) - 1)
+            before = method
+        return cls(tuple(groups), tuple(kept), tuple(per_head), tuple(cuts))
+
+    def first(self, layer: int) -> bool:
+        """Whether a group begins with this layer."""
+        return layer == 0 or self.groups[layer] != self.groups[layer - 1]
+
+    @property
+    def lengths(self) -> list[str]:
+        """A name for every group's cache length; groups that keep as many tokens have the same."""
+        if len(set(self.kept)) == 1:
+            return ["past"] * len(self.kept)
+        return [f"past_{self.kept.index(count)}" for count in self.kept]

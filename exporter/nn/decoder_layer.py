@@ -1,0 +1,188 @@
+"""One layer of a Llama-type decoder (what differs between families is in `DecoderSpec`), and what layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from exporter.nn.atom import Atom
+from exporter.nn.layers import ACTIVATIONS, MASKED, Linear, RMSNorm, merge_heads, rotate, split_heads
+from exporter.nn.seen import scores
+from exporter.nn.specs import DecoderSpec
+
+T = TypeVar("T")
+
+
+class Attention(nn.Module):
+    """Grouped-query attention in *fold* form: the queries of a KV head are stacked along the token axis, which is one
+    of the two masked forms that TensorRT fuses, and as fast as any on ONNX Runtime."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        kv = spec.kv_heads * spec.head_dim
+        self.q_proj = Linear(spec.hidden, spec.heads * spec.head_dim, spec.qkv_bias)
+        self.k_proj = Linear(spec.hidden, kv, spec.qkv_bias)
+        self.v_proj = Linear(spec.hidden, kv, spec.qkv_bias)
+        self.o_proj = Linear(spec.heads * spec.head_dim, spec.hidden, spec.output_bias)
+        if spec.qk_norm:
+            self.q_norm = RMSNorm(spec.head_dim, spec.eps, spec.norm_offset)
+            self.k_norm = RMSNorm(spec.head_dim, spec.eps, spec.norm_offset)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, ...]:
+        """x [batch, seq, hidden]; bias [batch, 1, group * seq, total]; past [batch, kv_heads, past, head_dim].
+
+        Returns the output, present key and value, and what a reduction may look at: the rotated queries [batch, heads, seq,
+        head_dim], and queries and keys before the rotation."""
+        s = self.spec
+        plain_q, plain_k = self.plain(x)
+        q, k = rotate(plain_q, cos, sin), rotate(plain_k, cos, sin)
+        v = split_heads(self.v_proj(x), s.kv_heads)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        seq = x.shape[1]
+        folded = q.reshape(-1, s.kv_heads, s.heads // s.kv_heads * seq, s.head_dim)
+        out = torch.softmax(scores(s, folded, k, bias).float(), -1).to(v.dtype) @ v
+        return self.o_proj(merge_heads(out.reshape(-1, s.heads, seq, s.head_dim))), k, v, q, plain_q, plain_k
+
+    def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [batch, heads, seq, head_dim] and keys [batch, kv_heads, seq, head_dim] before the rotation, normed
+        where the decoder norms them."""
+        s = self.spec
+        q, k = self.q_proj(x).unflatten(-1, (s.heads, -1)), self.k_proj(x).unflatten(-1, (s.kv_heads, -1))
+        if s.qk_norm:  # behind the transposition ONNX Runtime would move that through the norm, and not fuse it
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+
+class Mlp(nn.Module):
+    """Gated MLP."""
+
+    def __init__(self, hidden: int, intermediate: int, activation: str, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden, intermediate, bias)
+        self.up_proj = Linear(hidden, intermediate, bias)
+        self.down_proj = Linear(intermediate, hidden, bias)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(Atom):
+    """One decoder layer. With `post_norms`, `post_attention_layernorm` is what it is called; without, it is the norm
+    before the MLP: the names are the checkpoints'."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        norm = spec.hidden, spec.eps, spec.norm_offset
+        self.input_layernorm = RMSNorm(*norm)
+        self.self_attn = Attention(spec)
+        self.post_attention_layernorm = RMSNorm(*norm)
+        if spec.post_norms:
+            self.pre_feedforward_layernorm = RMSNorm(*norm)
+            self.post_feedforward_layernorm = RMSNorm(*norm)
+        self.mlp = Mlp(spec.hidden, spec.intermediate, spec.activation)
+
+    def key(self) -> Hashable:
+        return self.self_attn.spec
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, past_key: Tensor | None, past_value: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Returns x, the present key and value, the rotated queries, queries and keys before the rotation, and x behind
+        attention."""
+        past = None if past_key is None or past_value is None else (past_key, past_value)
+        out, *rest = self.self_attn(self.input_layernorm(x), cos, sin, bias, past)
+        if not self.self_attn.spec.post_norms:
+            x = x + out
+            return (x + self.mlp(self.post_attention_layernorm(x)), *rest, x)
+        x = x + self.post_attention_layernorm(out)
+        return (x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), *rest, x)
+
+
+class Frame(Atom):
+    """What the layers of a KV group share: order (and size) of all its tokens, rotary factors for each set of frequencies, a
+    mask for each sliding window."""
+
+    def __init__(self, spec: DecoderSpec, shift: int = 0, readers: tuple[int, int] = (0, 0)) -> None:
+        """`shift`: how far the positions of what follows the image have moved up. `readers`: visual tokens in front, and how
+        many tokens behind the image see them; if there are any, no other text does."""
+        super().__init__()
+        self.spec, self.shift, self.readers = spec, shift, readers
+        self.windows = tuple(dict.fromkeys(spec.windows))
+        self.frequencies = tuple(dict.fromkeys(map(spec.frequencies, range(spec.layers))))
+        for i, inv_freq in enumerate(self.frequencies):
+            values = torch.tensor(inv_freq, dtype=torch.float32, device="cpu")
+            self.register_buffer(f"inv_freq_{i}", values, persistent=False)
+
+    def key(self) -> Hashable:
+        return self.spec, self.shift, self.readers
+
+    def forward(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        order: Tensor,
+        past_order: Tensor | None,
+        size: Tensor | None,
+        past_size: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """order, and size if given, with the past [batch, total]; cos, sin [batch, 1, seq, head_dim / 2] for each set of
+        frequencies; masks [batch, 1, group * seq, total], to which log(size) of the keys is added.
+
+        Where every KV head keeps tokens of its own, past_order and past_size are [batch, kv_heads, past]; then what comes
+        out has that axis, too."""
+        s = self.spec
+        if self.shift:
+            position_ids = position_ids - self.shift
+        rotary = []
+        for i in range(len(self.frequencies)):
+            angle = position_ids.float().unsqueeze(-1) * self.get_buffer(f"inv_freq_{i}")
+            if s.mrope_section is not None:
+                parts = angle.split(list(s.mrope_section), -1)
+                angle = torch.cat([part[axis] for axis, part in enumerate(parts)], -1)
+            angle = angle.unsqueeze(1)
+            cos, sin = torch.cos(angle), torch.sin(angle)
+            if s.rope_scale != 1.0:
+                cos, sin = cos * s.rope_scale, sin * s.rope_scale
+            rotary += [cos.to(x.dtype), sin.to(x.dtype)]
+        total = _appended(past_order, order)
+        sizes = [] if size is None else [_appended(past_size, size)]
+        allowed = torch.log(_by_head(sizes[0]))[:, :, None, :] if sizes else torch.zeros(())
+        q, kv = order[:, None, :, None], _by_head(total)[:, :, None, :]
+        seen = kv <= q
+        visual, readers = self.readers
+        if readers:
+            last = order[:, :visual].amax(1)[:, None, None, None] + readers
+            text = torch.cat([torch.zeros_like(order[:, :visual]), torch.ones_like(order[:, visual:])], 1)
+            seen = seen & ((q <= last) | (text[:, None, None, :] > 0))
+        masks = []
+        for window in self.windows:
+            visible = seen if window is None else seen & (kv > q - window)
+            bias = torch.where(visible, allowed, MASKED).to(x.dtype)
+            masks.append(torch.cat([bias] * (s.heads // s.kv_heads), 2))
+        return (total, *sizes, *rotary, *masks)
+
+    def of_layer(self, layer: int, shared: Sequence[T]) -> tuple[T, T, T]:
+        """cos, sin and mask of one layer. shared: what `forward` returns behind order and size."""
+        pair = 2 * self.frequencies.index(self.spec.frequencies(layer))
+        masks = shared[2 * len(self.frequencies) :]
+        return shared[pair], shared[pair + 1], masks[self.windows.index(self.spec.windows[layer])]
+
+
+def _appended(past: Tensor | None, x: Tensor) -> Tensor:
+    """x [batch, seq] behind the past [batch, past] or [batch, kv_heads, past]."""
+    if past is None:
+        return x
+    return torch.cat([past, x if past.ndim == 2 else x[:, None].expand(-1, past.shape[1], -1)], -1)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """[batch, n] or [batch, kv_heads, n] → [batch, 1 or kv_heads, n]."""
+    return x[:, None] if x.ndim == 2 else x

@@ -1,0 +1,143 @@
+"""What reductions inside the language model and in its cache are shown; the signals of `graphs._contract`, each computed
+when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from exporter.graphset import PAD
+from exporter.nn.layers import soft_cap
+from exporter.nn.specs import DecoderSpec
+
+
+def scores(spec: DecoderSpec, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """What goes into the softmax: [.., queries, keys], float32 where scores are capped; query, key [.., tokens, head_dim]."""
+    found = soft_cap((query * spec.attention_scale) @ key.transpose(-1, -2), spec.attention_cap)
+    return found if bias is None else found + bias.to(found.dtype)
+
+
+class Attended:
+    """What one layer attended with.
+
+    Args:
+        visual: visual tokens in front. query [batch, heads, seq, head_dim] and key [batch, kv_heads, seq, head_dim], with
+            RoPE. bias: the layer's mask [batch, 1, group * seq, seq]. order: int64 [batch, seq].
+    """
+
+    def __init__(self, spec: DecoderSpec, visual: int, query: Tensor, key: Tensor, bias: Tensor, order: Tensor) -> None:
+        self.spec, self.v, self.q, self.k, self.bias, self.order = spec, visual, query, key, bias, order
+
+    def text_mask(self) -> Tensor:
+        return (self.order[:, self.v :] < PAD).to(torch.float32)
+
+    def instruction_mask(self) -> Tensor:
+        behind = self.order[:, self.v :] > self.order[:, : self.v].amax(1, keepdim=True)
+        return behind.to(torch.float32) * self.text_mask()
+
+    def keys(self) -> Tensor:
+        return self.k[:, :, : self.v]
+
+    def attention_row(self) -> Tensor:
+        return self.last()[:, : self.v]
+
+    def last(self) -> Tensor:
+        """The last token's attention to everything float32 [batch, keys], mean over heads."""
+        return self.rows(self.q[:, :, -1:], self.k, self.bias[:, :, -1:]).mean((1, 2))[:, 0]
+
+    def text_attention(self) -> Tensor:
+        return self.of_text().mean((1, 2))[..., : self.v]
+
+    def of_text(self) -> Tensor:
+        """Attention of the text float32 [batch, kv_heads, group, text, seq]."""
+        seq = self.order.shape[1]
+        bias = self.bias[:, :, self.v : seq]  # the mask is the same for every query head
+        return self.rows(self.q[:, :, self.v :], self.k, bias)
+
+    def rows(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+        """Attention float32 [batch, kv_heads, group, queries, keys]; bias [batch, 1, queries, keys]."""
+        heads, kv_heads = query.shape[1], key.shape[1]
+        grouped = query.unflatten(1, (kv_heads, heads // kv_heads))
+        found = scores(self.spec, grouped, key.unsqueeze(2), None if bias is None else bias.unsqueeze(1))
+        return torch.softmax(found.float(), -1)
+
+
+class InCacheSeen(Attended):
+    """The signals of a reduction of the cache, behind its layer."""
+
+    def head_attention(self) -> Tensor:
+        return self.of_text().mean(2)[..., : self.v]
+
+    def received(self) -> Tensor:
+        seq = self.order.shape[1]
+        real = (self.order < PAD).to(torch.float32)[:, None, None, None]
+        found: Tensor = (real @ self.rows(self.q, self.k, self.bias[:, :, :seq]))[..., 0, : self.v]
+        return found.mean(2)
+
+    def behind(self) -> Tensor:
+        text = self.order[:, self.v :]
+        return torch.where(text < PAD, text[:, -1:] - text, -1)
+
+
+class InLLMSeen(Attended):
+    """The signals of a reduction before a layer, given everything of the layer before.
+
+    Args:
+        x [batch, seq, hidden]: what enters the layer; previous: what entered the one before; embeds: the first.
+        size: float32 [batch, seq]. plain_query, plain_key: without RoPE. ahead: what the layer itself would attend with,
+            rotated queries and keys, plain ones, and its mask.
+    """
+
+    def __init__(
+        self, spec: DecoderSpec, visual: int, x: Tensor, previous: Tensor, embeds: Tensor | None, order: Tensor,
+        size: Tensor | None, bias: Tensor, query: Tensor, key: Tensor, plain_query: Tensor, plain_key: Tensor,
+        ahead: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        super().__init__(spec, visual, query, key, bias, order)
+        self.x, self.before, self.first, self.sizes = x, previous, embeds, size
+        self.plain_q, self.plain_k, self.ahead = plain_query, plain_key, ahead
+
+    def hidden(self) -> Tensor:
+        return self.x[:, : self.v]
+
+    def size(self) -> Tensor:
+        return (
+            torch.ones_like(self.x[:, : self.v, 0], dtype=torch.float32)
+            if self.sizes is None
+            else self.sizes[:, : self.v]
+        )
+
+    def previous(self) -> Tensor:
+        return self.before[:, : self.v]
+
+    def embeds(self) -> Tensor:
+        assert self.first is not None
+        return self.first[:, : self.v]
+
+    def text_hidden(self) -> Tensor:
+        return self.x[:, self.v :]
+
+    def text_embeds(self) -> Tensor:
+        assert self.first is not None
+        return self.first[:, self.v :]
+
+    def plain_row(self) -> Tensor:
+        return self.rows(self.plain_q[:, :, -1:], self.plain_k[:, :, : self.v], None).mean((1, 2))[:, 0]
+
+    def next_row(self) -> Tensor:
+        q, k, *_, bias = self.ahead
+        return self.rows(q[:, :, -1:], k, bias[:, :, -1:]).mean((1, 2))[:, 0, : self.v]
+
+    def visual_attention(self) -> Tensor:
+        return self.rows(self.q[:, :, : self.v], self.k, self.bias[:, :, : self.v]).mean((1, 2))[..., : self.v]
+
+    def next_keys(self) -> Tensor:
+        return self.ahead[1][:, :, : self.v]
+
+    def next_plain_queries(self) -> Tensor:
+        return self.ahead[2][:, :, : self.v]
+
+    def next_plain_keys(self) -> Tensor:
+        return self.ahead[3][:, :, : self.v]

@@ -1,0 +1,55 @@
+"""Makes an exported program translatable in place, where renaming a few operators is all that it takes.
+
+torch.onnx traces every program once more to decompose what it cannot translate, which takes nearly half of the time of an
+export. Our modules hold few such operators: those are replaced one by one, and only a program with others takes the long
+way. The graphs are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
+
+aten = torch.ops.aten
+_decompose = _fx_passes.decompose_with_registry
+
+CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default}
+RENAMED = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.detach_.default: aten.detach.default,  # of constants
+}
+
+
+def lower(exported_program: ExportedProgram, registry: _registration.ONNXRegistry) -> ExportedProgram:
+    """In place of `torch.onnx`'s own step: a program of operators that `registry` translates."""
+    graph = exported_program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target in CHECKS:
+            graph.erase_node(node)
+        elif node.target in RENAMED:
+            node.target = RENAMED[node.target]
+        elif node.target == aten.to.dtype and len(node.args) == 2 and not node.kwargs:
+            _cast(node)
+        elif node.target == aten.rsub.Scalar and len(node.args) == 2:
+            node.target, node.args = aten.sub.Tensor, node.args[::-1]
+    known = set(_decomp.get_onnx_implemented_overloads(registry))
+    plain = all(_is_plain(node.target, known) for node in graph.nodes if node.op == "call_function")
+    return exported_program if plain else _decompose(exported_program, registry)
+
+
+def _cast(node: Node) -> None:
+    x, dtype = node.args
+    assert isinstance(x, Node)
+    if x.meta["val"].dtype == dtype:  # still a node, as it may be an output
+        node.target, node.args = aten.alias.default, (x,)
+    else:
+        node.target, node.args, node.kwargs = aten._to_copy.default, (x,), {"dtype": dtype}
+
+
+def _is_plain(target: Any, known: set[Any]) -> bool:
+    return target in known and not (hasattr(target, "_schema") and target._schema.is_mutable)
