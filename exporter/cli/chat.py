@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,8 +13,7 @@ from exporter.cli import _options as options
 from exporter.cli._output import Output
 
 if TYPE_CHECKING:
-    from exporter.runtime.generate import Cache, Generator, Result
-    from exporter.runtime.prompt import Message, Prompt
+    from exporter.runtime.conversation import Conversation, Turn
 
 
 @click.command()
@@ -29,6 +28,14 @@ if TYPE_CHECKING:
     metavar="N",
     help="Most tokens of an answer.",
 )
+@click.option(
+    "--beams",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Search with N beams; 1 takes the most likely token each time.",
+)
 @options.threads_option
 @options.json_option
 def command(
@@ -37,18 +44,21 @@ def command(
     images: tuple[Path, ...],
     clips: tuple[Path, ...],
     new_tokens: int,
+    beams: int,
     threads: int | None,
     as_json: bool,
 ) -> None:
     """Ask FOLDER about an image or a clip.
 
-    With QUESTION, one answer. Without, in a terminal, a conversation: one line, one turn; an empty line ends it. A bundle
-    is verified before anything of it is loaded. Without an image, the embedded model gets a held-out sample of its own.
+    With QUESTION, one answer. Without, in a terminal, a conversation: one line, one turn; an empty line ends it. Where the
+    tokens that are kept depend on the question, every turn chooses them anew. A bundle is verified before anything of it is
+    loaded. Without an image, the embedded model gets a held-out sample of its own.
     """
     from exporter.bundle import MANIFEST, Bundle
     from exporter.cli import _samples
     from exporter.errors import UsageError
     from exporter.pipeline import Job, open_runners
+    from exporter.runtime.conversation import Conversation
     from exporter.runtime.generate import Generator
     from exporter.runtime.images import preprocess
     from exporter.runtime.prompt import Prompt
@@ -70,22 +80,24 @@ def command(
         if question is None and not talking:
             raise UsageError('Which question? Give one: `edgetrim chat FOLDER --image PATH "What is this?"`.')
         prompt = Prompt.load(folder / "graphs" / "processor", graphs.text.image_token)
-        talk = _Talk(Generator(runners, graphs, embedding), prompt, preprocess(frames, graphs.image), new_tokens)
+        pixels = preprocess(frames, graphs.image)
+        talk = Conversation(Generator(runners, graphs, embedding), prompt, pixels)
         turns = []
-        for asked in _lines(out, executed) if talking else [question or ""]:
-            answer, result = talk.ask(asked, stream=not as_json)
-            turns.append(
-                {"question": asked, "answer": answer, "tokens": result.tokens[0], "timings_ms": result.timings}
-            )
+        for asked in _lines(out, executed, talk.anew) if talking else [question or ""]:
+            turn = _ask(talk, asked, new_tokens, beams, stream=not as_json)
+            tokens, timings = turn.result.tokens[0], turn.result.timings
+            turns.append({"question": asked, "answer": turn.answers[0], "tokens": tokens, "timings_ms": timings})
     if as_json:
-        tokens = {"before": graphs.visual.total, "into_llm": graphs.visual.kept, "per_kv_group": graphs.text.kept}
-        out.result({"executed": executed, "visual_tokens": tokens, "expected": expected, "turns": turns})
+        visual = {"before": graphs.visual.total, "into_llm": graphs.visual.kept, "per_kv_group": graphs.text.kept}
+        out.result({"executed": executed, "visual_tokens": visual, "expected": expected, "turns": turns})
     elif expected is not None:
         out.result(None, f"Asked: {question} The right answer is: {expected}.")
 
 
-def _lines(out: Output, executed: str) -> Iterator[str]:
+def _lines(out: Output, executed: str, anew: str | None) -> Iterator[str]:
     out.note(f"{executed}. An empty line ends the conversation.")
+    if anew:
+        out.note(anew)
     while True:
         try:
             line = input("> ").strip()
@@ -96,53 +108,16 @@ def _lines(out: Output, executed: str) -> Iterator[str]:
         yield line
 
 
-class _Talk:
-    """A conversation about one image or clip."""
+def _ask(talk: Conversation, text: str, new_tokens: int, beams: int, stream: bool) -> Turn:
+    """The next turn; printed as it comes with `stream`."""
+    from exporter.runtime.beam import Beams
+    from exporter.runtime.sampling import greedy
 
-    def __init__(self, generator: Generator, prompt: Prompt, pixels: Any, new_tokens: int) -> None:
-        self.generator, self.prompt, self.pixels, self.new_tokens = generator, prompt, pixels, new_tokens
-        self.messages: list[Message] = []
-        self.answer = ""
-        self.cache: Cache | None = None
+    def on_text(row: int, piece: str) -> None:
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
 
-    def ask(self, text: str, stream: bool) -> tuple[str, Result]:
-        """The answer to the next question; printed as it comes with `stream`."""
-        decoder, told = self.prompt.stream(), []
-        stop = set(self.generator.graphs.text.eos)
-
-        def tell(piece: str) -> None:
-            told.append(piece)
-            if stream:
-                click.echo(piece, nl=False)
-                sys.stdout.flush()
-
-        def on_token(row: int, token: int) -> None:
-            if token not in stop:
-                tell(decoder.push(token))
-
-        result = self._run(text, on_token)
-        tell(decoder.finish())
-        if stream:
-            click.echo()
-        self.answer, self.cache = "".join(told), result.cache
-        return self.answer.strip(), result
-
-    def _run(self, text: str, on_token: Any) -> Result:
-        """Only what is new in the conversation; all of it anew where the chat template rewrites earlier turns."""
-        from exporter.errors import UsageError
-
-        visual = self.generator.graphs.visual
-        if self.cache is None:
-            self.messages = list(self.prompt.question(text, visual.placeholders, visual.media))
-        else:
-            try:
-                self.messages, new = self.prompt.follow(self.messages, self.answer, text)
-                return self.generator.reply(self.cache, [new], self.new_tokens, on_token)
-            except UsageError:
-                plain = isinstance(self.messages[-1]["content"], str)
-                for role, words in (("assistant", self.answer), ("user", text)):
-                    self.messages.append(
-                        {"role": role, "content": words if plain else [{"type": "text", "text": words}]}
-                    )
-        ids, side = self.prompt.encode(self.messages), self.prompt.side([text])
-        return self.generator.generate(self.pixels, [ids], self.new_tokens, on_token, side=side)
+    turn = talk.ask([text], new_tokens, on_text if stream else None, Beams(beams) if beams > 1 else greedy)
+    if stream:
+        click.echo()
+    return turn

@@ -13,7 +13,7 @@ Stage times are taken around `Runner.run`, which returns when its results are th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,30 +22,17 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.backends._contract import Array, Runner
-from exporter.errors import ExportError, UsageError, VerificationError
-from exporter.graphset import PAD, ROLES, GraphSet
-from exporter.runtime.sequence import Ints, Prompts, Text, arrange, check_ids, pad, split
+from exporter.errors import UsageError, VerificationError
+from exporter.graphset import GraphSet
+from exporter.runtime.beam import Beams, search
+from exporter.runtime.cache import Cache
+from exporter.runtime.sampling import Logits, Sampler, greedy, pick
+from exporter.runtime.sequence import Ints, Prompts, Text, Tokens, arrange, check_ids, pad, split
+from exporter.runtime.shrink import Shrinking
 from exporter.runtime.warp import at_rest
 
-Logits = npt.NDArray[np.float32]
-Sampler = Callable[[Logits], Ints]
-"""float32 [batch, vocab] → int64 [batch]."""
 OnToken = Callable[[int, int], object]
 """Called with (row, token) as soon as a token is there."""
-
-
-@dataclass
-class Cache:
-    """Everything a conversation has so far. `step` and `extend` change it in place."""
-
-    past: dict[str, Any]
-    """The decode graph's `past_*` inputs: device values."""
-    next_position: Ints
-    """[batch]"""
-    next_order: Ints
-    """[batch]"""
-    pending: list[list[int]]
-    """Per row: tokens generated but not run yet, so not in `past`. An eos is never among them."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +52,8 @@ class Prefilled:
     logits: Logits
     cache: Cache
     kept: dict[str, Array]
-    """The prefill graph's `kept_*` outputs: what reductions inside the language model kept."""
+    """The prefill graph's `kept_*` outputs: what reductions inside the language model kept; `cached_*`: those of the cache,
+    places among the visual tokens that entered it."""
 
 
 @dataclass
@@ -80,7 +68,7 @@ class Timings:
     decode_ms: list[float] = field(default_factory=list)
     """One per decode step, sampling included; the first token belongs to prefill."""
     ttft_ms: float = 0.0
-    """From the call to the first token."""
+    """From the call to the first token; with beams, to the answer."""
 
 
 @dataclass(frozen=True)
@@ -104,46 +92,6 @@ def embedding(folder: Path, graphs: GraphSet) -> Array:
     return table
 
 
-def greedy(logits: Logits) -> Ints:
-    """The most likely token; of equal ones the lower id."""
-    best: Ints = logits.argmax(axis=-1)
-    return best
-
-
-class Sampling:
-    """Draw from the most likely tokens. The same seed gives the same tokens.
-
-    Args:
-        temperature: above 0; below 1 sharpens.
-        top_k: only this many of the most likely; 0 is all.
-        top_p: only the fewest that are together at least this likely.
-        seed: of the random numbers.
-    """
-
-    def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> None:
-        if temperature <= 0 or top_k < 0 or not 0 < top_p <= 1:
-            raise UsageError(
-                f"Sampling with temperature {temperature}, top_k {top_k}, top_p {top_p}: expected a temperature above "
-                "0, top_k 0 or more, top_p above 0 and at most 1. For the most likely token, do not sample."
-            )
-        self._temperature, self._top_k, self._top_p = temperature, top_k, top_p
-        self._random = np.random.default_rng(seed)
-
-    def __call__(self, logits: Logits) -> Ints:
-        scaled = logits.astype(np.float64) / self._temperature
-        ranked = np.argsort(-scaled, axis=-1, kind="stable")
-        if self._top_k:
-            ranked = ranked[:, : self._top_k]
-        best = np.take_along_axis(scaled, ranked, axis=-1)
-        likely = np.exp(best - best[:, :1])
-        likely /= likely.sum(axis=-1, keepdims=True)
-        likely[np.cumsum(likely, axis=-1) - likely >= self._top_p] = 0
-        total = np.cumsum(likely, axis=-1)
-        drawn = (total <= self._random.random((len(total), 1)) * total[:, -1:]).sum(axis=-1, keepdims=True)
-        picked: Ints = np.take_along_axis(ranked, drawn, axis=-1)[:, 0]
-        return picked
-
-
 class Generator:
     """Runs one model's graphs.
 
@@ -151,7 +99,8 @@ class Generator:
         runners: role → opened runner. Where prefill and decode are one file, either may stand for both.
         graphs: the exported model.
         embedding: the token embedding table [vocab, hidden].
-        chunk: most tokens the decode engine takes at once, for `extend`; None is any number.
+        chunk: most tokens that the language model runs at once in `extend`, and in `prefill` where that is not a graph
+            of its own; else what the runner says (`Runner.chunk`).
     """
 
     def __init__(
@@ -163,12 +112,14 @@ class Generator:
                 f"{graphs.embedding} has shape {list(embedding.shape)}, expected {[text.vocab, text.hidden]}. "
                 "Run export again."
             )
-        self.graphs, self._chunk = graphs, chunk
+        self.graphs = graphs
         self._embedding = np.asarray(embedding)
         runners = _complete(runners, graphs)
         self._vision, self._reduce = runners["vision"], runners["reduce"]
         self._prefill, self._decode = runners["prefill"], runners["decode"]
         self._question = runners.get("question")
+        self._chunk = chunk or self._decode.chunk
+        self._shrinking = Shrinking(runners, graphs, self._hand) if graphs.buckets else None
         self._signals = [name for name in self._reduce.inputs if name not in graphs.side]
         self._present = {name: "present" + name[4:] for name in self._decode.inputs if name.startswith("past_")}
         _check(self._vision, "vision", self._signals)
@@ -184,7 +135,7 @@ class Generator:
         input_ids: Prompts,
         max_new_tokens: int,
         on_token: OnToken | None = None,
-        sampler: Sampler = greedy,
+        sampler: Sampler | Beams = greedy,
         side: Mapping[str, Array] | None = None,
     ) -> Result:
         """Answer prompts about images.
@@ -194,7 +145,7 @@ class Generator:
             input_ids: one prompt per row, of any lengths, each with `graphs.visual.placeholders` image tokens.
             max_new_tokens: most tokens per row, >= 1; a row ends at an eos.
             on_token: called with (row, token) for every token.
-            sampler: chooses tokens from logits.
+            sampler: chooses tokens from logits; or `Beams`, where tokens are told when the search is over.
             side: see `reduce`.
         """
         _positive(max_new_tokens)
@@ -206,13 +157,21 @@ class Generator:
         text = split(input_ids, self.graphs)
         mark = time.perf_counter()
         signals = self.vision(pixel_values)
-        timings.vision_ms, mark = _ms(mark), time.perf_counter()
+        timings.vision_ms = _ms(mark)
+        visual = self.select(signals, text, side, timings)
+        return self.answer(visual, input_ids, max_new_tokens, on_token, sampler, timings, begin)
+
+    def select(
+        self, signals: Mapping[str, Any], text: Text | None, side: Mapping[str, Array] | None, timings: Timings
+    ) -> Visual:
+        """`question`, where it is asked, and `reduce`; what they took goes into `timings`."""
+        mark = time.perf_counter()
         if self._question is not None and side and "question_ids" in side:
             side = {**side, "aligned_text": self.question(side["question_ids"])}
             timings.question_ms, mark = _ms(mark), time.perf_counter()
         visual = self.reduce(signals, text, side)
-        timings.reduce_ms, mark = _ms(mark), time.perf_counter()
-        return self.answer(visual, input_ids, max_new_tokens, on_token, sampler, timings, begin)
+        timings.reduce_ms = _ms(mark)
+        return visual
 
     def answer(
         self,
@@ -220,7 +179,7 @@ class Generator:
         input_ids: Prompts,
         max_new_tokens: int,
         on_token: OnToken | None = None,
-        sampler: Sampler = greedy,
+        sampler: Sampler | Beams = greedy,
         timings: Timings | None = None,
         begin: float | None = None,
     ) -> Result:
@@ -244,7 +203,7 @@ class Generator:
         input_ids: Prompts,
         max_new_tokens: int,
         on_token: OnToken | None = None,
-        sampler: Sampler = greedy,
+        sampler: Sampler | Beams = greedy,
     ) -> Result:
         """Answer the next turn of a conversation: text only, see `extend`."""
         _positive(max_new_tokens)
@@ -326,7 +285,10 @@ class Generator:
         return feeds
 
     def prefill(self, visual: Visual, input_ids: Prompts, text: Text | None = None) -> Prefilled:
-        """Run the prompts.
+        """Run the prompts, chunk by chunk in their own order if they are longer than one.
+
+        A prefill graph of its own, as a reduction inside the language model makes it, has to see all visual tokens to choose
+        among them: there it is one call, whatever `chunk` says.
 
         Args:
             visual: from `reduce`.
@@ -338,24 +300,27 @@ class Generator:
         places = arrange(input_ids, visual.index, self.graphs)
         words = self._as(runner, "inputs_embeds", self._embedding[text.ids])
         seen = self._as(runner, "inputs_embeds", visual.embeds)
-        feeds: dict[str, Any] = {
-            "inputs_embeds": np.concatenate([seen, words], axis=1),
-            "position_ids": self._as(runner, "position_ids", places.position_ids),
-            "order": self._as(runner, "order", places.order),
-        }
-        batch = len(input_ids)
+        size = None
         if visual.size is not None:
-            feeds["size"] = np.concatenate([visual.size, np.ones(text.ids.shape, np.float32)], axis=1)
+            size = np.concatenate([visual.size, np.ones(text.ids.shape, np.float32)], axis=1)
+        tokens = Tokens(np.concatenate([seen, words], axis=1), places.position_ids, places.order, size)
+        first, *rest = self._chunks(tokens.in_prompt_order()) if self._divisible(tokens) else [tokens]
+        batch, past = len(input_ids), {}
         for name, dtype in runner.inputs.items():
             if name.startswith(("past_order_", "past_size_")):
-                feeds[name] = np.empty((batch, 0), dtype)
+                past[name] = np.empty((batch, 0), dtype)
             elif name.startswith("past_"):
-                feeds[name] = np.empty((batch, spec.kv_heads, 0, spec.head_dim), dtype)
-        found = runner.run(feeds)
+                past[name] = np.empty((batch, spec.kv_heads, 0, spec.head_dim), dtype)
+        found = runner.grow({**self._feeds(runner, first), **past}, self._present, first.order.shape[1])
         cache = Cache({}, places.next_position, places.next_order, [[] for _ in range(batch)])
         self._keep(cache, found, runner)
-        kept = {name: runner.numpy(value) for name, value in found.items() if name.startswith("kept_")}
-        return Prefilled(_logits(runner, found), cache, kept)
+        if self._shrinking is not None:
+            cache.shrunk = self._shrinking.begin(found, runner)
+        logits = _logits(runner, found)
+        for part in rest:
+            logits = self._run(cache, part)
+        kept = {name: runner.numpy(value) for name, value in found.items() if name.startswith(("kept_", "cached_"))}
+        return Prefilled(logits, cache, kept)
 
     def step(self, cache: Cache, tokens: Ints, active: npt.NDArray[np.bool_] | None = None) -> Logits:
         """Run one token per row.
@@ -365,12 +330,16 @@ class Generator:
             tokens: int64 [batch].
             active: [batch]; rows that are False have ended: what they are fed is never attended to.
         """
-        order = cache.next_order if active is None else np.where(active, cache.next_order, PAD)
-        logits = self._run(cache, tokens[:, None], cache.next_position[:, None], order[:, None])
-        moved = 1 if active is None else active
-        cache.next_position = cache.next_position + moved
-        cache.next_order = cache.next_order + moved
+        if self._shrinking is not None and cache.shrunk is not None:
+            self._shrinking.cut(cache.shrunk, cache.past, active)
+        real = np.ones((len(tokens), 1), np.bool_) if active is None else active[:, None]
+        logits = self._run(cache, self._words(tokens[:, None], *cache.places(real)))
+        cache.advance(real.sum(axis=1))
         return logits
+
+    def rows(self, cache: Cache, rows: Ints) -> Cache:
+        """A cache of its own with rows of another, int64 [n], in any order and each as often as named."""
+        return cache.rows(rows, self._decode.gather)
 
     def extend(self, cache: Cache, input_ids: Prompts) -> Logits:
         """Run more text, such as the next turn of a conversation.
@@ -387,35 +356,31 @@ class Generator:
                 f"{len(input_ids)} texts for {len(cache.pending)} conversations; expected as many of each."
             )
         rows = [[*waiting, *new] for waiting, new in zip(cache.pending, input_ids, strict=True)]
-        for i, row in enumerate(rows):
+        for i, (row, new) in enumerate(zip(rows, input_ids, strict=True)):
             if not row:
                 raise UsageError(f"Text {i} is empty; expected at least one token.")
-            if self.graphs.text.image_token in row:
+            if self.graphs.text.image_token in new:  # a model may say one; that is a word then
                 raise UsageError(
                     f"Text {i} holds an image token; a conversation has its images in the first prompt only."
                 )
-            check_ids(row, self.graphs, i)
+            check_ids(new, self.graphs, i)
         text = pad(rows)
-        count = np.cumsum(text.mask, axis=1) - 1
-        positions = np.where(text.mask, cache.next_position[:, None] + count, 0)
-        order = np.where(text.mask, cache.next_order[:, None] + count, PAD)
-        width = text.ids.shape[1]
-        for first in range(0, width, self._chunk or width):
-            part = slice(first, first + (self._chunk or width))
-            logits = self._run(cache, text.ids[:, part], positions[:, part], order[:, part])
-        lengths = text.mask.sum(axis=1)
-        cache.next_position, cache.next_order = cache.next_position + lengths, cache.next_order + lengths
+        for part in self._chunks(self._words(text.ids, *cache.places(text.mask))):
+            logits = self._run(cache, part)
+        cache.advance(text.mask.sum(axis=1))
         cache.pending = [[] for _ in rows]
         return logits
 
     def _answer(
-        self, logits: Logits, cache: Cache, max_new_tokens: int, on_token: OnToken | None, sampler: Sampler,
+        self, logits: Logits, cache: Cache, max_new_tokens: int, on_token: OnToken | None, sampler: Sampler | Beams,
         timings: Timings, begin: float,
     ) -> list[list[int]]:  # fmt: skip
         """Decode until every row has ended."""
+        if isinstance(sampler, Beams):
+            return self._search(logits, cache, max_new_tokens, on_token, sampler, timings, begin)
         tokens: list[list[int]] = [[] for _ in cache.pending]
         active, eos = np.ones(len(tokens), np.bool_), np.asarray(self.graphs.text.eos, np.int64)
-        picked = _pick(sampler, logits)
+        picked = pick(sampler, logits)
         timings.ttft_ms = _ms(begin)
         for left in range(max_new_tokens - 1, -1, -1):
             for row in np.flatnonzero(active).tolist():
@@ -426,26 +391,56 @@ class Generator:
             if not left or not active.any():
                 break
             mark = time.perf_counter()
-            picked = _pick(sampler, self.step(cache, picked, None if active.all() else active))
+            picked = pick(sampler, self.step(cache, picked, None if active.all() else active))
             timings.decode_ms.append(_ms(mark))
         cache.pending = [[row[-1]] if live else [] for row, live in zip(tokens, active, strict=True)]
         return tokens
 
-    def _run(self, cache: Cache, ids: Ints, positions: Ints, order: Ints) -> Logits:
-        """The decode graph on [batch, seq] tokens; puts what it returns into the cache."""
-        runner, axes = self._decode, self.graphs.text.position_axes
+    def _search(
+        self, logits: Logits, cache: Cache, max_new_tokens: int, on_token: OnToken | None, beams: Beams,
+        timings: Timings, begin: float,
+    ) -> list[list[int]]:  # fmt: skip
+        """The best answer of every row; the cache stays where it was, the answer is pending."""
+        eos = self.graphs.text.eos
+        found = search(self, logits, cache, beams, max_new_tokens, eos, timings.decode_ms)
+        tokens = [answers[0].tokens for answers in found]
+        timings.ttft_ms = _ms(begin)
+        for row, token in ((row, token) for row, answer in enumerate(tokens) for token in answer):
+            if on_token is not None:
+                on_token(row, token)
+        cache.pending = [[token for token in answer if token not in eos] for answer in tokens]
+        return tokens
+
+    def _words(self, ids: Ints, positions: Ints, order: Ints) -> Tokens:
+        """Text to run behind a cache, all [batch, seq]."""
+        axes = self.graphs.text.position_axes
         if axes > 1:
             positions = np.broadcast_to(positions, (axes, *positions.shape))
-        feeds = {
-            "inputs_embeds": self._as(runner, "inputs_embeds", self._embedding[ids]),
-            "position_ids": self._as(runner, "position_ids", positions),
-            "order": self._as(runner, "order", order),
-            **({"size": np.ones(order.shape, np.float32)} if self.graphs.sized else {}),
-            **cache.past,
-        }
-        found = runner.run(feeds)
+        size = np.ones(order.shape, np.float32) if self.graphs.sized else None
+        return Tokens(self._embedding[ids], positions, order, size)
+
+    def _divisible(self, tokens: Tokens) -> bool:
+        """Whether prefill has to go, and can go, in chunks."""
+        chunk = None if self.graphs.prefill_apart else self._chunk
+        return chunk is not None and tokens.order.shape[1] > chunk
+
+    def _chunks(self, tokens: Tokens) -> Iterable[Tokens]:
+        return [tokens] if self._chunk is None else tokens.chunks(self._chunk)
+
+    def _run(self, cache: Cache, tokens: Tokens) -> Logits:
+        """The decode graph; puts what it returns into the cache."""
+        runner = self._decode
+        found = runner.grow({**self._feeds(runner, tokens), **cache.past}, self._present, tokens.order.shape[1])
         self._keep(cache, found, runner)
+        if self._shrinking is not None and cache.shrunk is not None:
+            self._shrinking.ran(cache.shrunk, found)
         return _logits(runner, found)
+
+    def _feeds(self, runner: Runner, tokens: Tokens) -> dict[str, Any]:
+        feeds = {"inputs_embeds": tokens.embeds, "position_ids": tokens.position_ids, "order": tokens.order}
+        if tokens.size is not None:
+            feeds["size"] = tokens.size
+        return {name: self._as(runner, name, value) for name, value in feeds.items()}
 
     def _keep(self, cache: Cache, found: Mapping[str, Any], runner: Runner) -> None:
         cache.past = {name: self._hand(found[present], runner, self._decode) for name, present in self._present.items()}
@@ -463,11 +458,11 @@ class Generator:
 def _complete(runners: Mapping[str, Runner], graphs: GraphSet) -> dict[str, Runner]:
     """All the roles that the model has."""
     found = dict(runners)
-    if graphs.files["prefill"] == graphs.files["decode"]:
+    if not graphs.prefill_apart:
         for role, other in (("prefill", "decode"), ("decode", "prefill")):
             if role not in found and other in found:
                 found[role] = found[other]
-    absent = [role for role in ROLES if role in graphs.files and role not in found]
+    absent = [role for roles in graphs.roles().values() for role in roles if role not in found]
     if absent:
         raise UsageError(f"No runner for {', '.join(absent)}. Given: {', '.join(runners) or 'none'}.")
     return found
@@ -489,16 +484,6 @@ def _positive(max_new_tokens: int) -> None:
 
 def _logits(runner: Runner, found: Mapping[str, Any]) -> Logits:
     return runner.numpy(found["logits"]).astype(np.float32, copy=False)
-
-
-def _pick(sampler: Sampler, logits: Logits) -> Ints:
-    picked = sampler(logits)
-    # argmax stops at the first NaN, so looking at the chosen logit is enough.
-    if np.isnan(logits[np.arange(len(picked)), picked]).any():
-        raise ExportError(
-            "The language model returned NaN. In FP16 that is mostly an overflow: compare with an FP32 export."
-        )
-    return picked
 
 
 def _ms(since: float) -> float:

@@ -152,12 +152,7 @@ class Prompt:
         Raises:
             UsageError: the template writes earlier turns differently once there are later ones.
         """
-        longer = [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": text}]
-        if not isinstance(messages[-1]["content"], str):
-            longer[-2:] = [
-                {"role": role, "content": [{"type": "text", "text": words}]}
-                for role, words in (("assistant", reply), ("user", text))
-            ]
+        longer = lengthened(messages, reply, text)
         before, after = self.render(messages), self.render(longer)
         reply = reply.strip()
         cut = after.find(reply, len(before))
@@ -185,6 +180,13 @@ class Prompt:
         except UsageError:
             return -1
         return text.count(self.image_token) if self.image_token else 0
+
+
+def lengthened(messages: Sequence[Message], reply: str, text: str) -> list[Message]:
+    """A conversation with an answer and the next question, in the form that its messages have."""
+    plain = isinstance(messages[-1]["content"], str)
+    more = (("assistant", reply), ("user", text))
+    return [*messages, *({"role": r, "content": t if plain else [{"type": "text", "text": t}]} for r, t in more)]
 
 
 class Stream:

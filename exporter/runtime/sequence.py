@@ -10,8 +10,9 @@ and by `position_ids`, for the rotary embedding. Both follow the layout's policy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from exporter.graphset import PAD, GraphSet, VisualLayout
 
 Ints = npt.NDArray[np.int64]
 Prompts = Sequence[Sequence[int]]
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,46 @@ class Text:
     """[batch, text]; 0 where padded."""
     mask: npt.NDArray[np.bool_]
     """[batch, text], True for real tokens."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the language model runs at once, or chunk by chunk."""
+
+    embeds: Array
+    """[batch, seq, hidden]"""
+    position_ids: Ints
+    """[batch, seq], or [3, batch, seq] with M-RoPE"""
+    order: Ints
+    """[batch, seq]; `PAD` where padded."""
+    size: Array | None = None
+    """float32 [batch, seq], where the language model counts what a token stands for."""
+
+    def in_prompt_order(self) -> Tokens:
+        """The same with the padding of every row first, then its tokens by `order`."""
+        rank = np.where(self.order == PAD, -1, self.order).argsort(axis=1, kind="stable")
+        rows = np.arange(len(rank))[:, None]
+        size = None if self.size is None else self.size[rows, rank]
+        return Tokens(self.embeds[rows, rank], self.position_ids[..., rows, rank], self.order[rows, rank], size)
+
+    def chunks(self, most: int) -> Iterator[Tokens]:
+        """Consecutive parts of at most `most` tokens and about equal length, given the tokens in the order of the prompt.
+
+        Tokens of equal order see each other and stay together (CLS and the first patch), so a chunk can be a little shorter.
+        """
+        seq, first = self.order.shape[1], 0
+        most = -(-seq // -(-seq // most))
+        left, right = self.order[:, :-1], self.order[:, 1:]
+        cuts = np.flatnonzero(((left != right) | (left == PAD)).all(axis=0)) + 1
+        while first < seq:
+            last = seq
+            if seq - first > most:
+                last = int(cuts[(cuts > first) & (cuts <= first + most)].max(initial=0)) or first + most
+            size = None if self.size is None else self.size[:, first:last]
+            yield Tokens(
+                self.embeds[:, first:last], self.position_ids[..., first:last], self.order[:, first:last], size
+            )
+            first = last
 
 
 @dataclass(frozen=True)
@@ -83,7 +125,16 @@ def split(input_ids: Prompts, graphs: GraphSet) -> Text:
         if not len(prompt) or prompt[-1] == image:
             raise UsageError(f"Prompt {row} ends with an image token; expected text behind it, such as the question.")
         check_ids(prompt, graphs, row)
-    return pad([[token for token in prompt if token != image] for prompt in input_ids])
+    return pad([[token for token in prompt if token != image] for prompt in _with_readers(input_ids, graphs)])
+
+
+def _with_readers(input_ids: Prompts, graphs: GraphSet) -> Prompts:
+    """The prompts with `graphs.visual.readers` behind their last image token."""
+    readers, image = graphs.visual.readers, graphs.text.image_token
+    if not readers:
+        return input_ids
+    ends = [len(prompt) - list(reversed(prompt)).index(image) for prompt in input_ids]
+    return [[*prompt[:end], *readers, *prompt[end:]] for prompt, end in zip(input_ids, ends, strict=True)]
 
 
 def check_ids(tokens: Sequence[int], graphs: GraphSet, row: int) -> None:
@@ -112,6 +163,7 @@ def arrange(input_ids: Prompts, index: Ints, graphs: GraphSet) -> Places:
             f"`reduce` returned an index of shape {list(index.shape)} and values {index.min(initial=0)} "
             f"to {index.max(initial=0)}; expected shape {list(expected)} and values -1 to {visual.total - 1}. Run validate."
         )
+    input_ids = _with_readers(input_ids, graphs)
     image, width = graphs.text.image_token, max(map(len, input_ids)) - visual.placeholders
     seq = visual.kept + width
     positions = np.zeros((axes, len(input_ids), seq), np.int64)

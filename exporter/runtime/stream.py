@@ -21,7 +21,8 @@ import numpy as np
 
 from exporter.backends._contract import Array
 from exporter.errors import UsageError
-from exporter.runtime.generate import Generator, OnToken, Result, Sampler, Visual, greedy
+from exporter.runtime.generate import Generator, OnToken, Result, Visual
+from exporter.runtime.sampling import Sampler, greedy
 from exporter.runtime.sequence import Prompts
 
 
@@ -43,11 +44,11 @@ class Stream:
             raise UsageError("A stream needs a model exported for clips: pass --frames to export.")
         if graphs.visual.policy != "compact":
             raise UsageError("A stream has no positions to keep: export with position=compact.")
-        if set(graphs.side) & {"text", "text_mask", "aligned_text"}:
+        if graphs.reads_text:
             raise UsageError("This model's reduction is guided by the question, which a stream does not know yet.")
-        if max(graphs.text.groups):
+        if graphs.prefill_apart:
             raise UsageError(
-                "A reduction inside the language model has one number of visual tokens; a stream has many."
+                "A reduction inside the language model or of its cache has one number of visual tokens; a stream has many."
             )
         self._generator = generator
         self._waiting: list[Array] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,11 @@ from exporter.backends._contract import Runner
 from exporter.backends.ort import OnnxRuntime
 from exporter.errors import ExportError, UsageError, VerificationError
 from exporter.graphset import PAD, GraphSet
-from exporter.runtime.generate import Cache, Generator, Sampling, embedding, greedy
-from exporter.runtime.sequence import split
+from exporter.runtime.beam import Beams
+from exporter.runtime.cache import Cache
+from exporter.runtime.generate import Generator, embedding
+from exporter.runtime.sampling import Sampling, greedy
+from exporter.runtime.sequence import Tokens, split
 from tests.runtime import tiny
 
 LONG, SHORT = [1, 10, 11, 12, tiny.IMAGE, 13, 14, 15, 16, 17], [1, tiny.IMAGE, 20, 21]
@@ -145,6 +148,81 @@ def test_a_row_that_ended_leaves_no_trace(whole: tuple[Generator, Reference]) ->
     np.testing.assert_allclose(logits[1], wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 4, 7, 14])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        {"frames": 2, "placeholders": 2, "keep": 5},
+        {"frames": 2, "placeholders": 2, "axes": 3},
+        {"frames": 2, "keep": 5, "policy": "compact"},
+        {"frames": 2, "placeholders": 2, "sized": True},
+    ],
+    ids=["llava", "reduced", "mrope", "compact", "sized"],
+)
+def test_prefill_in_chunks_is_prefill_in_one_go(tmp_path: Path, layout: dict[str, Any], chunk: int) -> None:
+    graphs = tiny.export(tmp_path, **layout)
+    visual = graphs.visual
+    pixels = np.random.default_rng(1).uniform(-1, 1, (2, visual.frames, 3, tiny.SIDE, tiny.SIDE)).astype(np.float32)
+    more = [tiny.IMAGE, 18] * (visual.placeholders - 1)
+    prompts = [[*LONG, *more, 30], [*SHORT, *more]]
+    with opened(tmp_path, graphs, chunk=10**6) as whole:
+        seen = whole.reduce(whole.vision(pixels))
+        runners = {role: getattr(whole, f"_{role}") for role in ("vision", "reduce", "decode")}
+        parts, ran = Generator(runners, graphs, tiny.table(), chunk), []
+        run = type(whole._decode).run
+
+        def watched(self: Any, feeds: Any) -> dict[str, Any]:
+            ran.append(feeds["order"].shape[1])
+            return run(self, feeds)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(whole._decode), "run", watched)
+            found = parts.prefill(seen, prompts)
+        expected = whole.prefill(seen, prompts)
+        np.testing.assert_allclose(found.logits, expected.logits, rtol=0, atol=1e-5 * np.abs(expected.logits).max())
+        assert max(ran) <= chunk
+        assert sum(ran) == visual.kept + len(prompts[0]) - visual.placeholders
+        assert (found.cache.next_position == expected.cache.next_position).all()
+        assert (found.cache.next_order == expected.cache.next_order).all()
+        tokens = [g.generate(pixels, prompts, 6).tokens for g in (parts, whole)]
+    assert tokens[0] == tokens[1]
+
+
+def test_tokens_of_one_place_stay_in_one_chunk() -> None:
+    """CLS has the place of the first patch and they see each other; padding parts anywhere."""
+    order = np.array([[2, 2, 3, 5, PAD, 0, 1, 9], [1, 1, 2, 3, PAD, PAD, PAD, 0]])
+    tokens = Tokens(order[..., None].astype(np.float64), order, order).in_prompt_order()
+    assert tokens.order.tolist() == [[PAD, 0, 1, 2, 2, 3, 5, 9], [PAD, PAD, PAD, 0, 1, 1, 2, 3]]
+    assert (tokens.embeds[..., 0] == tokens.order).all()
+    assert [part.order.shape[1] for part in tokens.chunks(4)] == [3, 4, 1]
+    assert np.concatenate([part.order for part in tokens.chunks(4)], axis=1).tolist() == tokens.order.tolist()
+
+
+def test_a_prefill_graph_of_its_own_is_never_cut(tmp_path: Path) -> None:
+    graphs = tiny.export(tmp_path, stay=2)
+    with opened(tmp_path, graphs, chunk=3) as parts, opened(tmp_path, graphs, chunk=100) as whole:
+        results = [g.generate(PIXELS, [LONG, SHORT], 5) for g in (parts, whole)]
+    assert results[0].tokens == results[1].tokens
+    assert results[0].kept["kept_1"].tolist() == [[0, 1]] * 2
+
+
+def test_without_a_chunk_the_runner_is_asked(tmp_path: Path) -> None:
+    graphs = tiny.export(tmp_path)
+    with opened(tmp_path, graphs) as generator, opened(tmp_path, graphs, chunk=9) as other:
+        assert generator._chunk == generator._decode.chunk == 512
+        assert other._chunk == 9
+
+
+def test_an_image_token_that_was_generated_is_a_word(whole: tuple[Generator, Reference]) -> None:
+    generator, reference = whole
+    visual = generator.reduce(generator.vision(PIXELS[:1]))
+    cache = generator.prefill(visual, [SHORT]).cache
+    cache.pending = [[tiny.IMAGE]]
+    embeds = np.concatenate([reference.embeds(visual.embeds[0], SHORT), tiny.table()[[tiny.IMAGE, 30]]])
+    np.testing.assert_allclose(generator.extend(cache, [[30]])[0], reference.logits(embeds), atol=1e-4)
+
+
 def test_keys_and_values_never_come_to_the_host(tmp_path: Path) -> None:
     graphs, brought = tiny.export(tmp_path), []
     with opened(tmp_path, graphs) as generator:
@@ -201,16 +279,30 @@ def test_a_compact_layout_still_answers(tmp_path: Path) -> None:
         assert result.tokens == [reference.greedy(reference.embeds(seen[i], p), 6) for i, p in enumerate((LONG, SHORT))]
 
 
-class Listed:
+class Listed(Runner):
     """A runner whose device values are lists of one array: anything but OrtValue."""
 
     def __init__(self, inner: Runner) -> None:
-        self.inner, self.inputs, self.outputs = inner, inner.inputs, inner.outputs
+        self._inner = inner
 
-    def run(self, feeds: Any) -> dict[str, Any]:
+    def __enter__(self) -> Listed:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    @property
+    def inputs(self) -> Mapping[str, np.dtype[Any]]:
+        return self._inner.inputs
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        return self._inner.outputs
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         plain = {name: value[0] if isinstance(value, list) else value for name, value in feeds.items()}
         assert all(isinstance(value, np.ndarray) for value in plain.values())
-        return {name: [self.inner.numpy(value)] for name, value in self.inner.run(plain).items()}
+        return {name: [self._inner.numpy(value)] for name, value in self._inner.run(plain).items()}
 
     def numpy(self, value: Any) -> Any:
         return value[0]
@@ -219,12 +311,15 @@ class Listed:
 def test_runners_of_different_kinds_meet_on_the_host(whole: tuple[Generator, Reference]) -> None:
     generator, _ = whole
     wanted = generator.generate(PIXELS, [LONG, SHORT], 5).tokens
+    searched = generator.generate(PIXELS, [LONG, SHORT], 5, sampler=Beams(3)).tokens
     for foreign in ({"vision"}, {"decode"}, {"prefill"}, {"vision", "reduce", "prefill", "decode"}):
         runners: dict[str, Any] = {
             role: Listed(getattr(generator, f"_{role}")) if role in foreign else getattr(generator, f"_{role}")
             for role in ("vision", "reduce", "prefill", "decode")
         }
-        assert Generator(runners, generator.graphs, tiny.table()).generate(PIXELS, [LONG, SHORT], 5).tokens == wanted
+        mixed = Generator(runners, generator.graphs, tiny.table(), chunk=6)
+        assert mixed.generate(PIXELS, [LONG, SHORT], 5).tokens == wanted
+        assert mixed.generate(PIXELS, [LONG, SHORT], 5, sampler=Beams(3)).tokens == searched
 
 
 def test_what_does_not_fit_is_told(whole: tuple[Generator, Reference], tmp_path: Path) -> None:

@@ -68,8 +68,9 @@ def vision(path: Path, half: bool = False) -> Path:
     return g.save(path, pixels, {"hidden": (g.type, [*shape, HIDDEN]), "score": (g.type, shape)})
 
 
-def reduce(path: Path, frames: int, keep: int, half: bool = False, guided: bool = False) -> Path:
-    """Keeps the brightest patches, in their order. Guided, it adds the mean of the text to every token."""
+def reduce(path: Path, frames: int, keep: int, half: bool = False, guided: bool = False, sized: bool = False) -> Path:
+    """Keeps the brightest patches, in their order. Guided, it adds the mean of the text to every token. Sized, every token
+    stands for one and its brightness."""
     g, total = Graph(half, 2), frames * PATCHES
     hidden = g.op("Reshape", "hidden", g.const(np.array([0, total, HIDDEN])))
     score = g.op("Reshape", "score", g.const(np.array([0, total])))
@@ -84,12 +85,15 @@ def reduce(path: Path, frames: int, keep: int, half: bool = False, guided: bool 
         inputs |= {"text": (g.type, ["batch", "text", HIDDEN]), "text_mask": (g.type, ["batch", "text"])}
     g.op("Identity", kept, out="visual_embeds")
     outputs = {"visual_embeds": (g.type, ["batch", keep, HIDDEN]), "index": (TensorProto.INT64, ["batch", keep])}
+    if sized:
+        g.op("Add", g.op("Abs", g.op("GatherElements", score, "index", axis=1)), g.const(g.dtype(1)), out="visual_size")
+        outputs["visual_size"] = (g.type, ["batch", keep])
     return g.save(path, inputs, outputs)
 
 
 def decoder(
     path: Path, past: bool = True, pruned: tuple[int, int] | None = None, axes: int = 1, half: bool = False,
-    layers: int = LAYERS, hidden: int = HIDDEN, head_dim: int = HEAD_DIM, vocab: int = VOCAB,
+    layers: int = LAYERS, hidden: int = HIDDEN, head_dim: int = HEAD_DIM, vocab: int = VOCAB, sized: bool = False,
 ) -> Path:  # fmt: skip
     """The language model.
 
@@ -132,7 +136,15 @@ def decoder(
             outputs[everything] = (TensorProto.INT64, ["batch", f"total{group}"])
             rows = g.op("Unsqueeze", order, g.const(np.array([1, 3])))
             seen = g.op("LessOrEqual", g.op("Unsqueeze", everything, g.const(np.array([1, 2]))), rows)
-            bias = g.op("Where", seen, g.const(g.dtype(0)), g.const(g.dtype(-30000)))
+            counted = g.const(g.dtype(0))
+            if sized:
+                inputs["size"] = (g.type, ["batch", "seq"])
+                inputs[f"past_size_{group}"] = (g.type, ["batch", f"past{group}"])
+                outputs[f"present_size_{group}"] = (g.type, ["batch", f"total{group}"])
+                g.op("Concat", f"past_size_{group}", "size", axis=1, out=f"present_size_{group}")
+                sizes = g.op("Unsqueeze", f"present_size_{group}", g.const(np.array([1, 2])))
+                counted = g.op("Log", sizes)
+            bias = g.op("Where", seen, counted, g.const(g.dtype(-30000)))
         q = _rotate(g, _heads(g, g.op("MatMul", x, wq), HEADS, head_dim), cos, sin)
         k = _rotate(g, _heads(g, g.op("MatMul", x, wk), KV_HEADS, head_dim), cos, sin)
         v = _heads(g, g.op("MatMul", x, wv), KV_HEADS, head_dim)
@@ -200,15 +212,15 @@ def table(half: bool = False) -> Any:
 
 def export(
     folder: Path, frames: int = 1, placeholders: int = 1, keep: int | None = None, policy: Any = "keep", axes: int = 1,
-    stay: int | None = None, half: bool = False, guided: bool = False,
+    stay: int | None = None, half: bool = False, guided: bool = False, sized: bool = False,
 ) -> GraphSet:  # fmt: skip
     """All graphs. `stay`: visual tokens that reach the second layer."""
     total = frames * PATCHES
     keep = keep or total
     pruned = (keep, stay) if stay else None
     vision(folder / "vision.onnx", half)
-    reduce(folder / "reduce.onnx", frames, keep, half, guided)
-    decoder(folder / "decode.onnx", pruned=pruned, axes=axes, half=half)
+    reduce(folder / "reduce.onnx", frames, keep, half, guided, sized)
+    decoder(folder / "decode.onnx", pruned=pruned, axes=axes, half=half, sized=sized)
     if pruned:
         decoder(folder / "prefill.onnx", past=False, pruned=pruned, axes=axes, half=half)
     np.save(folder / "embedding.npy", table(half))
@@ -231,7 +243,7 @@ def export(
             groups=[0, 1 if stay else 0], kept=[keep, stay] if stay else [keep], image_token=IMAGE, eos=[EOS],
         ),
         signals={"hidden": [frames, PATCHES, HIDDEN], "score": [frames, PATCHES]},
-        side={"text": ["text", HIDDEN], "text_mask": ["text"]} if guided else {}, sized=False,
+        side={"text": ["text", HIDDEN], "text_mask": ["text"]} if guided else {}, sized=sized,
     )  # fmt: skip
     graphs.save(folder)
     return graphs

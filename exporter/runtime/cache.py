@@ -1,0 +1,56 @@
+"""What a conversation has so far: keys and values as the runner's own values, and where the next token stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.graphset import PAD
+from exporter.runtime.sequence import Ints
+from exporter.runtime.shrink import Shrunk
+
+
+@dataclass
+class Cache:
+    """Everything a conversation has so far. `Generator.step` and `extend` change it in place."""
+
+    past: dict[str, Any]
+    """The decode graph's `past_*` inputs: device values."""
+    next_position: Ints
+    """[batch]"""
+    next_order: Ints
+    """[batch]"""
+    pending: list[list[int]]
+    """Per row: tokens generated but not run yet, so not in `past`. An eos is never among them."""
+    shrunk: Shrunk | None = None
+    """Where a reduction goes on while decoding."""
+
+    def places(self, real: npt.NDArray[np.bool_]) -> tuple[Ints, Ints]:
+        """Position ids and order of new tokens, both int64 [batch, new]. real: [batch, new], False where padded."""
+        count = np.cumsum(real, axis=1) - 1
+        positions = np.where(real, self.next_position[:, None] + count, 0)
+        return positions, np.where(real, self.next_order[:, None] + count, PAD)
+
+    def rows(self, rows: Ints, gather: Callable[[Any, Ints], Any]) -> Cache:
+        """A cache of its own with rows of this one, int64 [n], in any order and each as often as named.
+
+        gather: takes a device value and the rows, see `Runner.gather`.
+        """
+        past = {name: gather(value, rows) for name, value in self.past.items()}
+        pending = [list(self.pending[row]) for row in rows.tolist()]
+        return Cache(past, self.next_position[rows], self.next_order[rows], pending, self._shrunk(rows, gather))
+
+    def _shrunk(self, rows: Ints, gather: Callable[[Any, Ints], Any]) -> Shrunk | None:
+        of = self.shrunk
+        if of is None:
+            return None
+        wanted = None if of.wanted is None else of.wanted[rows]
+        return replace(of, row=gather(of.row, rows), kept=gather(of.kept, rows), wanted=wanted, cuts=list(of.cuts))
+
+    def advance(self, new: Ints) -> None:
+        """new: [batch], real tokens that every row has now run."""
+        self.next_position, self.next_order = self.next_position + new, self.next_order + new
