@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import exporter.backends
+import exporter.flavours
 from exporter import _discover
 from exporter.errors import UsageError, nearest
 
@@ -48,6 +49,7 @@ class Stack:
     backend: a name from exporter/backends, "ort" (ONNX Runtime) or "trt". module: the Python module of a trt stack, else left out.
     tensorrt: oldest version the graphs must build on, "10.3"; newer ones are accepted. jetpack: likewise, on a Jetson.
     compute_capabilities: GPUs engines are built for, 87 for SM 8.7; empty for a CPU.
+    flavour: a name from exporter/flavours, which rewrites the language model's graphs for this backend; None leaves them plain.
     """
 
     backend: str
@@ -55,6 +57,7 @@ class Stack:
     tensorrt: str | None = None
     jetpack: str | None = None
     compute_capabilities: tuple[int, ...] = ()
+    flavour: str | None = None
 
     @property
     def builds_on_device(self) -> bool:
@@ -258,6 +261,10 @@ def _check(profile: Profile, file: str) -> None:
             raise fail('[stack] backend "trt" needs `compute_capabilities` too, as in [87] for an Orin.')
     elif stack.module or stack.tensorrt:
         raise fail('[stack] `module` and `tensorrt` belong to backend "trt"; remove them.')
+    if stack.flavour is not None:
+        flavours = _discover.names(exporter.flavours)
+        if stack.flavour not in flavours:
+            raise fail(f"[stack] unknown flavour '{stack.flavour}'. {nearest(stack.flavour, flavours)}")
     for key in ("tensorrt", "jetpack"):
         text = getattr(stack, key)
         if text is not None and not all(part.isdecimal() for part in text.split(".")):

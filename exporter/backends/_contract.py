@@ -79,9 +79,28 @@ class Runner(ABC):
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run once. Feeds that are no input of the engine are an error."""
 
+    def grow(self, feeds: Mapping[str, Any], cache: Mapping[str, str], tokens: int) -> dict[str, Any]:
+        """Run a language model, which appends to its cache.
+
+        Args:
+            cache: input → the output that goes on from it, along the axis of tokens. A runner may append in the input's own
+                memory: it owns that memory, and what it returns stands for it. Values fed before stay what they were.
+            tokens: how many every row of these outputs gets.
+        """
+        return self.run(feeds)
+
     @abstractmethod
     def numpy(self, value: Any) -> Array:
         """Bring a value to the host."""
+
+    @property
+    def chunk(self) -> int | None:
+        """Most tokens that a language model runs at once here, be it a limit or what is fastest; None: any number."""
+        return None
+
+    def gather(self, value: Any, rows: npt.NDArray[np.int64]) -> Any:
+        """Rows of a value along its first axis, in any order and each as often as named, to be fed again. rows: [n]"""
+        return self.numpy(value)[rows]
 
 
 class Backend(ABC):

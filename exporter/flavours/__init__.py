@@ -1,0 +1,1 @@
+"""One file per flavour: a rewriting of the language model's plain graphs for one runtime. A profile chooses it by name."""

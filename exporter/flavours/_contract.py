@@ -1,0 +1,34 @@
+"""What a flavour is: a pass over the language model's plain graphs, for one runtime."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+CAPACITY = "capacity"
+"""How the name of an axis begins along which an input may be longer than what it holds."""
+
+
+class Refused(Exception):
+    """A graph is not what the flavour takes; the message says why. The plain graphs are run then."""
+
+
+class Flavour(ABC):
+    """Rewrites graphs, which keep their inputs, outputs and results.
+
+    The module's docstring says what the pass requires of the plain graphs and what it ensures of the new ones.
+    """
+
+    backend: str
+    """The only backend that runs what comes out."""
+
+    @abstractmethod
+    def rewrite(self, model: ir.Model) -> None:
+        """Rewrite a graph in place.
+
+        Raises:
+            Refused: the model is then half rewritten; throw it away.
+        """

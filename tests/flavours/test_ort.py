@@ -1,0 +1,280 @@
+"""The flavour for ONNX Runtime: the plain graphs' results, by attention that appends in place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from exporter.backends import _ort_cache
+from exporter.backends._ort_cache import Held
+from exporter.backends.ort import OnnxRuntime
+from exporter.errors import UsageError
+from exporter.families._contract import Request
+from exporter.flavours import _apply
+from exporter.graphset import PAD, GraphSet
+from exporter.runtime.generate import Generator, embedding
+from exporter.stages.export import export
+from tests.families import tiny
+
+SIZES = {"llava": None, "qwen2_5_vl": (140, 112)}
+CASES = [("llava", ()), ("llava", ("fastv:layer=1,keep=3",)), ("qwen2_5_vl", ())]
+"""One graph; several KV groups and a prefill graph of its own; M-RoPE."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: Path
+    graphs: GraphSet
+
+    def plain(self) -> GraphSet:
+        return replace(self.graphs, files={role: file.replace(".ort", "") for role, file in self.graphs.files.items()})
+
+    def question(self, seed: int = 0, text: tuple[int, ...] = (11, 12, 13)) -> tiny.Question:
+        return tiny.question(self.graphs, seed, text)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+    """exported(family, reductions): with profile cpu_fp32, once."""
+    done: dict[Any, Exported] = {}
+    checkpoints: dict[str, Path] = {}
+
+    def run(family: str, reductions: tuple[str, ...] = ()) -> Exported:
+        if family not in checkpoints:
+            checkpoints[family] = tmp_path_factory.mktemp(family)
+            getattr(tiny, family)(checkpoints[family])
+        if (family, reductions) not in done:
+            folder = tmp_path_factory.mktemp("graphs")
+            plan = tiny.plan(checkpoints[family], reductions, Request(1, SIZES[family]))
+            done[family, reductions] = Exported(folder, export(plan, folder))
+        return done[family, reductions]
+
+    return run
+
+
+Open = Callable[[Path, GraphSet], Generator]
+
+
+@pytest.fixture
+def opened() -> Iterator[Open]:
+    """opened(folder, graphs): a generator whose answers have no end."""
+    with ExitStack() as stack:
+
+        def run(folder: Path, graphs: GraphSet) -> Generator:
+            runners = {}
+            for file, roles in graphs.roles().items():
+                runners |= dict.fromkeys(roles, stack.enter_context(OnnxRuntime(threads=1).runner(folder / file)))
+            return Generator(runners, tiny.endless(graphs), embedding(folder, graphs))
+
+        yield run
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that answers of a test outgrow them."""
+    monkeypatch.setattr(_ort_cache, "BLOCK", 32)
+
+
+def operators(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in ir.load(path).graph)
+
+
+def close(found: Any, expected: Any) -> None:
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("family", "reductions"), CASES)
+def test_every_layer_is_one_operator(exported: Any, family: str, reductions: tuple[str, ...]) -> None:
+    case = exported(family, reductions)
+    layers = case.graphs.text.layers
+    for role in ("prefill", "decode"):
+        assert case.graphs.files[role].endswith(".ort.onnx")
+        found = operators(case.folder / case.graphs.files[role])
+        assert (found["GroupQueryAttention"], found["RotaryEmbedding"]) == (layers, 2 * layers)
+        plain = ir.load(case.folder / case.plain().files[role])
+        assert set(plain.opset_imports) == {""}, "the graph of record stays plain"
+    assert operators(case.folder / case.graphs.files["decode"])["Softmax"] == 0
+
+
+@pytest.mark.parametrize(("family", "reductions"), CASES)
+def test_as_the_plain_graphs_over_64_tokens_and_several_blocks(
+    exported: Any, opened: Open, family: str, reductions: tuple[str, ...]
+) -> None:
+    """A batch of two prompts of different length; the shorter is padded."""
+    case = exported(family, reductions)
+    asked = [case.question(0), case.question(1, (14, 15, 16, 17, 18, 19))]
+    pixels, prompts = np.concatenate([q.pixels for q in asked]), [q.prompt for q in asked]
+    ours, plain = opened(case.folder, case.graphs), opened(case.folder, case.plain())
+    answers = [g.generate(pixels, prompts, 70).tokens for g in (ours, plain)]
+    assert answers[0] == answers[1]
+    assert len(answers[0][0]) == 70
+
+
+@pytest.mark.parametrize(("family", "reductions"), CASES)
+def test_logits_and_kept_tokens_are_the_plain_graphs(
+    exported: Any, opened: Open, family: str, reductions: tuple[str, ...]
+) -> None:
+    case = exported(family, reductions)
+    q = case.question()
+    ours, plain = opened(case.folder, case.graphs), opened(case.folder, case.plain())
+    visual = plain.reduce(plain.vision(q.pixels))
+    a, b = ours.prefill(visual, [q.prompt]), plain.prefill(visual, [q.prompt])
+    close(a.logits, b.logits)
+    assert all(np.array_equal(a.kept[name], b.kept[name]) for name in b.kept)
+    for token in (21, 22, 23):
+        close(ours.step(a.cache, np.array([token])), plain.step(b.cache, np.array([token])))
+
+
+def test_rows_that_have_ended_and_further_turns(exported: Any, opened: Open) -> None:
+    """What an ended row is fed leaves no trace; turns of several tokens, of two rows, are appended token by token."""
+    case = exported("llava", ())
+    asked = [case.question(0), case.question(1, (14, 15))]
+    pixels, prompts = np.concatenate([q.pixels for q in asked]), [q.prompt for q in asked]
+    ours, plain = opened(case.folder, case.graphs), opened(case.folder, case.plain())
+    visual = plain.reduce(plain.vision(pixels))
+    caches = [g.prefill(visual, prompts).cache for g in (ours, plain)]
+    for active in ([True, True], [False, True], [True, True]):
+        a, b = (
+            g.step(cache, np.array([21, 22]), np.array(active)) for g, cache in zip((ours, plain), caches, strict=True)
+        )
+        close(a[active], b[active])
+    turn = [[31, 32, 33], [34]]
+    a, b = (g.extend(cache, turn) for g, cache in zip((ours, plain), caches, strict=True))
+    close(a, b)
+
+
+def test_keys_and_values_stay_where_they_are(exported: Any, opened: Open) -> None:
+    """A new address only where a block is full, in every KV group."""
+    case = exported("llava", ("fastv:layer=1,keep=3",))
+    generator = opened(case.folder, case.graphs)
+    q = case.question()
+    cache = generator.prefill(generator.reduce(generator.vision(q.pixels)), [q.prompt]).cache
+    generator.step(cache, np.array([21]))  # prefill is another graph: the first step takes its values over
+    seen: Mapping[str, int] = {}
+    moves = Counter[str]()
+    for _ in range(64):
+        generator.step(cache, np.array([21]))
+        now = {n: v.memory.array.ctypes.data for n, v in cache.past.items() if isinstance(v, Held)}
+        assert len(now) == 2 * case.graphs.text.layers
+        full = {n for n, v in cache.past.items() if isinstance(v, Held) and v.length % 32 == 1}
+        moved = {n for n in now if seen and now[n] != seen[n]}
+        assert moved <= full
+        moves.update(moved)
+        seen = now
+    assert set(moves.values()) == {2}, "64 tokens are two blocks"
+
+
+def test_two_conversations_that_begin_alike(exported: Any, opened: Open) -> None:
+    """The second to go on from a cache gets a copy; neither sees the other's tokens."""
+    case = exported("llava", ())
+    generator = opened(case.folder, case.graphs)
+    q = case.question()
+    begun = generator.prefill(generator.reduce(generator.vision(q.pixels)), [q.prompt]).cache
+
+    def go_on(*tokens: int) -> Any:
+        cache = replace(begun, past=dict(begun.past))
+        for token in tokens:
+            logits = generator.step(cache, np.array([token]))
+        return cache, logits
+
+    first, _ = go_on(21, 22)
+    _, expected = go_on(31, 32)
+    generator.step(first, np.array([23]))
+    _, again = go_on(31, 32)
+    assert np.array_equal(again, expected)
+
+
+def test_rows_of_a_cache(exported: Any, opened: Open) -> None:
+    case = exported("llava", ())
+    asked = [case.question(0), case.question(1, (14, 15))]
+    pixels, prompts = np.concatenate([q.pixels for q in asked]), [q.prompt for q in asked]
+    generator = opened(case.folder, case.graphs)
+    cache = generator.prefill(generator.reduce(generator.vision(pixels)), prompts).cache
+    mixed = generator.rows(cache, np.array([1, 0, 1]))
+    expected = generator.step(cache, np.array([21, 22]))
+    close(generator.step(mixed, np.array([22, 21, 22])), expected[[1, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("window", "layers attend in another form"),
+        ("reader", "`reader` reads the cache"),
+        ("mask", "something else than attention reads the mask"),
+    ],
+)
+def test_refused_with_a_reason(exported: Any, tmp_path: Path, change: str, reason: str) -> None:
+    """Then the plain graphs are used, all of them."""
+    case = exported("llava", ())
+    model = ir.load(case.folder / "decode.onnx")
+    graph = model.graph
+    if change == "window":
+        node = next(n for n in graph if n.op_type == "LessOrEqual")
+        node.outputs[0].replace_all_uses_with(graph_node(graph, "And", [node.outputs[0], node.outputs[0]], after=node))
+    else:
+        kind = {"reader": "Softmax", "mask": "Where"}[change]
+        value = graph.inputs[3] if change == "reader" else next(n for n in graph if n.op_type == kind).outputs[0]
+        out = graph_node(graph, "Identity", [value], name="reader")
+        out.name = "read"
+        graph.outputs.append(out)
+    ir.save(model, tmp_path / "decode.onnx")
+    told: list[str] = []
+    plain = {"prefill": "decode.onnx", "decode": "decode.onnx"}
+    (tmp_path / "llm.data").symlink_to(case.folder / "llm.data")
+    assert _apply.apply("ort", "ort", tmp_path, plain, told.append) == plain
+    assert reason in told[0]
+    assert [p.name for p in tmp_path.glob("*.onnx")] == ["decode.onnx"]
+
+
+def graph_node(graph: ir.Graph, kind: str, inputs: list[Any], name: str = "new", after: Any = None) -> ir.Value:
+    out = ir.Value(name=f"{name}_out", shape=inputs[0].shape, type=inputs[0].type)
+    users = [(use.node, use.idx) for use in inputs[0].uses()] if after is not None else []
+    node = ir.Node("", kind, inputs, outputs=[out], name=name)
+    if after is None:
+        graph.append(node)
+    else:
+        graph.insert_after(after, node)
+        for user, index in users:
+            user.replace_input_with(index, out)
+    return out
+
+
+def test_sizes_keep_the_plain_graphs(exported: Any) -> None:
+    """Where the language model counts merged tokens, attention is not causal by order alone."""
+    case = exported("llava", ("restore:keep=4+divprune",))
+    assert case.graphs.sized
+    assert case.graphs.files["decode"] == "decode.onnx"
+
+
+def test_a_flavour_belongs_to_a_backend(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match='Flavour "ort" is for backend "ort"; the profile has "trt"'):
+        _apply.apply("ort", "trt", tmp_path, {}, print)
+
+
+def test_memory_grows_by_blocks_and_is_copied_for_the_second() -> None:
+    def make(array: Any) -> Any:
+        return array
+
+    past = np.arange(2 * 3 * 4, dtype=np.float32).reshape(1, 2, 3, 4)
+    held = Held.with_room(past, 1, make)
+    assert held.value.shape == (1, 2, 32, 4)
+    assert np.array_equal(held.array, past)
+    grown = held.grown(1)
+    assert Held.with_room(grown, 28, make) is grown
+    assert Held.with_room(grown, 29, make).value.shape[2] == 64
+    fork = Held.with_room(held, 1, make)
+    assert fork.memory is not held.memory
+    assert np.array_equal(fork.array, past)
+
+
+def test_padding_is_far_from_any_place() -> None:
+    """Sorting puts it last."""
+    assert np.iinfo(np.int32).max == PAD
