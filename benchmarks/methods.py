@@ -209,7 +209,7 @@ def layer(folder: Path) -> Path:
     import onnx_ir as ir
     import torch
 
-    from exporter.nn.decoder import Frame, Layer
+    from exporter.nn.decoder_layer import Frame, Layer
     from exporter.stages._trace import trace
 
     published = methods.published("llava")
