@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +13,12 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+needs_rtx = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="TensorRT-RTX is there for x86-64 Linux only"
+)
+"""Where `make` installs TensorRT-RTX it must be there: without it these tests fail."""
 
 
 class Said(NamedTuple):
@@ -33,6 +41,7 @@ def edgetrim(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     return run
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
@@ -44,11 +53,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _group(item: pytest.Item) -> str:
-    """Tests that share a worker in a parallel run: those of a file, for their fixtures; those that walk all reductions are
-    split by method, for balance."""
-    callspec = getattr(item, "callspec", None)
-    method = callspec.params.get("method") if callspec and item.path.name == "test_reductions.py" else None
-    return str(item.path) if method is None else f"{item.path}::{type(method).__name__}"
+    """Tests that share a worker in a parallel run: those of a file, for their fixtures; where a file names `SPLIT`, a parameter
+    of its tests, those of one value or one class, for balance."""
+    callspec, split = getattr(item, "callspec", None), getattr(getattr(item, "module", None), "SPLIT", None)
+    if callspec is None or split not in callspec.params:
+        return str(item.path)
+    value = callspec.params[split]
+    return f"{item.path}::{value if isinstance(value, str | tuple) else type(value).__name__}"
 
 
 def _gpu() -> bool:
