@@ -62,9 +62,7 @@ FIRST_WORD = 16
 def checkpoint(folder: Path, model: Model) -> tuple[Path, Path]:
     """Save a random LLaVA and, apart, its language model with the same weights: both BF16, by Hugging Face's classes."""
     import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
     text = dict(
         model_type="llama", hidden_size=model.hidden, intermediate_size=model.intermediate, num_hidden_layers=model.layers,
@@ -84,12 +82,21 @@ def checkpoint(folder: Path, model: Model) -> tuple[Path, Path]:
     with torch.device("meta"):
         llama = LlamaForCausalLM(llava.config.text_config)
     llama.model, llama.lm_head = llava.model.language_model, llava.lm_head
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(model.vocab)}, unk_token="w0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w1", eos_token="w2")
     for name, whole in (("llava", llava), ("llama", llama)):
         whole.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        tokenizer(folder / name, model.vocab)
     return folder / "llava", folder / "llama"
+
+
+def tokenizer(folder: Path, vocab: int) -> None:
+    """Save one that nothing is asked of: words w0, w1, …"""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
+    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", bos_token="w1", eos_token="w2")
+    made.save_pretrained(folder)
 
 
 def export(

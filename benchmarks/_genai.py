@@ -81,3 +81,12 @@ class Genai:
         generator.append_tokens(ids.astype(np.int32)[None])
         generator.generate_next_token()
         return timed(generator.generate_next_token, steps)
+
+    def tokens(self, ids: Array, count: int) -> list[int]:
+        """What it says."""
+        generator = self._generator(len(ids) + count)
+        generator.append_tokens(ids.astype(np.int32)[None])
+        while not generator.is_done():
+            generator.generate_next_token()
+        found: list[int] = np.asarray(generator.get_sequence(0))[len(ids) :].tolist()
+        return found

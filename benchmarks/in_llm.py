@@ -37,8 +37,9 @@ def speed(specs: Sequence[str], model: Model, rounds: int, threads: int, load: _
     import onnx_ir as ir
     import torch
 
+    from exporter.stages._llm import draw_llm
     from exporter.stages._store import WeightFile
-    from exporter.stages.export import build_modules, draw_llm, origins
+    from exporter.stages.export import build_modules, origins
 
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="edgetrim-") as temporary, ExitStack() as stack:
