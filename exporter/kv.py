@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graphs._contract import InCache, InLLM, Skipping
+from graphs._contract import InCache, InLLM, Probing, Skipping
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class KvLayout:
     @classmethod
     def of(cls, layers: int, visual: int, in_llm: Sequence[InLLM], in_cache: Sequence[InCache]) -> KvLayout:
         """Of a decoder of `layers` layers which `visual` visual tokens enter; the methods are fitted."""
-        cuts = {i: m.kept(i) for m in in_llm if not isinstance(m, Skipping) for i in m.layers}
+        dropping = [m for m in in_llm if not isinstance(m, Skipping)]
+        shorter = {0 if isinstance(m, Probing) else i: m.kept(i) for m in dropping for i in m.layers}
         own: dict[int, InCache | Skipping] = {i: m for m in in_cache for i in range(m.start, layers)}
         own |= {i: m for m in in_llm if isinstance(m, Skipping) for i in m.layers}
         groups: list[int] = []
@@ -34,14 +35,14 @@ class KvLayout:
         present, before = visual, None
         for layer in range(layers):
             method = own.get(layer)
-            present = cuts.get(layer, present)
+            present = shorter.get(layer, present)
             alone = isinstance(method, Skipping) or (method is not None and not method.shared)
-            if layer == 0 or layer in cuts or alone or method is not before:
+            if layer == 0 or layer in shorter or alone or method is not before:
                 kept.append(present if method is None else method.kept(layer))
                 per_head.append(isinstance(method, InCache) and method.per_head)
             groups.append(len(kept) - 1)
             before = method
-        return cls(tuple(groups), tuple(kept), tuple(per_head), tuple(cuts))
+        return cls(tuple(groups), tuple(kept), tuple(per_head), tuple(i for m in dropping for i in m.layers))
 
     def first(self, layer: int) -> bool:
         """Whether a group begins with this layer."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from exporter.graphset import PAD
-from exporter.nn.cuts import Cut
+from exporter.nn.cuts import Cut, Trained
 from exporter.nn.decoder import Decoder
 from exporter.nn.specs import IN_LLM_SIGNALS, DecoderSpec
 from graphs._contract import Reduced, Signals
@@ -99,7 +99,7 @@ def test_windows_hide_what_is_far() -> None:
 
 @pytest.mark.parametrize("spec", [SPEC, GEMMA2], ids=["plain", "capped"])
 def test_a_cut_keeps_what_the_last_token_looks_at(spec: DecoderSpec) -> None:
-    cut, batch, seq = Cut(spec, 2, FITTED, VISUAL, False), 2, VISUAL + TEXT
+    cut, batch, seq = Cut(spec, 2, FITTED, VISUAL, False, Trained({})), 2, VISUAL + TEXT
     generator = torch.Generator().manual_seed(2)
     query = torch.randn(batch, SPEC.heads, seq, SPEC.head_dim, generator=generator)
     key = torch.randn(batch, SPEC.kv_heads, seq, SPEC.head_dim, generator=generator)
