@@ -308,6 +308,7 @@ class _Fitting:
                     )
                 llm_site = llm_site or self._inside(site)
                 fitted_llm = self.fit(text, method, llm_site)
+                assert isinstance(fitted_llm, InLLM)
                 taps += fitted_llm.of_tower
                 after = fitted_llm.after(llm_site)
                 self._add(fitted_llm, llm_site, llm_site.total, after.total)

@@ -88,8 +88,10 @@ class Glimpse(Probing):
                 f"`layer` must be in 0..{site.depth - 2}, as the model has {site.depth} decoder layers and tokens leave behind "
                 f"it; found {layer}"
             )
-        if self.block_list == ():
-            raise ReductionError("`block_list` must name at least one tower block; found none")
+        if self.block_list is not None and len({*self.block_list}) < len(self.block_list):
+            raise ReductionError(
+                f"`block_list` must name every block once; found {'+'.join(map(str, self.block_list))}"
+            )
         last = max(int(name.partition("@")[2]) for name in offered)
         fitted = replace(
             self,
@@ -190,7 +192,8 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _heads(x: Tensor) -> Tensor:
     """[batch, tokens, dim] → [batch, heads, tokens, dim / heads]"""
-    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    apart: Tensor = x.unflatten(-1, (HEADS, -1))
+    return apart.transpose(1, 2)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -11,20 +11,7 @@ from torch import Tensor, nn
 
 from exporter.kv import KvLayout
 from exporter.nn.atom import Atom
-from exporter.nn.cuts import (
-    Ahead,
-    Cut,
-    Evict,
-    Follow,
-    Leave,
-    Nudge,
-    Probe,
-    Rejoin,
-    Route,
-    Trained,
-    Watch,
-    Withdraw,
-)
+from exporter.nn.cuts import Ahead, Cut, Evict, Follow, Leave, Nudge, Probe, Rejoin, Route, Trained, Watch, Withdraw
 from exporter.nn.decoder_layer import Frame, Layer
 from exporter.nn.layers import Linear, RMSNorm, soft_cap
 from exporter.nn.specs import DecoderSpec
