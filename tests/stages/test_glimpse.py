@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +16,14 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.vision_utils import get_vision_window_index
 
+from exporter.checkpoint import Checkpoint
 from exporter.errors import UsageError
 from exporter.families._contract import Request
+from exporter.pipeline import Job, run_build, run_export
+from exporter.stages._store import WeightFile
+from exporter.weights import FileSource, Source
+from exporter.workspace import Workspace
+from tests.conftest import needs_rtx
 from tests.families import tiny
 from tests.graphs.oracle_glimpse import New
 from tests.stages import uncached
@@ -141,6 +148,21 @@ def tower(model: Any, arguments: dict[str, Any], blocks: tuple[int, ...]) -> tup
         hook.remove()
     back = torch.argsort(get_vision_window_index(grid, visual.spatial_merge_size, visual.window_size, 14)[0])
     return features, [seen[block].unflatten(0, (-1, 4)).mean(1)[back][None] for block in blocks]
+
+
+@needs_rtx
+def test_tensorrt_rtx_builds_it(spec: Spec, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    work = Workspace(tmp_path)
+    run_export(Job(str(checkpoints["qwen2_5_vl"]), (spec("qwen2_5_vl"),), "rtx_int4", 1, SIZES["qwen2_5_vl"]), work)
+    assert {Path(r.file).stem for r in run_build(work)} == {"vision", "reduce", "prefill", "decode"}
+
+
+def test_a_methods_own_tensors_are_not_quantised(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Though they stand in MatMul as those of the layers do."""
+    value = ir.Value(name="weight", shape=ir.Shape([64, 64]))
+    file = WeightFile(tmp_path / "llm.data", Checkpoint(checkpoints["llava"]), {}, torch.float32, (32,))
+    assert file._block(value, Source("weight", (64, 64), False)) == 32
+    assert file._block(value, FileSource("weight", (64, 64), False, tmp_path)) is None
 
 
 @pytest.mark.parametrize("other", ["fastv:layer=1,keep=4", "lookm:keep=4", "dyrate:layer=3,keep=4"])
