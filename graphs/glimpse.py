@@ -31,6 +31,7 @@ Position: *keep*: kept tokens keep their ids, as the cache of the layers before 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -169,12 +170,10 @@ class Glimpse(Probing):
         """cos and sin [tokens, head_dim / 2]: a quarter of the head follows the row, a quarter the column."""
         assert self.rows is not None
         pairs = (WIDTH + CONDITION) // HEADS // 4
-        place = torch.arange(tokens)
-        columns = tokens // self.rows
-        grid = torch.stack([place // columns, place % columns], -1).float()
-        inverse = torch.tensor([10000.0 ** (-i / pairs) for i in range(pairs)])
-        angle = (grid[..., None] * inverse).flatten(1)
-        return torch.cos(angle), torch.sin(angle)
+        inverse = [10000.0 ** (-i / pairs) for i in range(pairs)]
+        places = (divmod(token, tokens // self.rows) for token in range(tokens))
+        angles = [[place * frequency for place in both for frequency in inverse] for both in places]
+        return torch.tensor([[*map(math.cos, a)] for a in angles]), torch.tensor([[*map(math.sin, a)] for a in angles])
 
 
 def _linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
