@@ -25,6 +25,7 @@ class KvLayout:
     @classmethod
     def of(cls, layers: int, visual: int, in_llm: Sequence[InLLM], in_cache: Sequence[InCache]) -> KvLayout:
         """Of a decoder of `layers` layers which `visual` visual tokens enter; the methods are fitted."""
+        # from which layer on the cache holds fewer: what a probe finds leaves that of all layers
         dropping = [m for m in in_llm if not isinstance(m, Skipping)]
         shorter = {0 if isinstance(m, Probing) else i: m.kept(i) for m in dropping for i in m.layers}
         own: dict[int, InCache | Skipping] = {i: m for m in in_cache for i in range(m.start, layers)}

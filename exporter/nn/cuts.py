@@ -141,14 +141,14 @@ class Probe(Atom):
 
     def __init__(self, spec: DecoderSpec, method: Probing, trained: Trained) -> None:
         super().__init__()
-        self.eps, self.method, self.trained = spec.eps, method, trained
+        self.spec, self.method, self.trained = spec, method, trained
 
     def key(self) -> Hashable:
-        return self.eps, self.method
+        return self.spec, self.method
 
     def forward(self, x: Tensor, position_ids: Tensor, order: Tensor) -> tuple[Tensor, ...]:
         """Returns x, position_ids and order with the probe behind them, then for `Nudge` [1, 1, hidden] per further layer."""
-        first, *rows = self.method.probe(self.trained(), self.eps).to(x.dtype)[:, None, None].unbind(0)
+        first, *rows = self.method.probe(self.trained(), self.spec.eps).to(x.dtype)[:, None, None].unbind(0)
         x = torch.cat([x, first.expand(x.shape[0], -1, -1)], 1)
         position_ids, order = (torch.cat([t, t[..., -1:] + 1], -1) for t in (position_ids, order))
         return (x, position_ids, order, *rows)
