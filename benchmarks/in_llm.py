@@ -28,7 +28,10 @@ from graphs import _spec
 
 FIRST = "unreduced"
 FRAMES, TEXT = 4, 32
-TIMED = ("fastv:layer=2,keep_ratio=0.5", "fastv:layer=3,keep_ratio=0.5", "pdrop", "vtw")
+TIMED = (
+    "fastv:layer=2,keep_ratio=0.5", "fastv:layer=3,keep_ratio=0.5", "pdrop", "vtw", "lookm:keep_ratio=0.1111",
+    "dycoke_kv:keep_ratio=0.3", "sparsemm:keep_ratio=0.1111",
+)  # fmt: skip
 RATIOS = (0.5, 0.25, 1 / 9)
 
 
@@ -64,14 +67,11 @@ def speed(specs: Sequence[str], model: Model, rounds: int, threads: int, load: _
             runner = stack.enter_context(_common.runner(folder / f"{i}.onnx", threads))
             mine = feeds | _empty_past(runner, model)
             out = runner.run(mine)
-            cuts = [layer for _, method in its.in_llm for layer in method.layers]
-            kept = [visual, *(method.kept(layer) for _, method in its.in_llm for layer in method.layers)]
-            groups = [sum(cut <= layer for cut in cuts) for layer in range(model.layers)]
-            tokens = cost.tokens_per_layer(groups, kept, TEXT)
+            entering, cached = ([n + TEXT for n in each] for each in (its.kv.entering, its.kv.cached))
             arrays = [runner.numpy(v) for name, v in out.items() if name.startswith(("present_key", "present_value"))]
             found[spec] = {
-                "kept": kept, "flops_share": cost.prefill_flops(decoder, tokens) / full,
-                "cache_bytes": cost.cache_bytes(decoder, tokens, 4), "cache_bytes_found": sum(a.nbytes for a in arrays),
+                "kept": its.kv.kept, "flops_share": cost.prefill_flops(decoder, entering) / full,
+                "cache_bytes": cost.cache_bytes(decoder, cached, 4), "cache_bytes_found": sum(a.nbytes for a in arrays),
             }  # fmt: skip
             cases.append(Case.one(spec, lambda r=runner, f=mine: timed(lambda: r.run(f))))  # type: ignore[misc]
         samples = _common.interleave(cases, rounds, load, log=say)

@@ -171,7 +171,7 @@ def selection(name: str, folder: Path) -> tuple[str, Path, int] | None:
             inputs[value.name] = tuple(shape), DTYPES[value.dtype]
         for side, (shape_, kind) in side_inputs(fit.plan).items():
             inputs[side] = ("batch", *shape_), kind or torch.float32
-        module = Reduce(fit.plan.before_llm, None, (*fit.plan.taps, *fit.plan.side), fit.plan.sized)
+        module = Reduce(fit.plan.before_llm, None, (*fit.plan.for_reduce, *fit.plan.side), fit.plan.sized)
         model = draw(module, inputs, lambda v: module(*v.values()), reduce_outputs(fit.plan.sized))
     path = folder / f"{name}.onnx"
     ir.save(model, path)

@@ -233,7 +233,7 @@ def _selection(
     import torch
 
     plan = replace(job, reductions=(spec,)).plan()
-    module = Reduce(plan.before_llm, None, (*plan.taps, *plan.side))
+    module = Reduce(plan.before_llm, None, (*plan.for_reduce, *plan.side))
     graph = draw_reduce(plan, module, draw_vision(plan, build_modules(plan).vision, torch.float32), torch.float32)
     path = folder / f"selection-{len(list(folder.glob('selection-*.onnx')))}.onnx"
     ir.save(graph, path)

@@ -34,12 +34,3 @@ def decode_flops(spec: DecoderSpec, tokens: Sequence[int]) -> int:
 def cache_bytes(spec: DecoderSpec, tokens: Sequence[int], each: int) -> int:
     """Keys and values of all layers. `tokens`: how many each layer holds; `each`: bytes of a number."""
     return sum(2 * spec.kv_heads * spec.head_dim * n * each for n in tokens)
-
-
-def tokens_per_layer(groups: Sequence[int], kept: Sequence[int], text: int) -> list[int]:
-    """Tokens that every layer sees in prefill.
-
-    Args:
-        groups: KV group of every layer. kept: visual tokens of every group. text: text tokens.
-    """
-    return [kept[group] + text for group in groups]

@@ -6,7 +6,7 @@ there only if a reduction compares patches with the question in CLIP's space):
 ======== ============================================================ ==============================================
 role     inputs                                                       outputs
 ======== ============================================================ ==============================================
-vision   pixel_values [batch, frames, 3, height, width]               the signals `reduce` asks for
+vision   pixel_values [batch, frames, 3, height, width]               the signals `reduce` and `prefill` ask for
 question question_ids int64 [batch, question_tokens]                  aligned_text [batch, shared]
 reduce   those signals; text, text_mask, aligned_text if guided, …    visual_embeds [batch, kept, hidden],
                                                                       index int64 [batch, kept]
@@ -27,6 +27,8 @@ model takes `size` float32 [batch, seq] and `past_size_g` and returns `present_s
 Where a reduction goes on while decoding, prefill and decode also return `attention_row`, `shares`, `present_starts` (and
 `wanted`, `present_state`), see `exporter.nn.cuts.Watch`; a graph `shorten_n` per bucket takes that row, `kept` and the
 `past_*` of the last KV group, and returns them as `kept_now` and `present_*`.
+
+Where a reduction inside the language model reads signals of the tower, `prefill` takes those too (`GraphSet.for_prefill`).
 
 Layers that keep the same tokens form a *KV group*: they share a cache length and one `order` tensor.
 """
@@ -143,7 +145,7 @@ class GraphSet:
     visual: VisualLayout
     text: TextSpec
     signals: dict[str, list[int]]
-    """Outputs of `vision` = inputs of `reduce`, in order: name → shape without the batch axis."""
+    """Outputs of `vision`, in order: name → shape without the batch axis. Inputs of `reduce`, but for those `for_prefill`."""
     side: dict[str, list[int | str]]
     """Further inputs of `reduce`, that do not come from `vision`: name → shape without the batch axis."""
     sized: bool
@@ -156,6 +158,8 @@ class GraphSet:
     """Width of `past_state`; 0 where there is none."""
     guided: bool = False
     """Whether a reduction inside the language model keeps other tokens for another question."""
+    for_prefill: list[str] = field(default_factory=list)
+    """Those of `signals` that `prefill` takes, and not `reduce`."""
     embedding: str = "embedding.npy"
     """File of the token embedding table [vocab, hidden], float16 or float32, memory-mapped."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graphs._contract import InCache, InLLM, Skipping
+from graphs._contract import InCache, InLLM, Probing, Skipping
 
 
 @dataclass(frozen=True)
@@ -14,38 +14,53 @@ class KvLayout:
 
     groups: KV group of every layer, ascending from 0. kept: visual tokens in the cache of every group.
     per_head: whether the KV heads of a group keep tokens of their own, so that their places are [batch, kv_heads, past].
-    cuts: layers before which tokens leave the language model.
+    cuts: layers before which tokens leave the language model. entering: visual tokens that take part in every layer of
+    prefill.
     """
 
     groups: tuple[int, ...]
     kept: tuple[int, ...]
     per_head: tuple[bool, ...]
     cuts: tuple[int, ...]
+    entering: tuple[int, ...]
 
     @classmethod
     def of(cls, layers: int, visual: int, in_llm: Sequence[InLLM], in_cache: Sequence[InCache]) -> KvLayout:
         """Of a decoder of `layers` layers which `visual` visual tokens enter; the methods are fitted."""
-        cuts = {i: m.kept(i) for m in in_llm if not isinstance(m, Skipping) for i in m.layers}
+        # from which layer on the cache holds fewer: what a probe finds leaves that of all layers
+        dropping = [m for m in in_llm if not isinstance(m, Skipping)]
+        shorter = {0 if isinstance(m, Probing) else i: m.kept(i) for m in dropping for i in m.layers}
         own: dict[int, InCache | Skipping] = {i: m for m in in_cache for i in range(m.start, layers)}
         own |= {i: m for m in in_llm if isinstance(m, Skipping) for i in m.layers}
         groups: list[int] = []
         kept: list[int] = []
         per_head: list[bool] = []
+        entering: list[int] = []
+        cuts = {i: m.kept(i) for m in dropping for i in m.layers}
         present, before = visual, None
         for layer in range(layers):
             method = own.get(layer)
-            present = cuts.get(layer, present)
+            present = shorter.get(layer, present)
+            left = cuts.get(layer, entering[-1] if entering else visual)
+            entering.append(left)
             alone = isinstance(method, Skipping) or (method is not None and not method.shared)
-            if layer == 0 or layer in cuts or alone or method is not before:
+            if layer == 0 or layer in shorter or alone or method is not before:
                 kept.append(present if method is None else method.kept(layer))
                 per_head.append(isinstance(method, InCache) and method.per_head)
             groups.append(len(kept) - 1)
             before = method
-        return cls(tuple(groups), tuple(kept), tuple(per_head), tuple(cuts))
+        routed = {i: m.kept(i) for i, m in own.items() if isinstance(m, Skipping)}
+        took_part = tuple(routed.get(i, n) for i, n in enumerate(entering))
+        return cls(tuple(groups), tuple(kept), tuple(per_head), tuple(cuts), took_part)
 
     def first(self, layer: int) -> bool:
         """Whether a group begins with this layer."""
         return layer == 0 or self.groups[layer] != self.groups[layer - 1]
+
+    @property
+    def cached(self) -> tuple[int, ...]:
+        """Visual tokens in every layer's cache."""
+        return tuple(self.kept[group] for group in self.groups)
 
     @property
     def lengths(self) -> list[str]:

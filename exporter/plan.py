@@ -22,6 +22,7 @@ from graphs._contract import (
     InCache,
     InLLM,
     InTower,
+    Probing,
     Reduction,
     ReductionError,
     Site,
@@ -37,7 +38,7 @@ SIDE = ("text", "text_mask", "aligned_text", "warp")
 
 GUIDING = frozenset(
     "text_hidden text_embeds text_mask instruction_mask attention_row plain_row next_row text_attention head_attention "
-    "received".split()
+    "received last_scores last_log_attention".split()
 )
 """Signals inside the language model that depend on the text behind the image."""
 
@@ -106,6 +107,20 @@ class Plan:
     def kv(self) -> KvLayout:
         in_llm, in_cache = [m for _, m in self.in_llm], [m for _, m in self.in_cache]
         return KvLayout.of(self.geometry.layers, self.kept, in_llm, in_cache)
+
+    @property
+    def trained(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Name of a method → its own trained tensors' shapes."""
+        return {s.name: s.method.trained(s.site) for s in self.steps}
+
+    @property
+    def for_prefill(self) -> tuple[str, ...]:
+        """Those of `taps` that reductions inside the language model read; `reduce` does not take them."""
+        return tuple(name for _, method in self.in_llm for name in method.of_tower)
+
+    @property
+    def for_reduce(self) -> tuple[str, ...]:
+        return tuple(name for name in self.taps if name not in self.for_prefill)
 
     @property
     def while_decoding(self) -> tuple[str, WhileDecoding] | None:
@@ -291,8 +306,10 @@ class _Fitting:
                     raise UsageError(
                         f"--reduce {text} acts behind a reduction that goes on while decoding. Put it first."
                     )
-                llm_site = llm_site or replace(site, signals=IN_LLM_SIGNALS, depth=self.geometry.layers)
+                llm_site = llm_site or self._inside(site)
                 fitted_llm = self.fit(text, method, llm_site)
+                assert isinstance(fitted_llm, InLLM)
+                taps += fitted_llm.of_tower
                 after = fitted_llm.after(llm_site)
                 self._add(fitted_llm, llm_site, llm_site.total, after.total)
                 llm_site = after
@@ -312,11 +329,17 @@ class _Fitting:
     def _alone(self, text: str, method: Reduction) -> None:
         """Refuse a second reduction beside one that sets every layer's cache."""
         inside = [s for s in self.steps if isinstance(s.method, InLLM | InCache)]
-        if inside and any(isinstance(m, InCache | Skipping) for m in (method, *(s.method for s in inside))):
+        if inside and any(isinstance(m, InCache | Skipping | Probing) for m in (method, *(s.method for s in inside))):
             raise UsageError(
                 f"--reduce {text} and {inside[0].name} both act inside the language model, and one of them decides what every "
                 "layer's cache holds. Give one of the two."
             )
+
+    def _inside(self, site: Site) -> Site:
+        """The site inside the language model, given what enters it."""
+        patches = {name for name in site.signals if name.startswith("patches@")}
+        heads = self.family.decoder(self.checkpoint).heads
+        return replace(site, signals=IN_LLM_SIGNALS | patches, depth=self.geometry.layers, heads=heads)
 
     def _in_cache(self, text: str, method: InCache, site: Site) -> None:
         g = self.geometry

@@ -13,12 +13,13 @@ A reduction is a frozen dataclass whose fields are its knobs. It acts at one of 
 A method asks for *signals* by name and never learns which family supplies them.
 
 Signals, all with leading axes [batch, frames, tokens] unless said otherwise. `name@7` means tower block 7 instead of
-the block that produces the features; blocks behind that one can be asked for too.
+the block that produces the features; blocks behind that one can be asked for too (not of `patches`).
 
 =================== ================================ =====================================================
 before the LLM      shape                            meaning
 =================== ================================ =====================================================
 hidden              [batch, frames, tokens, dim]     patch (or merged) tokens at the site, no CLS
+patches@7           [batch, frames, tokens, patch_dim] what tower block 7 returns, mean over a token's patches, no CLS
 cls                 [batch, frames, dim]             CLS token at the same layer as `hidden`
 cls_attention       [batch, frames, tokens]          attention of CLS to each token, mean over heads
 column_attention    [batch, frames, tokens]          attention each token receives, mean (heads, queries)
@@ -59,12 +60,15 @@ instruction_mask    [batch, text]                    1 for text behind the image
 attention_row       [batch, tokens]                  last token's attention in layer l - 1, mean over heads
 plain_row           [batch, tokens]                  the same without RoPE, softmax over visual tokens only
 next_row            [batch, tokens]                  attention_row as layer l itself would have it
+last_scores         [batch, heads, tokens]           its scores before mask and softmax, by head
+last_log_attention  [batch, heads, tokens]           logarithm of its attention, by head
 text_attention      [batch, text, tokens]            attention of each text token in layer l - 1, mean over heads
 visual_attention    [batch, tokens, tokens]          attention among visual tokens in layer l - 1, mean over heads
 keys                [batch, kv_heads, tokens, head_dim] of layer l - 1, with RoPE
 next_plain_queries  [batch, heads, tokens, head_dim] as layer l would project them, before RoPE
 next_plain_keys     [batch, kv_heads, tokens, head_dim] as layer l would project them, before RoPE
 next_keys           [batch, kv_heads, tokens, head_dim] the same with RoPE
+patches@7           [batch, tokens, patch_dim]       as before the LLM; any signal there is that names a block
 =================== ================================ =====================================================
 
 =================== ================================ =====================================================
@@ -124,8 +128,8 @@ class Site:
     grid: rows and columns of `tokens` in raster order, or None once the raster is lost.
     depth: tower blocks up to the features (InTower, BeforeLLM) or decoder layers (InLLM).
     signals: names that can be supplied. grid_positions: positions are t/h/w triplets, not a count.
-    dim, llm_dim: width of `hidden` in the tower and of the language model; 0 where unknown.
-    kv_heads: of a decoder layer (InCache); 0 elsewhere.
+    dim, patch_dim, llm_dim: width of `hidden` and `patches` in the tower, and of the language model; 0 where unknown.
+    heads, kv_heads: of a decoder layer (InLLM, InCache); 0 elsewhere.
     """
 
     tokens: int
@@ -135,7 +139,9 @@ class Site:
     depth: int = 0
     grid_positions: bool = False
     dim: int = 0
+    patch_dim: int = 0
     llm_dim: int = 0
+    heads: int = 0
     kv_heads: int = 0
 
     @property
@@ -209,8 +215,8 @@ class Reduction(ABC):
             )
 
     def trained(self, site: Site) -> dict[str, tuple[int, ...]]:
-        """Trained tensors, name (an identifier) → shape: `forward` finds them among its signals. They come from the
-        safetensors file that the method's knob `weights` names; matrices are [in, out] there too."""
+        """Trained tensors, name (identifiers, joined by dots) → shape: `forward` finds them among its signals. They come
+        from the safetensors file that the method's knob `weights` names; matrices are [in, out] there too."""
         return {}
 
     def knobs(self) -> dict[str, object]:
@@ -434,6 +440,11 @@ class InLLM(Reduction):
         """Whether later layers shall add log(size) of a merged token to its attention logits."""
         return False
 
+    @property
+    def of_tower(self) -> tuple[str, ...]:
+        """Those of `needs` that come from the tower."""
+        return tuple(name for name in self.needs if "@" in name)
+
     @abstractmethod
     def kept(self, layer: int) -> int:
         """Visual tokens that enter `layer`, one of `layers` (fitted method). May be 0."""
@@ -443,7 +454,7 @@ class InLLM(Reduction):
         """One layer's reduction.
 
         Args:
-            signals: what `needs` names, and always hidden and size, of the visual tokens still present.
+            signals: what `needs` names, and always hidden and size, of the visual tokens still present; the trained tensors.
         Returns:
             tokens [batch, kept, dim]; index int64 [batch, kept] into the tokens present, ascending; size or None, which
             leaves sizes as they are.
@@ -472,6 +483,23 @@ class Skipping(InLLM):
 
         Args:
             signals: hidden, and the trained tensors.
+        """
+
+
+@dataclass(frozen=True)
+class Probing(InLLM):
+    """An `InLLM` method that acts at one layer and sends a token of its own there, the *probe*, to look at the prompt.
+
+    The probe stands one place behind the prompt, so that it sees all of it and nothing sees the probe; to the signals it is
+    the last token. It goes when the tokens go. Those leave the cache of all layers, not only of the later ones.
+    """
+
+    @abstractmethod
+    def probe(self, signals: Signals, eps: float) -> Tensor:
+        """float32 [layers, dim]: what is added to the probe, zero at first, as it enters each layer before the method's.
+
+        Args:
+            signals: the trained tensors. eps: of the decoder's norms.
         """
 
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 
 from exporter import cost, methods
+from exporter.plan import make_plan
+from profiles import _schema
 
 SPEC = methods.fit("uniform", methods.published("llava")).plan.family.decoder(methods.published("llava"))  # type: ignore[union-attr]
 """Vicuna-7B."""
@@ -21,8 +23,7 @@ def test_the_formula_of_the_papers() -> None:
 @pytest.mark.parametrize(("text", "share"), [(0, 0.545), (64, 0.591)])
 def test_fastv_of_layer_3_and_half(text: int, share: float) -> None:
     """FastV prints 57.9 % for K = 3, R = 0.5; how much it is depends on the text that is counted with it."""
-    groups = [0] * 3 + [1] * 29
-    pruned = cost.prefill_flops(SPEC, cost.tokens_per_layer(groups, [576, 288], text))
+    pruned = cost.prefill_flops(SPEC, [576 + text] * 3 + [288 + text] * 29)
     full = cost.prefill_flops(SPEC, [576 + text] * 32)
     assert pruned / full == pytest.approx(share, abs=0.005)
     assert 0.54 < pruned / full < 0.61
@@ -37,4 +38,18 @@ def test_grouped_queries_cost_less() -> None:
 
 def test_cache_bytes() -> None:
     assert cost.cache_bytes(SPEC, [576] * 32, 2) == 576 * 32 * 2 * 4096 * 2
-    assert cost.tokens_per_layer([0, 0, 1], [9, 4], 3) == [12, 12, 7]
+
+
+@pytest.mark.parametrize(
+    ("spec", "entering", "cached"),
+    [
+        ("fastv:layer=3,keep=288", [576] * 3 + [288] * 29, [576] * 3 + [288] * 29),
+        ("lookm:keep=64", [576] * 32, [64] * 32),
+        ("glimpse:weights=any,keep=64,layer=21", [576] * 22 + [64] * 10, [64] * 32),
+        ("dycoke_kv:keep=64,layer=3", [576] * 32, [576] * 3 + [64] * 29),
+    ],
+)
+def test_tokens_of_every_layer(spec: str, entering: list[int], cached: list[int]) -> None:
+    plan = make_plan(methods.published("llava"), [spec], _schema.load("cpu_fp32"))
+    assert list(plan.kv.entering) == entering
+    assert list(plan.kv.cached) == cached

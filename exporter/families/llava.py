@@ -70,7 +70,10 @@ class Llava(Family):
         signals, shared = spec.signals | PROMPT, 0
         if request.clip is not None and spec.cls:
             signals, shared = signals | ALIGNED, clip.shared_width(request.clip, spec.hidden, spec.blocks)
-        tower = Site(tokens, request.frames, spec.grid, signals, spec.blocks, dim=spec.hidden, llm_dim=decoder.hidden)
+        tower = Site(
+            tokens, request.frames, spec.grid, signals, spec.blocks,
+            dim=spec.hidden, patch_dim=spec.hidden, llm_dim=decoder.hidden,
+        )  # fmt: skip
         return Geometry(
             image=self._image(checkpoint, spec.image),
             frames=request.frames,

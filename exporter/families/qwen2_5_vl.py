@@ -83,7 +83,7 @@ class Qwen25VL(Family):
         decoder = self.decoder(checkpoint)
         site = Site(
             rows * cols, steps, spec.grid, spec.signals | PROMPT, spec.blocks,
-            grid_positions=True, dim=spec.out, llm_dim=decoder.hidden,
+            grid_positions=True, dim=spec.out, patch_dim=spec.hidden, llm_dim=decoder.hidden,
         )  # fmt: skip
         token = config.get("image_token_id" if request.frames == 1 else "video_token_id")
         if token is None:

@@ -1,9 +1,10 @@
-"""Where a decoder drops visual tokens: before a layer (`Cut`), for a layer (`Route`, `Rejoin`), from a layer's cache (`Evict`,
-`Follow`), and from the cache again while decoding (`Watch`, `Shorten`)."""
+"""Where a decoder drops visual tokens: before a layer (`Cut`; `Probe`, `Nudge` and `Withdraw` where a probe looks for it), for a
+layer (`Route`, `Rejoin`), from a layer's cache (`Evict`, `Follow`), and from the cache again while decoding (`Watch`,
+`Shorten`)."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 from exporter.graphset import PAD
 from exporter.nn.atom import Atom
 from exporter.nn.decoder_layer import Layer
-from exporter.nn.layers import rotate
+from exporter.nn.layers import add_parameters, rotate
 from exporter.nn.seen import Attended, InCacheSeen, InLLMSeen
 from exporter.nn.specs import DecoderSpec
 from graphs._blocks import complement, one_hot, take
-from graphs._contract import InCache, InLLM, Reduction, Site, Skipping, WhileDecoding, take_per_head
+from graphs._contract import InCache, InLLM, Probing, Skipping, WhileDecoding, take_per_head
 
 
 class Ahead(Atom):
@@ -35,6 +36,18 @@ class Ahead(Atom):
         return rotate(q, cos, sin), rotate(k, cos, sin), q, k
 
 
+class Trained(nn.Module):
+    """A method's own trained tensors, as float32."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.shapes = dict(shapes)
+        add_parameters(self, shapes)
+
+    def forward(self) -> dict[str, Tensor]:
+        return {name: self.get_parameter(name).float() for name in self.shapes}
+
+
 class Cut(Atom):
     """A reduction before one layer: its signals, and what stays of everything there is per token.
 
@@ -42,9 +55,12 @@ class Cut(Atom):
         visual: visual tokens present. compact: whether later layers renumber positions.
     """
 
-    def __init__(self, spec: DecoderSpec, layer: int, method: InLLM, visual: int, compact: bool) -> None:
+    def __init__(
+        self, spec: DecoderSpec, layer: int, method: InLLM, visual: int, compact: bool, trained: Trained
+    ) -> None:
         super().__init__()
         self.spec, self.layer, self.method, self.visual, self.compact = spec, layer, method, visual, compact
+        self.trained = trained
 
     def key(self) -> Hashable:
         return self.spec, self.layer, self.method, self.visual, self.compact
@@ -66,18 +82,22 @@ class Cut(Atom):
         key: Tensor,
         plain_query: Tensor,
         plain_key: Tensor,
-        *ahead: Tensor,
+        *more: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Everything of layer l - 1 but x, which enters layer l; `ahead`: from `Ahead`, then the mask of layer l. embeds: x
-        of layer 0, its visual tokens gathered like all others, or None if nothing looks at it.
+        """Everything of layer l - 1 but x, which enters layer l; embeds: x of layer 0, its visual tokens gathered like all
+        others, or None if nothing looks at it. more: the tower's signals [batch, frames, tokens, dim], in the order in
+        which the method needs them; what `Ahead` returns, then the mask of layer l.
 
         Returns x, position_ids, order, then size and embeds if given, all without the dropped tokens, and the kept index
         int64 [batch, kept]."""
+        tower = dict(zip(self.method.of_tower, more, strict=False))
+        ahead = more[len(tower) :]
         seen = InLLMSeen(
             self.spec, self.visual, x, previous, embeds, order, size, bias, query, key, plain_query, plain_key, ahead
         )
-        signals = {name: getattr(seen, name)() for name in {"hidden", "size", *self.method.needs}}
-        out = self.method.forward(self.layer, signals)
+        signals = {name: getattr(seen, name)() for name in {"hidden", "size", *self.method.needs} - tower.keys()}
+        signals |= {name: value.flatten(1, 2) for name, value in tower.items()}
+        out = self.method.forward(self.layer, signals | self.trained())
         index = out.index
         if self.compact:
             position_ids = position_ids - self.gaps(index, order)
@@ -103,6 +123,12 @@ def prune(x: Tensor, visual: int, index: Tensor) -> Tensor:
     return torch.cat([take(x[:, :visual], index), x[:, visual:]], 1)
 
 
+def prune_cache(x: Tensor, visual: int, index: Tensor) -> Tensor:
+    """The same of keys or values [batch, kv_heads, seq, head_dim]."""
+    each = index[:, None].expand(-1, x.shape[1], -1)
+    return torch.cat([take_per_head(x[:, :, :visual], each), x[:, :, visual:]], 2)
+
+
 def prune_positions(position_ids: Tensor, visual: int, index: Tensor) -> Tensor:
     """The same of position ids [batch, seq] or [3, batch, seq]."""
     if position_ids.ndim == 2:
@@ -110,17 +136,57 @@ def prune_positions(position_ids: Tensor, visual: int, index: Tensor) -> Tensor:
     return torch.stack([prune(axis, visual, index) for axis in position_ids.unbind(0)])
 
 
-class Trained(nn.Module):
-    """A method's own trained tensors, as float32."""
+class Probe(Atom):
+    """A method's own token, one place behind the prompt on every axis."""
 
-    def __init__(self, method: Reduction, visual: int, hidden: int) -> None:
+    def __init__(self, spec: DecoderSpec, method: Probing, trained: Trained) -> None:
         super().__init__()
-        self.shapes = method.trained(Site(visual, llm_dim=hidden))
-        for name, shape in self.shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=False))
+        self.spec, self.method, self.trained = spec, method, trained
 
-    def forward(self) -> dict[str, Tensor]:
-        return {name: self.get_parameter(name).float() for name in self.shapes}
+    def key(self) -> Hashable:
+        return self.spec, self.method
+
+    def forward(self, x: Tensor, position_ids: Tensor, order: Tensor) -> tuple[Tensor, ...]:
+        """Returns x, position_ids and order with the probe behind them, then for `Nudge` [1, 1, hidden] per further layer."""
+        first, *rows = self.method.probe(self.trained(), self.spec.eps).to(x.dtype)[:, None, None].unbind(0)
+        x = torch.cat([x, first.expand(x.shape[0], -1, -1)], 1)
+        position_ids, order = (torch.cat([t, t[..., -1:] + 1], -1) for t in (position_ids, order))
+        return (x, position_ids, order, *rows)
+
+
+class Nudge(Atom):
+    """What is added to the probe before a layer. It is the last token."""
+
+    def key(self) -> Hashable:
+        return ()
+
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        return torch.cat([x[:, :-1], x[:, -1:] + row], 1)
+
+
+class Withdraw(Atom):
+    """Everything without the probe."""
+
+    def key(self) -> Hashable:
+        return ()
+
+    def forward(self, x: Tensor, position_ids: Tensor, order: Tensor) -> tuple[Tensor, ...]:
+        return x[:, :-1], position_ids[..., :-1], order[:, :-1]
+
+
+class Leave(Atom):
+    """Key and value of a layer before that of a probing method, without the probe and the visual tokens that are dropped."""
+
+    def __init__(self, visual: int) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def key(self) -> Hashable:
+        return self.visual
+
+    def forward(self, key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        """key, value [batch, kv_heads, visual + text + 1, head_dim]; index int64 [batch, kept]."""
+        return tuple(prune_cache(x[:, :, :-1], self.visual, index) for x in (key, value))
 
 
 class Route(Atom):
@@ -239,11 +305,7 @@ class Shorten(Atom):
         index = self.method.shorten(take(attention_row, kept), self.keep)
         places = [order] if size is None else [order, size]
         cut = [torch.cat([take(x[:, : self.present], index), x[:, self.present :]], 1) for x in places]
-        out = [take(kept, index), *cut]
-        for x in cache:
-            each = index[:, None].expand(-1, x.shape[1], -1)
-            out.append(torch.cat([take_per_head(x[:, :, : self.present], each), x[:, :, self.present :]], 2))
-        return tuple(out)
+        return (take(kept, index), *cut, *(prune_cache(x, self.present, index) for x in cache))
 
 
 class Evict(Atom):

@@ -4,18 +4,18 @@ first, `order` carries causality."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor, nn
 
 from exporter.kv import KvLayout
 from exporter.nn.atom import Atom
-from exporter.nn.cuts import Ahead, Cut, Evict, Follow, Rejoin, Route, Trained, Watch
+from exporter.nn.cuts import Ahead, Cut, Evict, Follow, Leave, Nudge, Probe, Rejoin, Route, Trained, Watch, Withdraw
 from exporter.nn.decoder_layer import Frame, Layer
 from exporter.nn.layers import Linear, RMSNorm, soft_cap
 from exporter.nn.specs import DecoderSpec
-from graphs._contract import InCache, InLLM, Skipping, WhileDecoding
+from graphs._contract import InCache, InLLM, Probing, Skipping, WhileDecoding
 
 A = TypeVar("A", bound=Atom)
 
@@ -52,11 +52,12 @@ class Decoder(nn.Module):
         visual: visual tokens that enter the language model.
         prunes: whether they stand in front and are pruned at the cuts (prefill), or have been (decode).
         in_cache: (name, fitted method), of the cache.
+        trained: name of a method → its trained tensors' shapes.
     """
 
     def __init__(
         self, spec: DecoderSpec, reductions: Sequence[tuple[str, InLLM]] = (), visual: int = 0, prunes: bool = False,
-        in_cache: Sequence[tuple[str, InCache]] = (),
+        in_cache: Sequence[tuple[str, InCache]] = (), trained: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.spec = spec
@@ -70,22 +71,27 @@ class Decoder(nn.Module):
         self.looks_back = prunes and any({"embeds", "text_embeds"} & set(method.needs) for _, method in reductions)
         self.watch: dict[int, Watch] = {}
         self.routed: dict[int, Route] = {}
+        self.probe: Probe | None = None
+        self.of_tower = tuple(name for _, method in reductions for name in method.of_tower) if prunes else ()
         present, shift = visual, 0
         shifts = {0: 0}  # how far positions have moved up, from a layer on
         for name, method in reductions:
-            trained = Trained(method, present, spec.hidden)
-            self.add_module(f"{name}_trained", trained)
+            known = Trained((trained or {}).get(name, {}))
+            self.add_module(f"{name}_trained", known)
+            if isinstance(method, Probing) and prunes:
+                self.probe, self.nudge = Probe(spec, method, known), Nudge()
+                self.leave, self.withdraw = Leave(present), Withdraw()
             if isinstance(method, WhileDecoding):
                 (layer,) = method.layers
-                self.watch[layer - 1] = Watch(spec, method, present, prunes, trained)
+                self.watch[layer - 1] = Watch(spec, method, present, prunes, known)
                 self.add_module(f"{name}_watch", self.watch[layer - 1])
             if isinstance(method, Skipping):
                 for layer in method.layers if prunes else ():
-                    self.routed[layer] = self._named(name, (), layer, Route(layer, method, present, trained))
+                    self.routed[layer] = self._named(name, (), layer, Route(layer, method, present, known))
                     self.add_module(f"rejoin_{layer}", Rejoin(present))
                 continue
             for layer in method.layers:
-                cut = Cut(spec, layer, method, present, method.position == "compact")
+                cut = Cut(spec, layer, method, present, method.position == "compact", known)
                 shift += present - method.kept(layer) if cut.compact else 0
                 present, shifts[layer] = method.kept(layer), shift
                 if prunes:
@@ -124,6 +130,7 @@ class Decoder(nn.Module):
         past_sizes: Sequence[Tensor] = (),
         past_starts: Tensor | None = None,
         past_state: Tensor | None = None,
+        of_tower: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
         """Run prefill or a decode step.
 
@@ -133,6 +140,7 @@ class Decoder(nn.Module):
             past_orders: int64, per KV group [batch, past], or [batch, kv_heads, past] where heads keep their own.
             size: float32 [batch, seq], how many tokens each one stands for; attention counts them. past_sizes: as orders.
             past_starts, past_state: what `Watch` returned before, where a method goes on while decoding.
+            of_tower: the tower's signals that the reductions need, [batch, frames, tokens, dim].
         Returns:
             logits [batch, vocab] of the last token, present key and value per layer (alternating), present order per
             group, present size per group if there are sizes, and for every layer that chooses the kept index int64
@@ -146,13 +154,18 @@ class Decoder(nn.Module):
         kept: list[Tensor] = []
         cached: list[Tensor] = []
         watched: tuple[Tensor, ...] = ()
-        embeds = x if self.looks_back else None
         positions = position_ids
+        nudges: list[Tensor] = []
+        if self.probe is not None:
+            x, positions, order, *nudges = self.probe(x, positions, order)
+        embeds = x if self.looks_back else None
         frame = self.frames[0]
         shared: list[Tensor] = []
         before: tuple[Tensor, ...] = ()  # of the layer before: what entered it, its mask, queries and keys
         for i, layer in enumerate(self.layers):
             group = groups[i]
+            if i and nudges:
+                x = self.nudge(x, nudges.pop(0))
             if i in self.pruned:
                 assert before, "nothing has looked at the tokens before the first layer"
                 previous, *seen = before
@@ -161,11 +174,15 @@ class Decoder(nn.Module):
                     cos, sin, bias = frame.of_layer(i, shared)
                     ahead = (*self.ahead[i](x, cos, sin), bias)
                 x, positions, order, *more, index = self.pruned[i](
-                    x, previous, embeds, positions, order, size, *seen, *ahead
+                    x, previous, embeds, positions, order, size, *seen, *of_tower, *ahead
                 )
                 size = more.pop(0) if size is not None else None
                 embeds = more.pop(0) if embeds is not None else None
                 kept.append(index)
+                if self.probe is not None:
+                    x, positions, order = self.withdraw(x, positions, order)
+                    pairs = zip(presents[::2], presents[1::2], strict=True)
+                    presents = [left for pair in pairs for left in self.leave(*pair, index)]
             if i in self.frames or i in self.pruned:
                 frame = self.frames.get(i, frame)
                 past_order = past_orders[group] if past_orders else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,17 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x @ self.weight
         return x if self.bias is None else x + self.bias
+
+
+def add_parameters(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give a module parameters of these names; where there are dots, in modules of its own, as in a checkpoint."""
+    for name, shape in shapes.items():
+        owner, (*path, leaf) = module, name.split(".")
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner.register_parameter(leaf, nn.Parameter(torch.empty(shape), requires_grad=False))
 
 
 class RMSNorm(nn.Module):

@@ -136,6 +136,9 @@ class Tap(Atom):
     def hidden(self, tokens: Tensor) -> Tensor:
         return tokens
 
+    def patches(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, self.spec.merge**2)).mean(2)
+
     def keys(self, q: Tensor, k: Tensor) -> Tensor:
         return k.mean(1).unflatten(1, (-1, self.spec.merge**2)).mean(2)
 
@@ -168,8 +171,9 @@ class QwenVit(nn.Module):
         for i, block in enumerate(self.blocks):
             x, q, k = block(x)
             for name in self.taps:
-                _, _, at = name.partition("@")
+                kind, _, at = name.partition("@")
                 if name != "hidden" and i == (int(at) if at else self.spec.full[-1]):
-                    found[name] = self.get_submodule(f"tap_{name}")(q, k)
+                    values = (x,) if kind == "patches" else (q, k)
+                    found[name] = self.get_submodule(f"tap_{name}")(*values)
         found["hidden"] = self.get_submodule("tap_hidden")(self.merger(x))
         return [found[name] for name in self.taps]

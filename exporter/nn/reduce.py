@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
+from exporter.nn.layers import add_parameters
 from graphs._blocks import take
 from graphs._contract import OF_PROMPT, BeforeLLM, Reduced, Site
 
@@ -18,8 +19,7 @@ class _Method(nn.Module):
     def __init__(self, method: BeforeLLM, site: Site) -> None:
         super().__init__()
         self.method, self.trained = method, method.trained(site)
-        for name, shape in self.trained.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=False))
+        add_parameters(self, self.trained)
 
     def forward(self, signals: dict[str, Tensor]) -> Reduced:
         return self.method.forward(signals | {name: self.get_parameter(name) for name in self.trained})

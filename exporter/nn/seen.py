@@ -47,6 +47,13 @@ class Attended:
         """The last token's attention to everything float32 [batch, keys], mean over heads."""
         return self.rows(self.q[:, :, -1:], self.k, self.bias[:, :, -1:]).mean((1, 2))[:, 0]
 
+    def last_scores(self) -> Tensor:
+        return self.scores(self.q[:, :, -1:], self.keys(), None).flatten(1, 3)
+
+    def last_log_attention(self) -> Tensor:
+        found = self.scores(self.q[:, :, -1:], self.k, self.bias[:, :, -1:]).flatten(1, 3)
+        return torch.log_softmax(found, -1)[..., : self.v]
+
     def text_attention(self) -> Tensor:
         return self.of_text().mean((1, 2))[..., : self.v]
 
@@ -58,10 +65,13 @@ class Attended:
 
     def rows(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
         """Attention float32 [batch, kv_heads, group, queries, keys]; bias [batch, 1, queries, keys]."""
+        return torch.softmax(self.scores(query, key, bias), -1)
+
+    def scores(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+        """What goes into that softmax, float32."""
         heads, kv_heads = query.shape[1], key.shape[1]
         grouped = query.unflatten(1, (kv_heads, heads // kv_heads))
-        found = scores(self.spec, grouped, key.unsqueeze(2), None if bias is None else bias.unsqueeze(1))
-        return torch.softmax(found.float(), -1)
+        return scores(self.spec, grouped, key.unsqueeze(2), None if bias is None else bias.unsqueeze(1)).float()
 
 
 class InCacheSeen(Attended):

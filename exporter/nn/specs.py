@@ -46,7 +46,8 @@ class VitSpec(BlockSpec):
         any_block = {"hidden", "keys", "joint_keys", "column_attention"}
         if self.cls:
             any_block |= {"cls", "cls_attention", "cls_keys", "joint_cls_attention"}
-        return frozenset(any_block | {f"{s}@{b}" for s in any_block for b in range(self.layers)})
+        patches = {f"patches@{b}" for b in range(self.blocks)}
+        return frozenset(any_block | patches | {f"{s}@{b}" for s in any_block for b in range(self.layers)})
 
     @property
     def in_tower_signals(self) -> frozenset[str]:
@@ -137,15 +138,15 @@ class QwenVitSpec:
 
     @property
     def signals(self) -> frozenset[str]:
-        """Keys of any block; attention columns of full-attention blocks only (a window's column is not global)."""
-        keys = {f"{s}@{b}" for s in ("keys", "joint_keys") for b in range(self.blocks)}
+        """Patches and keys of any block; attention columns of full-attention blocks only (a window's column is not global)."""
+        keys = {f"{s}@{b}" for s in ("patches", "keys", "joint_keys") for b in range(self.blocks)}
         columns = {f"column_attention@{b}" for b in self.full}
         return frozenset({"hidden", "keys", "joint_keys", "column_attention"} | keys | columns)
 
 
 IN_LLM_SIGNALS = frozenset(
     "hidden size previous embeds text_hidden text_embeds text_mask instruction_mask attention_row plain_row next_row "
-    "text_attention visual_attention keys next_keys next_plain_queries next_plain_keys".split()
+    "last_scores last_log_attention text_attention visual_attention keys next_keys next_plain_queries next_plain_keys".split()
 )
 """What a reduction inside the language model can look at, see `graphs._contract`."""
 

@@ -241,7 +241,7 @@ class Aligned(Tap):
         return self.visual_projection(self.post_layernorm(self.patches(x)))
 
 
-FROM_OUTPUT = {"hidden": "patches", "cls": "cls_token", "aligned": "aligned"}
+FROM_OUTPUT = {"hidden": "patches", "patches": "patches", "cls": "cls_token", "aligned": "aligned"}
 """Signals read from a block's output, and the tap's method for each."""
 
 

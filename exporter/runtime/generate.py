@@ -45,6 +45,8 @@ class Visual:
     """[batch, kept]"""
     size: Array | None = None
     """float32 [batch, kept]: tokens each one stands for, where the language model counts them."""
+    signals: Mapping[str, Any] = field(default_factory=dict)
+    """Those of `vision` that prefill reads itself, as it takes them."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Generator:
         self._shrinking = Shrinking(runners, graphs, self._hand) if graphs.buckets else None
         self._signals = [name for name in self._reduce.inputs if name not in graphs.side]
         self._present = {name: "present" + name[4:] for name in self._decode.inputs if name.startswith("past_")}
-        _check(self._vision, "vision", self._signals)
+        _check(self._vision, "vision", [*self._signals, *graphs.for_prefill])
         _check(self._reduce, "reduce", ["visual_embeds", "index"])
         if self._question is not None:
             _check(self._question, "question", ["aligned_text"])
@@ -255,11 +257,16 @@ class Generator:
                 tokens], see `exporter.runtime.warp`; without it the camera is taken to be at rest.
         """
         runner = self._reduce
-        feeds = {name: self._hand(signals[name], self._vision, runner) for name in self._signals}
-        feeds |= {n: self._as(runner, n, v) for n, v in feeds.items() if isinstance(v, np.ndarray)}
-        feeds |= self._side(text, side or {})
+        feeds = self._signals_for(runner, signals, self._signals) | self._side(text, side or {})
         found = {name: runner.numpy(value) for name, value in runner.run(feeds).items()}
-        return Visual(found["visual_embeds"], found["index"].astype(np.int64, copy=False), found.get("visual_size"))
+        index = found["index"].astype(np.int64, copy=False)
+        handed = self._signals_for(self._prefill, signals, self.graphs.for_prefill)
+        return Visual(found["visual_embeds"], index, found.get("visual_size"), handed)
+
+    def _signals_for(self, taker: Runner, signals: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """Outputs of `vision` as another runner takes them."""
+        feeds = {name: self._hand(signals[name], self._vision, taker) for name in names}
+        return feeds | {n: self._as(taker, n, v) for n, v in feeds.items() if isinstance(v, np.ndarray)}
 
     def _side(self, text: Text | None, given: Mapping[str, Array]) -> dict[str, Array]:
         """The inputs of `reduce` that do not come from `vision`."""
@@ -311,7 +318,8 @@ class Generator:
                 past[name] = np.empty((batch, 0), dtype)
             elif name.startswith("past_"):
                 past[name] = np.empty((batch, spec.kv_heads, 0, spec.head_dim), dtype)
-        found = runner.grow({**self._feeds(runner, first), **past}, self._present, first.order.shape[1])
+        feeds = {**self._feeds(runner, first), **visual.signals, **past}
+        found = runner.grow(feeds, self._present, first.order.shape[1])
         cache = Cache({}, places.next_position, places.next_order, [[] for _ in range(batch)])
         self._keep(cache, found, runner)
         if self._shrinking is not None:

@@ -36,6 +36,9 @@ def llm_inputs(plan: Plan, module: Decoder, dtype: torch.dtype) -> Inputs:
     }
     if plan.sized:
         found["size"] = ("batch", "seq"), torch.float32
+    site = g.tower
+    for name in module.of_tower:
+        found[name] = ("batch", site.frames, site.tokens, site.patch_dim), dtype
     if module.kept:
         return found
     for kind in ("key", "value"):
@@ -70,6 +73,7 @@ def call_llm(module: Decoder, values: Mapping[str, Any]) -> Sequence[Any]:
     found: Sequence[Any] = module(
         values["inputs_embeds"], values["position_ids"], values["order"], past("key", layers), past("value", layers),
         past("order", groups), values.get("size"), past("size", groups), values.get("past_starts"), values.get("past_state"),
+        [values[name] for name in module.of_tower],
     )  # fmt: skip
     return found
 

@@ -71,7 +71,7 @@ def reference(plan: Plan, modules: Modules | None = None) -> tuple[dict[str, Run
     with torch.inference_mode():
         found = modules.vision(torch.zeros(1, frames, 3, image.height, image.width))
     signals = {name: list(value.shape[1:]) for name, value in zip(plan.taps, found, strict=True)}
-    kinds = {name: value.dtype for name, value in zip(plan.taps, found, strict=True)}
+    kinds = {name: value.dtype for name, value in zip(plan.taps, found, strict=True) if name in plan.for_reduce}
     files = dict.fromkeys(("vision", "reduce"), "") | {"prefill": "prefill", "decode": "decode"}
     if modules.prefill is modules.decode:
         files["prefill"] = "decode"

@@ -14,7 +14,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.quantize import rtn
 from exporter.stages._trace import symbolic
-from exporter.weights import Source
+from exporter.weights import FileSource, Source
 
 ALIGN = 4096
 """Page size: runtimes memory-map initializers only from aligned offsets."""
@@ -34,7 +34,7 @@ class WeightFile:
             sources: parameter name → where it comes from.
             dtype: float dtype of everything that is not quantised.
             int4_blocks: block sizes to try, largest first; empty: no quantisation. Only weights of MatMul nodes with two
-                dimensions are quantised, and never the LM head.
+                dimensions are quantised, and never the LM head or a method's own tensors.
             progress: called with the number of checkpoint bytes done.
         """
         self.path, self.checkpoint, self.sources, self.dtype = path, checkpoint, sources, dtype
@@ -67,6 +67,8 @@ class WeightFile:
 
     def _block(self, value: ir.Value, source: Source) -> int | None:
         if not self.blocks or source.name.startswith("head.") or len(source.shape) != 2 or source.shape[1] % 2:
+            return None
+        if isinstance(source, FileSource):  # what a method chooses by is small, and choosing is not forgiving
             return None
         if any(node.op_type != "MatMul" or index != 1 for node, index in value.uses()):
             return None

@@ -80,7 +80,8 @@ def shape_profile(role: str, graphs: GraphSet, limits: Limits) -> ShapeProfile:
     if role == "question":
         return ShapeProfile(role, {"question_ids": (batch, graphs.question_tokens)})
     if role == "reduce":
-        inputs: dict[str, tuple[Axis, ...]] = {name: (batch, *shape) for name, shape in graphs.signals.items()}
+        signals = {name: shape for name, shape in graphs.signals.items() if name not in graphs.for_prefill}
+        inputs: dict[str, tuple[Axis, ...]] = {name: (batch, *shape) for name, shape in signals.items()}
         for name, side in graphs.side.items():
             inputs[name] = (batch, *(axis if isinstance(axis, int) else text for axis in side))
         return ShapeProfile(role, inputs)
@@ -119,7 +120,7 @@ def _llm_inputs(
         **({"size": (batch, seq)} if graphs.sized else {}),
     }
     if prefill and graphs.prefill_apart:
-        return inputs
+        return inputs | {name: (batch, *graphs.signals[name]) for name in graphs.for_prefill}
     for layer, group in enumerate(spec.groups):
         past = _past(prefill, spec.kept[group], limits)
         for kind in ("key", "value"):

@@ -80,10 +80,11 @@ def build_modules(plan: Plan) -> Modules:
         vision = plan.family.vision(plan.checkpoint, plan.geometry, plan.taps, plan.in_tower)
         question = None if plan.clip is None else ClipText(text_spec(plan.clip))
         projector = plan.family.projector(plan.checkpoint)
-        reduce = Reduce(plan.before_llm, projector, (*plan.taps, *plan.side), plan.sized)
-        prefill = decode = Decoder(spec, plan.in_llm, plan.kept, in_cache=plan.in_cache)
+        reduce = Reduce(plan.before_llm, projector, (*plan.for_reduce, *plan.side), plan.sized)
+        reductions = plan.in_llm, plan.kept
+        prefill = decode = Decoder(spec, *reductions, in_cache=plan.in_cache, trained=plan.trained)
         if plan.separate_prefill:
-            prefill = Decoder(spec, plan.in_llm, plan.kept, prunes=True, in_cache=plan.in_cache)
+            prefill = Decoder(spec, *reductions, prunes=True, in_cache=plan.in_cache, trained=plan.trained)
     return Modules(vision, question, reduce, prefill, decode)
 
 
@@ -221,6 +222,7 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
             per_head=[group for group, apart in enumerate(kv.per_head) if apart],
         ),
         signals=signals,
+        for_prefill=list(plan.for_prefill),
         side={name: list(shape) for name, (shape, _) in side_inputs(plan).items()},
         question_tokens=0 if plan.clip is None else text_tokens(plan.clip),
         sized=plan.sized,
@@ -242,9 +244,9 @@ def draw_question(module: ClipText) -> ir.Model:
 
 
 def draw_reduce(plan: Plan, module: Reduce, vision: ir.Model, dtype: torch.dtype) -> ir.Model:
-    """The reduce graph; its inputs are the outputs of the vision graph, then what comes from elsewhere."""
+    """The reduce graph; its inputs are outputs of the vision graph, then what comes from elsewhere."""
     inputs: dict[str, tuple[Shape, torch.dtype]] = {}
-    for value in vision.graph.outputs:
+    for value in (v for v in vision.graph.outputs if v.name in plan.for_reduce):
         assert value.name is not None and value.dtype is not None
         inputs[value.name] = ("batch", *static_sizes(value)), TORCH[value.dtype]
     for name, (shape, kind) in side_inputs(plan).items():

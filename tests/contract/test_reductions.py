@@ -56,6 +56,7 @@ PLAIN = ("hidden", "keys", "joint_keys", "column_attention")
 WITH_CLS = (*PLAIN, "cls", "cls_keys", "cls_attention", "joint_cls_attention")
 NO_CLS = frozenset({*PLAIN, *(f"{s}@{b}" for s in PLAIN for b in range(8)), "text", "text_mask", "warp"})
 ALL = NO_CLS | {*WITH_CLS, *(f"{s}@{b}" for s in WITH_CLS for b in range(24)), "aligned", "aligned_text"}
+PATCHES = frozenset(f"patches@{b}" for b in range(4))
 IN_TOWER = frozenset({"hidden", "size", "keys", "attention", "column_attention", "value_norm"})
 
 SITES = {
@@ -70,7 +71,7 @@ SITES = {
         Site(64, 4, (8, 8), IN_TOWER | {"cls", "cls_attention"}, 6, dim=DIM),
     ),
     "in_llm": (
-        Site(576, 1, (24, 24), IN_LLM_SIGNALS, 8, dim=DIM, llm_dim=DIM),
+        Site(576, 1, (24, 24), IN_LLM_SIGNALS | PATCHES, 8, dim=DIM, patch_dim=DIM, llm_dim=DIM, heads=4),
         Site(20, 3, (4, 5), IN_LLM_SIGNALS, 5, dim=DIM, llm_dim=DIM),
     ),
     "in_cache": (
@@ -139,13 +140,18 @@ class Once(torch.nn.Module):
             indices.append(out.index)
         return [hidden, size, *indices]
 
-    def language_model(self, hidden: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-        """All layers in a row, as in the tower."""
+    def language_model(
+        self, hidden: torch.Tensor, text: torch.Tensor, mask: torch.Tensor, *more: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """All layers in a row, as in the tower. more: what comes from the tower, then trained tensors, which are float32."""
         assert isinstance(self.method, InLLM)
+        tower, trained = self.method.of_tower, self.method.trained(self.site)
+        known = dict(zip((*tower, *trained), more, strict=True))
+        known |= {name: known[name].float() for name in trained}
         size, indices = torch.ones_like(hidden[..., 0], dtype=torch.float32), []
         for layer in self.method.layers:
             signals = {n: f(hidden, text, mask) for n, f in MADE_FOR_LLM.items() if n in self.method.needs}
-            out = self.method.forward(layer, signals | {"hidden": hidden, "size": size})
+            out = self.method.forward(layer, signals | known | {"hidden": hidden, "size": size})
             size = take(size, out.index) if out.size is None else out.size
             hidden = out.tokens
             indices.append(out.index)
@@ -197,17 +203,16 @@ def inputs(method: Reduction, site: Site, kind: str, batch: int) -> list[torch.T
     if isinstance(method, InTower):
         tokens = site.tokens + ("cls" in site.signals)
         return [torch.from_numpy(features(kind, (batch, site.frames, tokens, DIM)))]
-    trained = [
-        torch.from_numpy(features("random", (batch, *shape), seed)[0])
-        for seed, shape in enumerate(method.trained(site).values())
-    ]
     if isinstance(method, Skipping):
-        return [torch.from_numpy(features(kind, (batch, site.total, DIM))), *trained]
+        return [torch.from_numpy(features(kind, (batch, site.total, DIM))), *trained_tensors(method, site)]
     if isinstance(method, InLLM | InCache):
         mask = np.ones((batch, TEXT), np.float32)
         mask[0, :1] = 0
         hidden, text = features(kind, (batch, site.total, DIM)), features("random", (batch, TEXT, DIM), 1)
-        return [torch.from_numpy(x) for x in (hidden, text, mask)]
+        made = [torch.from_numpy(x) for x in (hidden, text, mask)]
+        tower = method.of_tower if isinstance(method, InLLM) else ()
+        made += [torch.from_numpy(features(kind, (batch, site.total, DIM), seed)) for seed, _ in enumerate(tower, 2)]
+        return made + trained_tensors(method, site)
     made = []
     for seed, name in enumerate(method.needs):
         signal = name.partition("@")[0]
@@ -228,7 +233,14 @@ def inputs(method: Reduction, site: Site, kind: str, batch: int) -> list[torch.T
         else:
             value = features(kind, (*lead, site.tokens, DIM if signal == "hidden" else HEAD_DIM), seed)
         made.append(torch.from_numpy(np.ascontiguousarray(value)))
-    return [*made, *trained]
+    return made + trained_tensors(method, site)
+
+
+def trained_tensors(method: Reduction, site: Site) -> list[torch.Tensor]:
+    """What comes out of a matrix is as large as what goes in."""
+    shapes = enumerate(method.trained(site).values())
+    made = [torch.from_numpy(features("random", (1, *shape), seed)[0]) for seed, shape in shapes]
+    return [x * x.shape[0] ** -0.5 if x.ndim == 2 else x for x in made]
 
 
 def attention_from(text: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -246,6 +258,8 @@ MADE_FOR_LLM = {
     "attention_row": lambda x, t, m: attention_from(t[:, -1:], x)[:, 0],
     "plain_row": lambda x, t, m: attention_from(t[:, -1:], x)[:, 0],
     "next_row": lambda x, t, m: attention_from(t[:, -1:], x)[:, 0],
+    "last_scores": lambda x, t, m: x[..., :4].transpose(1, 2).float(),
+    "last_log_attention": lambda x, t, m: torch.log(torch.softmax(x[..., :4].transpose(1, 2).float(), -1)),
     "text_attention": lambda x, t, m: attention_from(t, x),
     "visual_attention": lambda x, t, m: attention_of(x),
     "keys": lambda x, t, m: torch.stack([x[..., :4], x[..., 4:]], 1),
@@ -384,7 +398,7 @@ def test_counts_and_indices(method: Reduction, site: Site) -> None:
             tokens, size, *indices = out
             assert [x.shape[1] for x in indices] == [method.kept(layer) for layer in method.layers]
             assert all((x.diff(dim=1) > 0).all() for x in indices)
-            assert tokens.shape == (2, after.total, DIM)
+            assert tokens.shape == (2, site.total if isinstance(method, Skipping) else after.total, DIM)
             assert (size.sum(1) <= site.total + 1e-2).all(), "no token may count twice"
             assert (size > 0).all()
         elif isinstance(method, InCache):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from exporter.graphset import PAD
-from exporter.nn.cuts import Cut
+from exporter.nn.cuts import Cut, Trained
 from exporter.nn.decoder import Decoder
 from exporter.nn.specs import IN_LLM_SIGNALS, DecoderSpec
 from graphs._contract import Reduced, Signals
@@ -99,7 +99,7 @@ def test_windows_hide_what_is_far() -> None:
 
 @pytest.mark.parametrize("spec", [SPEC, GEMMA2], ids=["plain", "capped"])
 def test_a_cut_keeps_what_the_last_token_looks_at(spec: DecoderSpec) -> None:
-    cut, batch, seq = Cut(spec, 2, FITTED, VISUAL, False), 2, VISUAL + TEXT
+    cut, batch, seq = Cut(spec, 2, FITTED, VISUAL, False, Trained({})), 2, VISUAL + TEXT
     generator = torch.Generator().manual_seed(2)
     query = torch.randn(batch, SPEC.heads, seq, SPEC.head_dim, generator=generator)
     key = torch.randn(batch, SPEC.kv_heads, seq, SPEC.head_dim, generator=generator)
@@ -185,12 +185,15 @@ def test_a_reduction_sees_what_the_layers_attend_with(spec: DecoderSpec, layer: 
     module(embeds(2, VISUAL + TEXT), positions(spec, order), order)
 
     def row(i: int, rotated: bool = True) -> Tensor:
+        return by_head(i, rotated).mean(1)
+
+    def by_head(i: int, rotated: bool = True) -> Tensor:
         (_, _, _, bias, *_), (_, key, _, *queries, plain_key, _) = found[i]
         query, key = (queries[0], key) if rotated else (queries[1], plain_key[:, :, :VISUAL])
         scores = torch.einsum("bhd,bhkd->bhk", query[:, :, -1], key.repeat_interleave(2, 1)) * spec.attention_scale
         if spec.attention_cap is not None:
             scores = spec.attention_cap * (scores / spec.attention_cap).tanh()
-        return (scores + (bias[:, :, -1] if rotated else 0)).softmax(-1).mean(1)[:, :VISUAL]
+        return (scores + (bias[:, :, -1] if rotated else 0)).softmax(-1)[..., :VISUAL]
 
     _, (_, key, _, _, plain_query, plain_key, _) = found[layer]
     expected = {
@@ -198,6 +201,7 @@ def test_a_reduction_sees_what_the_layers_attend_with(spec: DecoderSpec, layer: 
         "keys": found[layer - 1][1][1][:, :, :VISUAL], "next_keys": key[:, :, :VISUAL],
         "next_plain_queries": plain_query[:, :, :VISUAL], "next_plain_keys": plain_key[:, :, :VISUAL],
     }  # fmt: skip
+    torch.testing.assert_close(method.seen["last_log_attention"].exp(), by_head(layer - 1))
     for name, value in expected.items():
         torch.testing.assert_close(method.seen[name], value, msg=lambda text, name=name: f"{name}: {text}")
 

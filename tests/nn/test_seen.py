@@ -150,6 +150,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
         next_q, next_k = rotated(next_plain_q, next_plain_k)
         by_head, ahead = attention(q, k, mask), attention(next_q, next_k, mask).mean(1)
         alone = attention(plain_q[:, :, -1:], plain_k[:, :, image], None).mean(1)
+        last = q[:, :, -1:] @ k[:, :, image].repeat_interleave(2, 1).transpose(-1, -2) / 4
     rows = by_head.mean(1)
     by_kv_head = torch.stack([by_head[:, :2].mean(1), by_head[:, 2:].mean(1)], 1)
     return {
@@ -157,6 +158,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
         "text_hidden": now[:, words], "text_embeds": x[:, words],
         "text_mask": torch.ones(1, len(words)), "instruction_mask": torch.tensor([[0.0] * BEFORE + [1.0] * BEHIND]),
         "attention_row": rows[:, -1, image], "plain_row": alone[:, 0], "next_row": ahead[:, -1, image],
+        "last_scores": last[:, :, 0], "last_log_attention": by_head[:, :, -1, image].log(),
         "text_attention": rows[:, words][..., image], "visual_attention": rows[:, image, image],
         "keys": k[:, :, image], "next_keys": next_k[:, :, image], "next_plain_queries": next_plain_q[:, :, image],
         "next_plain_keys": next_plain_k[:, :, image],

@@ -129,7 +129,7 @@ def test_tome_in_the_tower(tmp_path: Path) -> None:
     assert torch.equal(nothing[0], plain[0])
 
 
-@pytest.mark.parametrize("name", ["keys@2", "cls_attention@2", "hidden@2", "cls@0", "column_attention@0"])
+@pytest.mark.parametrize("name", ["keys@2", "cls_attention@2", "hidden@2", "cls@0", "column_attention@0", "patches@0"])
 def test_signals_of_any_block_leave_the_features_alone(name: str, tmp_path: Path) -> None:
     """Block 2 is behind the features; what it gives is that of a tower whose features it produces."""
     tiny.llava(tmp_path)
