@@ -139,14 +139,16 @@ def text(entry: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = _common.options(__doc__, rounds=5)
-    parser.add_argument("--per-kind", type=int, default=200, help="questions of each kind")
+    parser.add_argument("--per-kind", type=int, default=200, help="questions of each kind; 0: no accuracy")
     parser.add_argument("--jobs", type=int, default=2, help="processes that ask questions")
     parser.add_argument("--specs", nargs="+", default=list(TIMED), help="what is timed")
     options = parser.parse_args()
     _common.quiet()
     model, load = Model(), _common.Load(options.patience)
     names = [n for n in _spec.names() if _spec.load(n).place == "in_llm"]
-    found = {"accuracy": accuracy(names, options.per_kind, options.jobs), "per_kind": options.per_kind}
+    found: dict[str, Any] = {"accuracy": {"methods": {}}, "per_kind": options.per_kind}
+    if options.per_kind:
+        found["accuracy"] = accuracy(names, options.per_kind, options.jobs)
     found["speed"] = speed(options.specs, model, options.rounds, options.threads, load)
     settings = {"rounds": options.rounds, "threads": options.threads, "frames": FRAMES, "text_tokens": TEXT}
     entry = _common.record("in_llm", "fp32", model, settings, found, load)

@@ -142,7 +142,7 @@ class OnnxRuntimeRunner(Runner):
         self._outputs = tuple(o.name for o in session.get_outputs())
         self._axes = {i.name: [str(axis) for axis in i.shape] for i in session.get_inputs()}
         self._appended = {name for name, axes in self._axes.items() if any(a.startswith(CAPACITY) for a in axes)}
-        self._binding = session.io_binding()
+        self._binding, self._memories = session.io_binding(), dict[str, Any]()
         self._value_type: type[Any] = _ort().OrtValue
         self._gather = Gather(PROVIDERS[self._backend.provider], self._backend.provider, self._backend.threads)
         self._session = session
@@ -152,6 +152,7 @@ class OnnxRuntimeRunner(Runner):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._session = self._binding = None
+        self._memories = {}
         self._gather.close()
 
     @property
@@ -183,28 +184,29 @@ class OnnxRuntimeRunner(Runner):
             if tokens > 1 and batch > 1 and length:
                 return self._token_by_token(feeds, cache, tokens)
             room = {name: Held.with_room(self._past(feeds[name]), tokens, make) for name in held}
-            return self._run_held(feeds, room, {held[name]: name for name in held}, tokens)
+            return self._run_held(feeds, room, held, tokens)
 
     def _run_held(
-        self, feeds: Mapping[str, Any], room: Mapping[str, Held], continues: Mapping[str, str], tokens: int
+        self, feeds: Mapping[str, Any], room: Mapping[str, Held], cache: Mapping[str, str], tokens: int
     ) -> dict[str, Any]:
-        """continues: output → the input whose memory it is written to."""
-        binding, given = self._binding, []
-        try:
-            for name, value in feeds.items():
-                given.append(room[name].value if name in room else self._value(name, value))
-                binding.bind_ortvalue_input(name, given[-1])
-            for name in self._outputs:
-                if name in continues:
-                    binding.bind_ortvalue_output(name, room[continues[name]].value)
-                else:
-                    binding.bind_output(name, self._backend.provider)
-            self._session.run_with_iobinding(binding)
-            found = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-            return found | {name: room[past].grown(tokens) for name, past in continues.items()}
-        finally:
-            binding.clear_binding_inputs()
-            binding.clear_binding_outputs()
+        """A cache stays bound until another one comes: binding the memory of every layer anew takes longer than all else
+        that is not the model."""
+        binding = self._binding
+        given = {name: self._value(name, value) for name, value in feeds.items() if name not in room}
+        for name, value in given.items():
+            binding.bind_ortvalue_input(name, value)
+        past_of = {present: name for name, present in cache.items()}
+        for name in self._outputs:  # in this order `get_outputs` returns them, if all are bound so the first time
+            past = past_of.get(name)
+            if past is None:
+                binding.bind_output(name, self._backend.provider)
+            elif self._memories.get(past) is not room[past].value:
+                self._memories[past] = room[past].value
+                binding.bind_ortvalue_input(past, room[past].value)
+                binding.bind_ortvalue_output(name, room[past].value)
+        self._session.run_with_iobinding(binding)
+        found = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        return found | {name: room[past].grown(tokens) for name, past in past_of.items()}
 
     def _token_by_token(self, feeds: Mapping[str, Any], cache: Mapping[str, str], tokens: int) -> dict[str, Any]:
         """GroupQueryAttention does not append several tokens to several rows."""
@@ -271,6 +273,7 @@ class OnnxRuntimeRunner(Runner):
             # Nothing may keep a KV cache alive that the caller has let go.
             binding.clear_binding_inputs()
             binding.clear_binding_outputs()
+            self._memories.clear()
 
     def _value(self, name: str, value: Any) -> Any:
         """An OrtValue on the host."""

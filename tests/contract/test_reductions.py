@@ -99,11 +99,17 @@ def fits(text: str, sites: Any) -> Iterator[tuple[str, Reduction, Site]]:
             continue
 
 
-CASES = [
-    pytest.param(fitted, site, id=f"{spec}@{site.tokens}x{site.frames}")
-    for name in _spec.names()
-    for spec, fitted, site in candidates(name)
-]
+def cases(name: str) -> Iterator[Any]:
+    """The first example and the small site always; the rest is slow, in sum."""
+    found = list(candidates(name))
+    for number, (spec, fitted, site) in enumerate(found):
+        few = number in (0, len(found) - 1) or site.total < 100
+        yield pytest.param(
+            fitted, site, id=f"{spec}@{site.tokens}x{site.frames}", marks=() if few else pytest.mark.slow
+        )
+
+
+CASES = [case for name in _spec.names() for case in cases(name)]
 
 
 class Once(torch.nn.Module):

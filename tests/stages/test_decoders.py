@@ -19,7 +19,7 @@ from exporter.stages.export import export
 from tests.families import tiny
 from tests.stages import uncached
 from tests.stages.conftest import SIZES, Engine, Exported
-from tests.stages.test_fidelity import FORBIDDEN, LONG_ANSWER, NEW_TOKENS, TOLERANCE, relative
+from tests.stages.test_fidelity import FORBIDDEN, NEW_TOKENS, TOLERANCE, relative
 
 FASTV = "fastv:layer=2,keep=4"
 DROPPING = {"fastv": FASTV, "pdrop": "pdrop:layer_list=1+3,keep=3"}
@@ -101,7 +101,7 @@ def best(row: torch.Tensor, count: int) -> list[int]:
     return row.topk(count).indices.sort().values.tolist()
 
 
-@pytest.mark.parametrize("name", ["fastv", "pdrop"])
+@pytest.mark.parametrize("name", ["fastv", pytest.param("pdrop", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [*tiny.DECODERS, "qwen2_5_vl"])
 def test_dropping_tokens_against_a_loop_without_cache(
     kind: str, name: str, exported_decoder: Build, engine: Engine
@@ -111,11 +111,11 @@ def test_dropping_tokens_against_a_loop_without_cache(
     case = exported_decoder(kind, (DROPPING[name],))
     ((_, method),) = case.plan.in_llm
     asked, ours = tiny.question(case.graphs), engine(case)
-    result = ours.generate(asked.pixels, [asked.prompt], LONG_ANSWER)
+    result = ours.generate(asked.pixels, [asked.prompt], NEW_TOKENS)
     expected, kept = uncached.answer(
         uncached.load(case.plan.family.model_type, case.plan.checkpoint.folder), asked, ours, method.layers,
         lambda layer, before, ahead: best(before if name == "fastv" else ahead, method.kept(layer)),
-        LONG_ANSWER, method.position == "compact",
+        NEW_TOKENS, method.position == "compact",
     )  # fmt: skip
     assert {layer: result.kept[f"kept_{layer}"][0].tolist() for layer in method.layers} == kept
     assert result.tokens == [expected]

@@ -26,8 +26,8 @@ from tests.stages.conftest import SIZES, Engine, Export, Exported
 
 SPLIT = "case"
 TOLERANCE = 1e-4
-NEW_TOKENS = 32
-LONG_ANSWER = 64
+NEW_TOKENS = 64
+
 CLIP = 4
 """Frames of a clip."""
 
@@ -86,10 +86,17 @@ CASES = MORE + [
     for name, spec in EXAMPLES.items()
     if (family, name) not in REFUSED
 ]
-IDS = ["-".join([family, *specs, f"{frames}f"]) for family, specs, frames in CASES]
+SAMPLE = ("uniform", "fastv", "sparsevlm", "pdrop", "dyrate", "sparsemm")
+"""On other families than the first, the rest is slow, in sum."""
 
 
-@pytest.fixture(params=CASES, ids=IDS, scope="module")
+def param(family: str, specs: tuple[str, ...], frames: int) -> Any:
+    known = family == FAMILIES[0] or (family, specs, frames) in MORE or specs[0].partition(":")[0] in SAMPLE
+    name = "-".join([family, *specs, f"{frames}f"])
+    return pytest.param((family, specs, frames), id=name, marks=() if known else pytest.mark.slow)
+
+
+@pytest.fixture(params=[param(*case) for case in CASES], scope="module")
 def case(request: pytest.FixtureRequest, exported: Export) -> Exported:
     return exported(*request.param)
 
@@ -204,7 +211,7 @@ PRUNING = [n for n in PRUNING if not issubclass(_spec.load(n), WhileDecoding)]
 
 
 @pytest.mark.parametrize("name", PRUNING)
-@pytest.mark.parametrize("position", ["keep", "compact"])
+@pytest.mark.parametrize("position", ["keep", pytest.param("compact", marks=pytest.mark.slow)])
 def test_pruned_caches_against_a_loop_without_cache(name: str, position: str, exported: Export, engine: Engine) -> None:
     """Whatever a method keeps: Hugging Face's layers one by one, everything anew for every token, give the same answer.
     Other decoders: test_decoders.py."""
@@ -212,11 +219,11 @@ def test_pruned_caches_against_a_loop_without_cache(name: str, position: str, ex
     case = exported("llava", (spec,))
     ((_, method),) = case.plan.in_llm
     asked, ours = tiny.question(case.graphs), engine(case)
-    result = ours.generate(asked.pixels, [asked.prompt], LONG_ANSWER)
+    result = ours.generate(asked.pixels, [asked.prompt], NEW_TOKENS)
     kept = {layer: result.kept[f"kept_{layer}"][0].tolist() for layer in method.layers}
     theirs = uncached.load("llava", case.plan.checkpoint.folder)
     expected, _ = uncached.answer(
-        theirs, asked, ours, method.layers, lambda layer, *_: kept[layer], LONG_ANSWER, position == "compact"
+        theirs, asked, ours, method.layers, lambda layer, *_: kept[layer], NEW_TOKENS, position == "compact"
     )
     assert result.tokens == [expected]
 
@@ -229,14 +236,16 @@ EVICTING = {n: EXAMPLES[n] for n in CHOSEN if _spec.load(n).place == "in_cache" 
 
 
 @pytest.mark.parametrize("name", EVICTING)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [f if f == FAMILIES[0] else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 def test_short_caches_against_a_loop_without_cache(family: str, name: str, exported: Export, engine: Engine) -> None:
     """Hugging Face's layers one by one, everything anew for every token: the prompt sees all of itself, and what is behind
     it, in every layer and for every KV head, only the visual tokens that the engine says are in the cache."""
     case = exported(family, (EVICTING[name],))
     ((_, method),) = case.plan.in_cache
     asked, ours = tiny.question(case.graphs), engine(case)
-    result = ours.generate(asked.pixels, [asked.prompt], LONG_ANSWER)
+    result = ours.generate(asked.pixels, [asked.prompt], NEW_TOKENS)
     heads, chosen = case.graphs.text.kv_heads, {int(k.removeprefix("cached_")): v[0] for k, v in result.kept.items()}
 
     def cached(layer: int) -> list[list[int]]:
@@ -246,9 +255,9 @@ def test_short_caches_against_a_loop_without_cache(family: str, name: str, expor
         return [row[row >= 0].tolist() for row in np.broadcast_to(stay, (heads, stay.shape[-1]))]
 
     theirs = uncached.load(family, case.plan.checkpoint.folder)
-    expected = uncached.answer_with_short_cache(theirs, asked, ours, cached, LONG_ANSWER)
+    expected = uncached.answer_with_short_cache(theirs, asked, ours, cached, NEW_TOKENS)
     assert result.tokens == [expected]
-    whole = engine(exported(family)).generate(asked.pixels, [asked.prompt], LONG_ANSWER)
+    whole = engine(exported(family)).generate(asked.pixels, [asked.prompt], NEW_TOKENS)
     assert result.tokens != whole.tokens, "nothing that went would have mattered"
 
 
