@@ -12,7 +12,7 @@ engines have to say the same as PyTorch, and ours the same logits (`benchmarks.p
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -99,9 +99,15 @@ def subjects(folder: Path) -> list[Subject]:
 
 
 def engines(
-    stack: ExitStack, subject: Subject, folder: Path, precision: str, threads: int, log: Callable[[str], None]
+    stack: ExitStack,
+    subject: Subject,
+    folder: Path,
+    precision: str,
+    threads: int,
+    beside: Sequence[str],
+    log: Callable[[str], None],
 ) -> tuple[dict[str, Engine], dict[str, str]]:
-    """Name → engine, and for those that are left out, why."""
+    """Name → engine, and for those that are left out, why. beside: names of the others; empty is all."""
     log("exporting")
     _, graphs = _common.export(subject.llava, folder / "ours", (), 1, precision)
     files = folder / "ours" / "graphs"
@@ -128,6 +134,8 @@ def engines(
         }
     notes = {}
     for name, (why, build) in others.items():
+        if beside and name not in beside:
+            continue
         if why:
             notes[name] = why
             continue
@@ -146,7 +154,7 @@ def _built(llama: Path, folder: Path, precision: str, threads: int) -> Engine:
 
 def measure(
     subject: Subject, folder: Path, precision: str, rounds: int, threads: int, load: _common.Load,
-    log: Callable[[str], None] = lambda text: None,
+    beside: Sequence[str] = (), log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
     """One model's part of the record."""
     import torch
@@ -154,7 +162,7 @@ def measure(
     torch.set_num_threads(threads)
     log(subject.name)
     with ExitStack() as stack:
-        found, notes = engines(stack, subject, folder, precision, threads, log)
+        found, notes = engines(stack, subject, folder, precision, threads, beside, log)
         rng = np.random.default_rng(1)
         prompts = {n: rng.integers(min(16, subject.vocab // 2), subject.vocab, n) for n in subject.prompts}
         cases = []
@@ -204,6 +212,9 @@ def text(entry: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = _common.options(__doc__, rounds=5)
     parser.add_argument("--only", choices=("random", "embedded"), help="one of the two models")
+    parser.add_argument(
+        "--beside", nargs="+", default=[], metavar="ENGINE", help="the other engines, by name; default: all"
+    )
     args = parser.parse_args()
     _common.quiet()
     load, found = _common.Load(args.patience), {}
@@ -212,9 +223,9 @@ def main() -> None:
             if args.only is None or subject.name.startswith(args.only):
                 folder = Path(scratch) / subject.name.partition(",")[0] / "engines"
                 found[subject.name] = measure(
-                    subject, folder, args.precision, args.rounds, args.threads, load, _common.say
+                    subject, folder, args.precision, args.rounds, args.threads, load, args.beside, _common.say
                 )
-    settings = {"rounds": args.rounds, "threads": args.threads, "text_tokens": TEXT}
+    settings = {"rounds": args.rounds, "threads": args.threads, "text_tokens": TEXT, "beside": args.beside}
     entry = _common.record("engines", args.precision, Model(), settings, {"models": found}, load)
     print(text(entry))
     print(_common.write(args.results, entry))

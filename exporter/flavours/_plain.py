@@ -1,4 +1,4 @@
-"""Finds the attention of `exporter.nn.decoder_layer` in plain graphs."""
+"""Finds the attention of `exporter.nn.decoder_layer` and the norms of `exporter.nn.layers` in plain graphs."""
 
 from __future__ import annotations
 
@@ -38,8 +38,43 @@ class Attention:
     out: ir.Value
 
 
+@dataclass(frozen=True)
+class SkipNorm:
+    """A root-mean-square norm of the sum of two values of one shape, made by `add`; that is used elsewhere, too."""
+
+    add: ir.Node
+    weight: ir.Value
+    eps: float
+    out: ir.Value
+
+
 class _NoMatch(Exception):
     pass
+
+
+def skip_norm(square: ir.Node) -> SkipNorm | None:
+    """The norm around a Pow, or None if it is something else, or of something else than a sum."""
+    try:
+        total, exponent = square.inputs
+        assert total is not None and exponent is not None
+        a, b = _made(total, "Add")
+        mean = _only_user(square.outputs[0], "ReduceMean")
+        shifted = _only_user(mean.outputs[0], "Add")
+        assert shifted.inputs[1] is not None
+        root = _only_user(shifted.outputs[0], "Sqrt")
+        normed = _only_user(root.outputs[0], "Div")
+        scaled = _only_user(normed.outputs[0], "Mul")
+        weight = scaled.inputs[1]
+        same = a.shape is not None and b.shape is not None and list(a.shape) == list(b.shape)
+        if _number(exponent) != 2 or normed.inputs[0] is not total or not same:
+            return None
+        if weight is None or weight.shape is None or len(weight.shape) != 1 or total.dtype != ir.DataType.FLOAT:
+            return None
+        add = total.producer()
+        assert add is not None
+        return SkipNorm(add, weight, _number(shifted.inputs[1]), scaled.outputs[0])
+    except _NoMatch:
+        return None
 
 
 def attention(softmax: ir.Node) -> Attention | None:

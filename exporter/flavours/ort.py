@@ -1,7 +1,7 @@
 """ONNX Runtime on a CPU: attention as one operator over a cache that stays where it is.
 
 `com.microsoft.GroupQueryAttention` and `RotaryEmbedding` take the place of every layer's rotation, mask, scores and
-softmax. GroupQueryAttention leaves out what lies above the diagonal, and it appends in place where a runner binds a
+softmax, `SkipSimplifiedLayerNormalization` that of every sum of a residual and its norm. GroupQueryAttention leaves out what lies above the diagonal, and it appends in place where a runner binds a
 layer's past and present to the same memory (`exporter.backends.ort`).
 
 Requires of the plain graphs
@@ -28,7 +28,7 @@ import onnx_ir as ir
 
 from exporter.flavours._contract import CAPACITY, Flavour, Refused
 from exporter.flavours._pen import Pen
-from exporter.flavours._plain import Attention, Mask, attention, static
+from exporter.flavours._plain import Attention, Mask, SkipNorm, attention, skip_norm, static
 from exporter.graphset import PAD
 
 
@@ -50,8 +50,20 @@ class Ort(Flavour):
             _sort_around(graph, pen, layers)
         else:
             _sort_at_entry(graph, pen, layers)
+        for norm in [n for n in map(skip_norm, (n for n in graph if n.op_type == "Pow")) if n is not None]:
+            _fuse(norm, pen)
         pen.done()
         _check_cache(graph, layers)
+
+
+def _fuse(norm: SkipNorm, pen: Pen) -> None:
+    """The sum and its norm in one operator."""
+    total = norm.add.outputs[0]
+    made = [ir.Value(name=name) for name in (None, "", "", None)]
+    made[3].type, made[3].shape = total.type, total.shape
+    pen.node("SkipSimplifiedLayerNormalization", [*norm.add.inputs, norm.weight], made, contrib=True, epsilon=norm.eps)
+    total.replace_all_uses_with(made[3])
+    norm.out.replace_all_uses_with(made[0])
 
 
 def _sort_at_entry(graph: ir.Graph, pen: Pen, layers: Sequence[Attention]) -> None:

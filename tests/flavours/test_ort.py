@@ -101,7 +101,9 @@ def test_every_layer_is_one_operator(exported: Any, family: str, reductions: tup
         assert (found["GroupQueryAttention"], found["RotaryEmbedding"]) == (layers, 2 * layers)
         plain = ir.load(case.folder / case.plain().files[role])
         assert set(plain.opset_imports) == {""}, "the graph of record stays plain"
-    assert operators(case.folder / case.graphs.files["decode"])["Softmax"] == 0
+    decode = operators(case.folder / case.graphs.files["decode"])
+    assert decode["Softmax"] == 0
+    assert decode["SkipSimplifiedLayerNormalization"] == 2 * layers - 1, "all but the first norm and the last token's"
 
 
 @pytest.mark.parametrize(("family", "reductions"), CASES)
