@@ -63,7 +63,10 @@ def tokens_in_words(before: int, after: int) -> str:
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How an image becomes `pixel_values`: resize, centre crop, scale to 0..1, normalise. Sizes in pixels."""
+    """How an image becomes `pixel_values`: resize, cut into tiles or crop the centre, scale to 0..1, normalise. Sizes in pixels.
+
+    height and width are those of a tile, where there are tiles.
+    """
 
     height: int
     width: int
@@ -75,6 +78,17 @@ class ImageSpec:
     """PIL's code: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    tiles: tuple[int, int] = (1, 1)
+    """Rows and columns of tiles that the resized image is cut into."""
+    overview: Literal["none", "first", "last", "last, of the resized image"] = "none"
+    """Where among its tiles the whole image stands, in a tile's size."""
+    longest_edge: int = 0
+    """A resize before the others, to this longest edge and the nearest even other one; 0: there is none."""
+
+    @property
+    def parts(self) -> int:
+        """Pictures that an image becomes: its tiles, and the whole."""
+        return self.tiles[0] * self.tiles[1] + (self.overview != "none")
 
 
 @dataclass(frozen=True)
@@ -100,11 +114,12 @@ class VisualLayout:
     policy: Literal["keep", "compact"]
     readers: list[int] = field(default_factory=list)
     """Token ids that a runtime puts behind the last image token of a prompt."""
-
-    @property
-    def media(self) -> Literal["image", "video"]:
-        """What a chat message calls one placeholder: a clip behind a single placeholder is a video."""
-        return "video" if self.frames > 1 and self.placeholders == 1 else "image"
+    media: Literal["image", "video"] = "image"
+    """What a chat message calls what is seen."""
+    mark: str = ""
+    """What the chat template writes for an image or clip, where the prompt has something else there; else empty."""
+    written: str = ""
+    """What the prompt has there: image tokens, one per placeholder of that image or clip, and what stands around them."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +180,11 @@ class GraphSet:
         return self.files["prefill"] != self.files["decode"]
 
     @property
+    def images(self) -> int:
+        """Images or clip frames of a sample, as they come; tiles are made of them later."""
+        return self.visual.frames // self.image.parts
+
+    @property
     def reads_text(self) -> bool:
         """Whether `reduce` keeps other tokens for another question."""
         return bool(self.side.keys() & {"text", "text_mask", "aligned_text"})
@@ -190,7 +210,7 @@ class GraphSet:
             values = {f.name: raw[f.name] for f in fields(cls)}
             for name, kind in sub.items():
                 values[name] = kind(
-                    **{k: tuple(v) if k in ("mean", "std", "grid") and v else v for k, v in raw[name].items()}
+                    **{k: tuple(v) if k in ("mean", "std", "grid", "tiles") and v else v for k, v in raw[name].items()}
                 )
             for name in [*values["files"].values(), values["embedding"]]:
                 if Path(name).name != name:

@@ -71,7 +71,11 @@ class Rollout:
         self.visual, self.layer = plan.kept, layer
         self._generator = Generator(runners, self.graphs, table)
         self._table = torch.from_numpy(np.asarray(table))
-        self._prompt = Prompt.load(plan.checkpoint.folder, self.graphs.text.image_token)
+        self._prompt = Prompt.load(
+            plan.checkpoint.folder,
+            self.graphs.text.image_token,
+            rewrite=(self.graphs.visual.mark, self.graphs.visual.written),
+        )
 
     def batch(self, questions: Sequence[Question]) -> Batch:
         """Prepare questions with their answers as the chat template writes them, up to an end-of-sequence token."""

@@ -105,6 +105,7 @@ class Qwen25VL(Family):
             vocab=decoder.vocab,
             image_token=int(token),
             eos=eos_tokens(checkpoint),
+            media="image" if request.frames == 1 else "video",
         )
 
     def vision(

@@ -13,19 +13,28 @@ Index = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSpec:
-    """The shape of a transformer block, of images or of text."""
+    """The shape of a transformer block, of images or of text.
+
+    `layer_scale`: what attention and MLP add is multiplied by learned factors. `qk_norm`: RMS norm of queries and keys, all
+    heads as one. `rms_norm`: RMS norms instead of layer norms.
+    """
 
     hidden: int
     intermediate: int
     heads: int
     eps: float
     activation: str
+    qkv_bias: bool = True
+    layer_scale: bool = False
+    qk_norm: bool = False
+    rms_norm: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class VitSpec(BlockSpec):
-    """`cls`: a class token at 0. `pre_norm`: CLIP's norm before the first block. `layers`: blocks the tower has;
-    `blocks`: those up to the features, which are the output of block `blocks - 1`."""
+    """`cls`: a class token at 0. `pre_norm`: CLIP's norm before the first block; `post_norm`: one of the features. `layers`:
+    blocks the tower has; `blocks`: those up to the features, which are the output of block `blocks - 1`. `merge`: a visual
+    token is `merge` × `merge` patches, side by side in its vector (pixel shuffle); 1: a patch."""
 
     blocks: int
     patch: int
@@ -34,18 +43,32 @@ class VitSpec(BlockSpec):
     pre_norm: bool
     patch_bias: bool
     layers: int
+    post_norm: bool = False
+    merge: int = 1
+
+    @property
+    def side(self) -> int:
+        """Patches along an edge of the image."""
+        return self.image // self.patch
 
     @property
     def grid(self) -> tuple[int, int]:
-        side = self.image // self.patch
-        return side, side
+        """Rows and columns of visual tokens."""
+        return self.side // self.merge, self.side // self.merge
+
+    @property
+    def dim(self) -> int:
+        """Width of a visual token."""
+        return self.hidden * self.merge**2
 
     @property
     def signals(self) -> frozenset[str]:
         """What the tower can supply to a reduction behind it, at the features' block and at any other."""
         any_block = {"hidden", "keys", "joint_keys", "column_attention"}
         if self.cls:
-            any_block |= {"cls", "cls_attention", "cls_keys", "joint_cls_attention"}
+            any_block |= {"cls_attention", "cls_keys", "joint_cls_attention"}
+        if self.cls and self.merge == 1:
+            any_block |= {"cls"}
         return frozenset(any_block | {f"{s}@{b}" for s in any_block for b in range(self.layers)})
 
     @property

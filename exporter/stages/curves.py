@@ -133,7 +133,8 @@ def prompt_of(plan: Plan) -> Prompt:
     from exporter.runtime.prompt import Prompt
 
     clip = None if plan.request.clip is None else plan.request.clip.folder
-    return Prompt.load(plan.checkpoint.folder, plan.geometry.image_token, clip)
+    g = plan.geometry
+    return Prompt.load(plan.checkpoint.folder, g.image_token, clip, (g.mark, g.written))
 
 
 def kept(

@@ -206,6 +206,9 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
             span=g.span,
             policy=plan.policy,
             readers=[token for _, method in plan.in_cache for token in method.readers],
+            media=g.media,
+            mark=g.mark,
+            written=g.written,
         ),
         text=TextSpec(
             hidden=g.hidden,

@@ -114,6 +114,25 @@ def test_a_head_with_a_cap(theirs: type[PreTrainedModel], tmp_path: Path) -> Non
     assert llava.FAMILY.decoder(checkpoint).logit_cap is None
 
 
+@pytest.mark.parametrize(
+    ("build", "frames", "size"),
+    [
+        pytest.param(tiny.smolvlm, 1, None, id="smolvlm"),
+        pytest.param(tiny.smolvlm, 3, None, id="smolvlm of three images"),
+        pytest.param(tiny.idefics3, 1, (56, 112), id="idefics3 of tiles"),
+        pytest.param(tiny.internvl, 1, None, id="internvl"),
+        pytest.param(partial(tiny.internvl, decoder="qwen3"), 1, (112, 56), id="internvl of tiles"),
+        pytest.param(
+            partial(tiny.internvl, decoder="llama", norm_type="rms_norm", use_qk_norm=True, attention_bias=False), 2, None,
+            id="internvl of 6B",
+        ),
+        pytest.param(partial(tiny.internvl, use_mean_pooling=False), 1, None, id="internvl with a last norm"),
+    ],
+)  # fmt: skip
+def test_families(build: Any, frames: int, size: tuple[int, int] | None, tmp_path: Path) -> None:
+    compare(build(tmp_path), ours(tmp_path, Request(frames, size)))
+
+
 def test_llava_with_several_images(tmp_path: Path) -> None:
     compare(tiny.llava(tmp_path), ours(tmp_path, Request(frames=2)))
 

@@ -6,7 +6,7 @@ Hugging Face model it was. Beside them: what the tests ask these models, for us 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,17 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 
 from exporter.checkpoint import Checkpoint
@@ -114,6 +120,42 @@ def qwen2_5_vl(folder: Path, tied: bool = False) -> PreTrainedModel:
     return saved(Qwen2_5_VLForConditionalGeneration(config), folder)
 
 
+def smolvlm(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """4 visual tokens per tile, of 2 × 2 patches each."""
+    return _idefics(SmolVLMConfig, SmolVLMForConditionalGeneration, "smolvlm_vision", tied, folder)
+
+
+def idefics3(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """As `smolvlm`."""
+    return _idefics(Idefics3Config, Idefics3ForConditionalGeneration, "idefics3_vision", tied, folder)
+
+
+def _idefics(config: Any, model: Any, tower: str, tied: bool, folder: Path) -> PreTrainedModel:
+    vision = dict(
+        model_type=tower, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=56,
+        patch_size=PATCH,
+    )  # fmt: skip
+    text = text_config("llama", tied)
+    made = config(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, scale_factor=2, tie_word_embeddings=tied,
+        pad_token_id=0,
+    )  # fmt: skip
+    return saved(model(made), folder)
+
+
+def internvl(folder: Path, decoder: str = "qwen2", tied: bool = False, **vision: Any) -> PreTrainedModel:
+    """4 visual tokens per tile, of 2 × 2 patches each."""
+    tower = dict(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=[56, 56],
+        patch_size=[PATCH, PATCH], attention_bias=True,
+    ) | vision  # fmt: skip
+    config = InternVLConfig(
+        vision_config=tower, text_config=text_config(decoder, tied), image_token_id=IMAGE, image_seq_length=4,
+        downsample_ratio=0.5, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(InternVLForConditionalGeneration(config), folder)
+
+
 def clip(folder: Path, hidden: int = 48, layers: int = 3, early: bool = False, **text: Any) -> CLIPModel:
     """Not a family: the CLIP that `llava`'s tower could have come from, with a tokenizer of single letters.
 
@@ -157,29 +199,55 @@ def endless(graphs: GraphSet) -> GraphSet:
     return replace(graphs, text=replace(graphs.text, eos=[]))
 
 
+Pixels = npt.NDArray[np.float32]
+"""[1, frames, 3, height, width]"""
+
+
 @dataclass(frozen=True)
 class Question:
     """Text and pixels. `prompt` holds one image token per placeholder, as our runtime takes it."""
 
     prompt: list[int]
-    pixels: npt.NDArray[np.float32]
-    """[1, frames, 3, height, width]"""
+    pixels: Pixels
     side: dict[str, npt.NDArray[np.int64]]
     """What a reduction reads beside them, if it does: `question_ids`."""
 
     def for_transformers(self, graphs: GraphSet) -> dict[str, Any]:
-        """Arguments of the Hugging Face model: every image token expanded, and for Qwen2.5-VL pixels as patches."""
+        """Arguments of the Hugging Face model: every image token expanded, and pixels as the family takes them."""
         visual, token = graphs.visual, graphs.text.image_token
         each = visual.total // visual.placeholders
         ids = torch.tensor([[t for p in self.prompt for t in ([p] * each if p == token else [p])]])
         arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if graphs.family == "llava":
-            return arguments | {"pixel_values": torch.from_numpy(self.pixels[0])}
-        kind = "image" if token == IMAGE else "video"
-        grid = torch.tensor([[max(1, visual.frames // 2), *(s // PATCH for s in self.pixels.shape[-2:])]])
-        arguments |= {f"{kind}_grid_thw": grid, "mm_token_type_ids": (ids == token).long() * (1 + (kind == "video"))}
-        arguments["pixel_values" if kind == "image" else "pixel_values_videos"] = patches(self.pixels[0])
-        return arguments
+        return arguments | VISUAL.get(graphs.family, of_frames)(self.pixels, ids, graphs)
+
+
+def of_frames(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
+    """[frames, 3, height, width]"""
+    return {"pixel_values": torch.from_numpy(pixels[0])}
+
+
+def of_samples(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
+    """[samples, frames, 3, height, width]"""
+    return {"pixel_values": torch.from_numpy(pixels)}
+
+
+def of_patches(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
+    """[patches, numbers of a patch], the grid of every image or clip, and which tokens are visual."""
+    visual, token = graphs.visual, graphs.text.image_token
+    kind = "image" if token == IMAGE else "video"
+    grid = torch.tensor([[max(1, visual.frames // 2), *(s // PATCH for s in pixels.shape[-2:])]])
+    return {
+        f"{kind}_grid_thw": grid, "mm_token_type_ids": (ids == token).long() * (1 + (kind == "video")),
+        "pixel_values" if kind == "image" else "pixel_values_videos": patches(pixels[0]),
+    }  # fmt: skip
+
+
+VISUAL: dict[str, Callable[[Pixels, torch.Tensor, GraphSet], dict[str, Any]]] = {
+    "idefics3": of_samples,
+    "qwen2_5_vl": of_patches,
+    "smolvlm": of_samples,
+}
+"""Family → what its Hugging Face model gets beside the text, if not just frames."""
 
 
 def question(graphs: GraphSet, seed: int = 0, text: tuple[int, ...] = (11, 12, 13)) -> Question:
