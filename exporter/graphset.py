@@ -21,6 +21,9 @@ token's place in the prompt and the attention mask is `order_kv <= order_q`, so 
 tokens are a static slice. Padding sits between the visual tokens and the text and has order `PAD`; the last token is
 always real. `position_ids` [batch, seq] (or [3, batch, seq] with M-RoPE) feed the rotary embedding only.
 
+Where the tower gives vectors for several decoder layers (DeepStack), they stand behind one another in `visual_embeds` and
+`inputs_embeds` [batch, seq, (1 + planes) * hidden]; those of text are zero.
+
 Where merged tokens shall count as many times as they have parts, `reduce` returns `visual_size` too, and the language
 model takes `size` float32 [batch, seq] and `past_size_g` and returns `present_size_g`, as with `order`.
 
@@ -141,6 +144,13 @@ class TextSpec:
     eos: list[int]
     per_head: list[int] = field(default_factory=list)
     """KV groups whose heads keep tokens of their own: their order (and size) is [batch, kv_heads, past]."""
+    planes: int = 0
+    """How many more vectors stand behind each one of `inputs_embeds`, for the first layers (DeepStack); zeros for text."""
+
+    @property
+    def width(self) -> int:
+        """Of `inputs_embeds` and `visual_embeds`."""
+        return self.hidden * (1 + self.planes)
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,7 @@ class _Fitting:
 
     def run(self, methods: list[tuple[str, Reduction]]) -> Plan:
         site = self.geometry.tower
-        taps: list[str] = ["hidden"]
+        taps: list[str] = ["hidden", *(["deepstack"] if self.geometry.planes else [])]
         projected = False
         llm_site: Site | None = None
         for text, method in methods:

@@ -66,6 +66,8 @@ class Rollout:
 
         modules = load_reference(plan)
         runners, self.graphs, table = reference(plan, modules)
+        if self.graphs.text.planes:
+            raise UsageError("DyRate's predictor cannot be trained on a model with DeepStack; no published one was.")
         self.decoder: Decoder = modules.decode
         self.decoder.requires_grad_(False)
         self.visual, self.layer = plan.kept, layer

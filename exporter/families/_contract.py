@@ -47,6 +47,7 @@ class Geometry:
     shared: width of `aligned` and `aligned_text`; 0 where the request names no CLIP checkpoint, or there is no CLIP tower.
     mark, written: where the family's processor rewrites what its chat template says: every `mark`, one per image or clip,
     becomes `written`, with an image token per placeholder. media: what a chat message calls it.
+    planes: how many more vectors the tower gives for each token, by the signal `deepstack` [batch, frames, tokens, planes * hidden].
     """
 
     image: ImageSpec
@@ -69,6 +70,7 @@ class Geometry:
     mark: str = ""
     written: str = ""
     media: Literal["image", "video"] = "image"
+    planes: int = 0
 
 
 class Family(ABC):
@@ -206,9 +208,12 @@ DECODERS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"output_bias": False},
     "qwen2": QWEN2,
+    "qwen2_vl_text": QWEN2,
+    "qwen2_vl": QWEN2,
     "qwen2_5_vl_text": QWEN2,
     "qwen2_5_vl": QWEN2,
     "qwen3": {"qk_norm": True},
+    "qwen3_vl_text": {"qk_norm": True},
     "gemma": GEMMA,
     "gemma2": {**GEMMA, "post_norms": True},
     "gemma3_text": {**GEMMA, "post_norms": True, "qk_norm": True, "attention_cap": None},

@@ -11,13 +11,37 @@ from torch import Tensor, nn
 
 from exporter.kv import KvLayout
 from exporter.nn.atom import Atom
-from exporter.nn.cuts import Ahead, Cut, Evict, Follow, Rejoin, Route, Trained, Watch
+from exporter.nn.cuts import Ahead, Cut, Evict, Follow, Rejoin, Route, Stay, Trained, Watch
 from exporter.nn.decoder_layer import Frame, Layer
 from exporter.nn.layers import Linear, RMSNorm, soft_cap
 from exporter.nn.specs import DecoderSpec
 from graphs._contract import InCache, InLLM, Skipping, WhileDecoding
 
 A = TypeVar("A", bound=Atom)
+
+
+class Planes(Atom):
+    """Takes what is added later off the tokens: [batch, seq, hidden * (1 + planes)] → each [batch, seq, hidden]."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def key(self) -> Hashable:
+        return self.count
+
+    def forward(self, inputs_embeds: Tensor) -> tuple[Tensor, ...]:
+        return inputs_embeds.chunk(1 + self.count, -1)
+
+
+class Add(Atom):
+    """A plane to what leaves a layer."""
+
+    def key(self) -> Hashable:
+        return None
+
+    def forward(self, x: Tensor, plane: Tensor) -> Tensor:
+        return x + plane
 
 
 class FinalNorm(Atom, RMSNorm):
@@ -60,6 +84,8 @@ class Decoder(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.spec = spec
+        if spec.planes:
+            self.planes, self.add = Planes(spec.planes), Add()
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
         self.norm = FinalNorm(spec.hidden, spec.eps, spec.norm_offset)
         self.lm_head = LmHead(spec)
@@ -90,6 +116,8 @@ class Decoder(nn.Module):
                 present, shifts[layer] = method.kept(layer), shift
                 if prunes:
                     self.pruned[layer] = self._named(name, method.layers, layer, cut)
+                    if layer < spec.planes:
+                        self.add_module(f"planes_{layer}", Stay(cut.visual))
                     if cut.looks_ahead:
                         self.ahead[layer] = Ahead(self.layers[layer])  # type: ignore[arg-type]
                         self.add_module(f"ahead_{layer}", self.ahead[layer])
@@ -128,7 +156,7 @@ class Decoder(nn.Module):
         """Run prefill or a decode step.
 
         Args:
-            inputs_embeds: [batch, seq, hidden], visual tokens first. position_ids: int64 [batch, seq] or [3, batch, seq].
+            inputs_embeds: [batch, seq, width of the spec], visual tokens first. position_ids: int64 [batch, seq] or [3, batch, seq].
             order: int64 [batch, seq]. past_keys, past_values: per layer [batch, kv_heads, past, head_dim].
             past_orders: int64, per KV group [batch, past], or [batch, kv_heads, past] where heads keep their own.
             size: float32 [batch, seq], how many tokens each one stands for; attention counts them. past_sizes: as orders.
@@ -139,7 +167,8 @@ class Decoder(nn.Module):
             [batch, kept] into its visual tokens; then the same for its cache, there also [batch, kv_heads, kept];
             then what `Watch` returns.
         """
-        x, groups = inputs_embeds, self.layout.groups
+        x, *planes = self.planes(inputs_embeds) if self.spec.planes else (inputs_embeds,)
+        groups = self.layout.groups
         presents: list[Tensor] = []
         orders: dict[int, Tensor] = {}
         sizes: dict[int, Tensor] = {}
@@ -153,6 +182,8 @@ class Decoder(nn.Module):
         before: tuple[Tensor, ...] = ()  # of the layer before: what entered it, its mask, queries and keys
         for i, layer in enumerate(self.layers):
             group = groups[i]
+            if 0 < i <= len(planes):
+                x = self.add(x, planes[i - 1])
             if i in self.pruned:
                 assert before, "nothing has looked at the tokens before the first layer"
                 previous, *seen = before
@@ -166,6 +197,7 @@ class Decoder(nn.Module):
                 size = more.pop(0) if size is not None else None
                 embeds = more.pop(0) if embeds is not None else None
                 kept.append(index)
+                planes[i:] = [self.get_submodule(f"planes_{i}")(plane, index) for plane in planes[i:]]
             if i in self.frames or i in self.pruned:
                 frame = self.frames.get(i, frame)
                 past_order = past_orders[group] if past_orders else None

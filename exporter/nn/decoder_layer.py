@@ -120,6 +120,9 @@ class Frame(Atom):
         for i, inv_freq in enumerate(self.frequencies):
             values = torch.tensor(inv_freq, dtype=torch.float32, device="cpu")
             self.register_buffer(f"inv_freq_{i}", values, persistent=False)
+        if spec.mrope_section is not None:
+            follows = torch.tensor(spec.rotary_axes, device="cpu") == torch.arange(3, device="cpu")[:, None]
+            self.register_buffer("follows", follows.float()[:, None, None], persistent=False)
 
     def key(self) -> Hashable:
         return self.spec, self.shift, self.readers
@@ -145,8 +148,7 @@ class Frame(Atom):
         for i in range(len(self.frequencies)):
             angle = position_ids.float().unsqueeze(-1) * self.get_buffer(f"inv_freq_{i}")
             if s.mrope_section is not None:
-                parts = angle.split(list(s.mrope_section), -1)
-                angle = torch.cat([part[axis] for axis, part in enumerate(parts)], -1)
+                angle = (angle * self.get_buffer("follows")).sum(0)
             angle = angle.unsqueeze(1)
             cos, sin = torch.cos(angle), torch.sin(angle)
             if s.rope_scale != 1.0:

@@ -55,8 +55,10 @@ class Reduce(Atom):
 
     def forward(self, *signals: Tensor) -> tuple[Tensor, ...]:
         """Returns visual_embeds [batch, kept, hidden], index int64 [batch, kept] into the tokens before any reduction, and
-        if `sized` the float32 size [batch, kept] of every token."""
+        if `sized` the float32 size [batch, kept] of every token. Where the tower gives `deepstack`, its planes stand behind
+        each vector: those of a merged token are its anchor's."""
         found = dict(zip(self.names, signals, strict=True))
+        planes = found.pop("deepstack", None)
         index = self.first_index(found["hidden"], found.pop("anchor", None))
         size = torch.ones_like(index, dtype=torch.float32)
         projected = False
@@ -71,7 +73,10 @@ class Reduce(Atom):
             found["hidden"] = out.tokens.unflatten(1, (frames, -1))
         if not projected:
             found = self.project({"hidden": found["hidden"]})
-        return (found["hidden"].flatten(1, 2), index, *((size,) if self.sized else ()))
+        embeds = found["hidden"].flatten(1, 2)
+        if planes is not None:
+            embeds = torch.cat([embeds, take(planes.flatten(1, 2), index.clamp_min(0))], -1)
+        return (embeds, index, *((size,) if self.sized else ()))
 
     def first_index(self, hidden: Tensor, anchor: Tensor | None) -> Tensor:
         """int64 [batch, frames * tokens]: the place of every token among the tokens before any reduction."""

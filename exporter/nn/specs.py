@@ -92,7 +92,12 @@ class ClipTextSpec(BlockSpec):
 
 @dataclass(frozen=True)
 class QwenVitSpec:
-    """`patches`: rows and columns of patches. `window` in pixels. `full`: blocks with full attention."""
+    """Qwen2.5-VL's tower, and what makes others another (its facts are the defaults).
+
+    `patches`: rows and columns of patches. `window` in pixels; 0: there are none. `full`: blocks with full attention. `gated`: the
+    MLP has a gate. `layer_norm`: layer norms instead of RMS norms. `table`: rows of the learned positions, a square that is
+    stretched over the patches; 0: there are none. `planes`: blocks whose output goes to the language model, too (DeepStack).
+    """
 
     hidden: int
     intermediate: int
@@ -106,6 +111,11 @@ class QwenVitSpec:
     out: int
     activation: str
     patches: tuple[int, int]
+    gated: bool = True
+    layer_norm: bool = False
+    patch_bias: bool = False
+    table: int = 0
+    planes: tuple[int, ...] = ()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -116,6 +126,8 @@ class QwenVitSpec:
     def windows(self) -> Index:
         """[windows, slots] merged-token raster index of every slot; -1 pads windows cut by the border."""
         rows, cols = self.grid
+        if not self.window:
+            return np.arange(rows * cols)[None]
         side = self.window // self.merge // self.patch
         cells = np.full((-(-rows // side) * side, -(-cols // side) * side), -1, dtype=np.int64)
         cells[:rows, :cols] = np.arange(rows * cols).reshape(rows, cols)
@@ -140,15 +152,32 @@ class QwenVitSpec:
     @cached_property
     def angles(self) -> npt.NDArray[np.float32]:
         """[slots, head_dim / 2] rotary angle of every slot: half the frequencies follow the row, half the column."""
+        quarter = self.hidden // self.heads // 4
+        inv_freq = 10000.0 ** -(np.arange(quarter, dtype=np.float32) / quarter)
+        return (self.places[..., None] * inv_freq).reshape(len(self.places), -1).astype(np.float32)
+
+    @cached_property
+    def places(self) -> Index:
+        """[slots, 2] row and column of every slot's patch."""
         rows, cols = self.grid
         row, col, in_row, in_col = np.meshgrid(
             np.arange(rows), np.arange(cols), np.arange(self.merge), np.arange(self.merge), indexing="ij"
         )
         place = np.stack([row * self.merge + in_row, col * self.merge + in_col], -1).reshape(-1, 2)
-        place = place[np.maximum(self.slots, 0)]
-        quarter = self.hidden // self.heads // 4
-        inv_freq = 10000.0 ** -(np.arange(quarter, dtype=np.float32) / quarter)
-        return (place[..., None] * inv_freq).reshape(len(place), -1).astype(np.float32)
+        return place[np.maximum(self.slots, 0)]
+
+    @cached_property
+    def stretched(self) -> tuple[Index, npt.NDArray[np.float32]]:
+        """[slots, 4] rows of the table of learned positions and their weights: bilinear, corner on corner."""
+        side = round(self.table**0.5)
+        last = np.maximum(np.array(self.patches) - 1, 1)
+        at = self.places.astype(np.float32) * np.float32(side - 1) / last.astype(np.float32)
+        low = np.floor(at).astype(np.int64)
+        high, share = np.minimum(low + 1, side - 1), (at - low).astype(np.float32)
+        rows, cols = (np.stack([low[:, i], high[:, i]], 1) for i in (0, 1))
+        by_row, by_col = (np.stack([1 - share[:, i], share[:, i]], 1) for i in (0, 1))
+        taps = rows[:, :, None] * side + cols[:, None, :]
+        return taps.reshape(-1, 4), (by_row[:, :, None] * by_col[:, None, :]).reshape(-1, 4)
 
     @cached_property
     def raster(self) -> Index:
@@ -188,7 +217,9 @@ class DecoderSpec:
     attention_cap, logit_cap: scores and logits are bent by tanh to stay below; None: they are not.
     qk_norm: RMS norm of queries and keys, per head and before the rotation. post_norms: norms also behind attention and MLP.
     norm_offset: what has to be added to the norm weights of a checkpoint. scaled_embeddings: text embeddings are
-    multiplied by sqrt(hidden); what comes from an image is not.
+    multiplied by sqrt(hidden); what comes from an image is not. mrope_interleaved: the frequencies of t, h and w take turns,
+    instead of standing in three blocks. planes: the vector of a visual token is followed by so many more, each added to
+    what leaves one of the first layers (DeepStack).
     """
 
     hidden: int
@@ -214,6 +245,22 @@ class DecoderSpec:
     post_norms: bool = False
     norm_offset: float = 0.0
     scaled_embeddings: bool = False
+    mrope_interleaved: bool = False
+    planes: int = 0
+
+    @property
+    def width(self) -> int:
+        """Of `inputs_embeds`: a token's vector and its planes."""
+        return self.hidden * (1 + self.planes)
+
+    @property
+    def rotary_axes(self) -> tuple[int, ...]:
+        """Which of the t, h and w positions every frequency follows; empty where there is one position."""
+        if self.mrope_section is None:
+            return ()
+        if not self.mrope_interleaved:
+            return tuple(axis for axis, count in enumerate(self.mrope_section) for _ in range(count))
+        return tuple(i % 3 if i < 3 * self.mrope_section[i % 3] else 0 for i in range(len(self.inv_freq)))
 
     @property
     def embed_scale(self) -> float:

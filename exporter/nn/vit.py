@@ -70,11 +70,13 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, spec: BlockSpec) -> None:
+    """Two layers, no gate."""
+
+    def __init__(self, hidden: int, intermediate: int, activation: str) -> None:
         super().__init__()
-        self.fc1 = Linear(spec.hidden, spec.intermediate)
-        self.fc2 = Linear(spec.intermediate, spec.hidden)
-        self.activation = ACTIVATIONS[spec.activation]
+        self.fc1 = Linear(hidden, intermediate)
+        self.fc2 = Linear(intermediate, hidden)
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
@@ -89,7 +91,7 @@ class Block(Atom):
         self.layer_norm1 = norm(spec.hidden, spec.eps)
         self.self_attn = SelfAttention(spec)
         self.layer_norm2 = norm(spec.hidden, spec.eps)
-        self.mlp = Mlp(spec)
+        self.mlp = Mlp(spec.hidden, spec.intermediate, spec.activation)
         if spec.layer_scale:
             self.lambda_1, self.lambda_2 = (
                 nn.Parameter(torch.empty(spec.hidden), requires_grad=False) for _ in range(2)

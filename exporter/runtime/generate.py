@@ -298,7 +298,7 @@ class Generator:
         runner, spec = self._prefill, self.graphs.text
         text = text or split(input_ids, self.graphs)
         places = arrange(input_ids, visual.index, self.graphs)
-        words = self._as(runner, "inputs_embeds", self._embedding[text.ids])
+        words = self._as(runner, "inputs_embeds", self._embedded(text.ids))
         seen = self._as(runner, "inputs_embeds", visual.embeds)
         size = None
         if visual.size is not None:
@@ -417,7 +417,13 @@ class Generator:
         if axes > 1:
             positions = np.broadcast_to(positions, (axes, *positions.shape))
         size = np.ones(order.shape, np.float32) if self.graphs.sized else None
-        return Tokens(self._embedding[ids], positions, order, size)
+        return Tokens(self._embedded(ids), positions, order, size)
+
+    def _embedded(self, ids: Ints) -> Array:
+        """Text as the language model takes it: [batch, seq, width]."""
+        text = self.graphs.text
+        found: Array = self._embedding[ids]
+        return np.pad(found, ((0, 0), (0, 0), (0, text.width - text.hidden))) if text.planes else found
 
     def _divisible(self, tokens: Tokens) -> bool:
         """Whether prefill has to go, and can go, in chunks."""

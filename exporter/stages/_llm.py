@@ -30,7 +30,7 @@ def llm_inputs(plan: Plan, module: Decoder, dtype: torch.dtype) -> Inputs:
     g, kv = plan.geometry, module.layout
     axes = (3,) if g.position_axes == 3 else ()
     found: Inputs = {
-        "inputs_embeds": (("batch", "seq", g.hidden), dtype),
+        "inputs_embeds": (("batch", "seq", module.spec.width), dtype),
         "position_ids": ((*axes, "batch", "seq"), torch.int64),
         "order": (("batch", "seq"), torch.int64),
     }

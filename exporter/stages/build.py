@@ -113,7 +113,7 @@ def _llm_inputs(
     seq = Range(kept + text.min, kept + text.opt, kept + text.max) if prefill else DECODE_STEP
     axes = (spec.position_axes,) if spec.position_axes > 1 else ()
     inputs: dict[str, tuple[Axis, ...]] = {
-        "inputs_embeds": (batch, seq, spec.hidden),
+        "inputs_embeds": (batch, seq, spec.width),
         "position_ids": (*axes, batch, seq),
         "order": (batch, seq),
         **({"size": (batch, seq)} if graphs.sized else {}),

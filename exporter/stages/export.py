@@ -221,6 +221,7 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
             kept=list(kv.kept),
             image_token=g.image_token,
             eos=list(g.eos),
+            planes=g.planes,
             per_head=[group for group, apart in enumerate(kv.per_head) if apart],
         ),
         signals=signals,

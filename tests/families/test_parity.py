@@ -52,22 +52,26 @@ def compare(theirs: PreTrainedModel, generator: Generator) -> None:
         features = vision_features(theirs, arguments)
         logits = theirs(**arguments).logits[:, -1]
         tokens = theirs.generate(**arguments, max_new_tokens=NEW_TOKENS, do_sample=False)
-    assert relative(visual.embeds[0], features) <= TOLERANCE
+    width = generator.graphs.text.hidden
+    assert relative(visual.embeds[0, :, :width], features[0]) <= TOLERANCE
+    for plane, wanted in enumerate(features[1:], 1):
+        assert relative(visual.embeds[0, :, plane * width :][:, :width], wanted) <= TOLERANCE
     assert relative(generator.prefill(visual, [asked.prompt]).logits, logits) <= TOLERANCE
     result = generator.generate(asked.pixels, [asked.prompt], NEW_TOKENS)
     assert result.tokens == tokens[:, arguments["input_ids"].shape[1] :].tolist()
     assert len(set(result.tokens[0])) > 4, "a model that repeats itself shows nothing"
 
 
-def vision_features(theirs: PreTrainedModel, arguments: dict[str, Any]) -> torch.Tensor:
-    """[tokens, hidden] at the language model's width."""
+def vision_features(theirs: PreTrainedModel, arguments: dict[str, Any]) -> list[torch.Tensor]:
+    """[tokens, hidden] at the language model's width; then what the first layers get, if they get anything."""
     if "pixel_values_videos" in arguments:
         found = theirs.model.get_video_features(arguments["pixel_values_videos"], arguments["video_grid_thw"])
     elif "image_grid_thw" in arguments:
         found = theirs.model.get_image_features(arguments["pixel_values"], arguments["image_grid_thw"])
     else:
         found = theirs.model.get_image_features(arguments["pixel_values"])
-    return torch.cat(tuple(found.pooler_output))
+    planes = getattr(found, "deepstack_features", None) or ()
+    return [torch.cat(tuple(part)) for part in (found.pooler_output, *planes)]
 
 
 @pytest.mark.parametrize("decoder", tiny.DECODERS)
@@ -138,16 +142,20 @@ def test_llava_with_several_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "frames"),
+    ("build", "size", "frames"),
     [
-        pytest.param((112, 112), 1, id="whole windows"),
-        pytest.param((140, 112), 1, id="windows cut by the border"),
-        pytest.param((84, 140), 1, id="cut on both sides"),
-        pytest.param((112, 112), 4, id="clip"),
+        pytest.param(tiny.qwen2_5_vl, (112, 112), 1, id="whole windows"),
+        pytest.param(tiny.qwen2_5_vl, (140, 112), 1, id="windows cut by the border"),
+        pytest.param(tiny.qwen2_5_vl, (84, 140), 1, id="cut on both sides"),
+        pytest.param(tiny.qwen2_5_vl, (112, 112), 4, id="clip"),
+        pytest.param(tiny.qwen2_vl, (84, 140), 1, id="qwen2_vl"),
+        pytest.param(tiny.qwen2_vl, (112, 112), 4, id="qwen2_vl of a clip"),
+        pytest.param(tiny.qwen3_vl, (84, 140), 1, id="qwen3_vl"),
+        pytest.param(tiny.qwen3_vl, (112, 84), 4, id="qwen3_vl of a clip"),
     ],
 )
-def test_qwen2_5_vl(size: tuple[int, int], frames: int, tmp_path: Path) -> None:
-    theirs = tiny.qwen2_5_vl(tmp_path)
+def test_qwen(build: Any, size: tuple[int, int], frames: int, tmp_path: Path) -> None:
+    theirs = build(tmp_path)
     generator = ours(tmp_path, Request(frames, size))
     compare(theirs, generator)
     asked = tiny.question(generator.graphs)

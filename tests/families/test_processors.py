@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
@@ -117,3 +119,20 @@ def test_text(case: Case, tmp_path: Path) -> None:
     assert g.written.count(case.token) == g.placeholders == g.image.parts
     assert g.written.replace(case.token, case.token * TOKENS) == case.text(*case.tiles)
     assert g.mark == case.token
+
+
+def test_times_of_a_clip(tmp_path: Path) -> None:
+    """Qwen3-VL's steps of a clip of six frames, sampled twice a second; the processor writes them for the template's clip."""
+    tiny.qwen3_vl(tmp_path)
+    g = tiny.plan(tmp_path, (), Request(6, (112, 84))).geometry
+    processor: Any = SimpleNamespace(
+        video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2), video_token="<|video_pad|>",
+        vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>",
+        _calculate_timestamps=partial(Qwen3VLProcessor._calculate_timestamps, None),
+    )  # fmt: skip
+    metadata = SimpleNamespace(fps=2, frames_indices=list(range(6)))
+    found = {"video_grid_thw": np.array([[3, 8, 6]]), "video_metadata": [metadata]}
+    wanted = Qwen3VLProcessor.replace_video_token(processor, found, 0)
+    assert (g.placeholders, g.media) == (3, "video")
+    assert g.mark == "<|vision_start|><|video_pad|><|vision_end|>"
+    assert g.written.replace("<|video_pad|>", "<|video_pad|>" * 12) == wanted

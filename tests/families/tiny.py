@@ -27,6 +27,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -104,20 +108,45 @@ def llava(
 
 def qwen2_5_vl(folder: Path, tied: bool = False) -> PreTrainedModel:
     """One visual token per 28 × 28 pixels, windows of 2 × 2 tokens, full attention in blocks 1 and 3."""
-    text = dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCAB, max_position_embeddings=512, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=EOS,
-        tie_word_embeddings=tied, rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3]),
-    )  # fmt: skip
     vision = dict(
         depth=4, hidden_size=48, intermediate_size=96, num_heads=4, patch_size=PATCH, spatial_merge_size=2,
         temporal_patch_size=2, window_size=56, fullatt_block_indexes=[1, 3], out_hidden_size=64, tokens_per_second=2,
     )  # fmt: skip
-    config = Qwen2_5_VLConfig(
+    return _qwen(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, vision, [2, 3, 3], tied, folder)
+
+
+def qwen2_vl(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """One visual token per 28 × 28 pixels."""
+    vision = dict(
+        depth=3, embed_dim=48, hidden_size=64, mlp_ratio=2, num_heads=4, patch_size=PATCH, spatial_merge_size=2,
+        temporal_patch_size=2,
+    )  # fmt: skip
+    return _qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, vision, [2, 3, 3], tied, folder)
+
+
+def qwen3_vl(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """One visual token per 28 × 28 pixels, 5 × 5 learned positions, two planes for the first layers."""
+    vision = dict(
+        depth=4, hidden_size=48, intermediate_size=96, num_heads=4, patch_size=PATCH, spatial_merge_size=2,
+        temporal_patch_size=2, out_hidden_size=64, num_position_embeddings=25, deepstack_visual_indexes=[0, 2],
+    )  # fmt: skip
+    return _qwen(Qwen3VLConfig, Qwen3VLForConditionalGeneration, vision, [4, 2, 2], tied, folder, head_dim=16)
+
+
+def _qwen(
+    config: Any, model: Any, vision: dict[str, Any], section: list[int], tied: bool, folder: Path, **more: Any
+) -> PreTrainedModel:
+    text = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCAB, max_position_embeddings=512, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=EOS,
+        tie_word_embeddings=tied, rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=section),
+        **more,
+    )  # fmt: skip
+    made = config(
         text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
         vision_start_token_id=START, vision_end_token_id=END, tie_word_embeddings=tied,
     )  # fmt: skip
-    return saved(Qwen2_5_VLForConditionalGeneration(config), folder)
+    return saved(model(made), folder)
 
 
 def smolvlm(folder: Path, tied: bool = False) -> PreTrainedModel:
@@ -245,6 +274,8 @@ def of_patches(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str,
 VISUAL: dict[str, Callable[[Pixels, torch.Tensor, GraphSet], dict[str, Any]]] = {
     "idefics3": of_samples,
     "qwen2_5_vl": of_patches,
+    "qwen2_vl": of_patches,
+    "qwen3_vl": of_patches,
     "smolvlm": of_samples,
 }
 """Family → what its Hugging Face model gets beside the text, if not just frames."""
@@ -255,8 +286,8 @@ def question(graphs: GraphSet, seed: int = 0, text: tuple[int, ...] = (11, 12, 1
     image, visual, token = graphs.image, graphs.visual, graphs.text.image_token
     pixels = np.random.default_rng(seed).standard_normal((1, visual.frames, 3, image.height, image.width))
     placeholders = [token] * visual.placeholders
-    if graphs.family == "qwen2_5_vl":
-        placeholders = [START, *placeholders, END]
+    if graphs.text.position_axes == 3:
+        placeholders = [t for p in placeholders for t in (START, p, END)]
     side, length = {}, graphs.question_tokens
     if length:
         ids = np.random.default_rng(seed).integers(0, 74, (1, length))

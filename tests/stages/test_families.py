@@ -18,11 +18,13 @@ from tests.stages.conftest import Engine, Exported, plain
 REQUESTS: dict[str, Request] = {
     "idefics3": Request(1, (56, 112)),
     "internvl": Request(2),
+    "qwen2_vl": Request(4, (112, 112)),
+    "qwen3_vl": Request(4, (112, 84)),
     "smolvlm": Request(2),
 }
 """What a family is asked for; those that other tests of this folder export are not here."""
 ELSEWHERE = {"llava", "qwen2_5_vl"}
-REDUCTIONS = ("divprune:keep_ratio=0.75", "fastv:layer=3,keep_ratio=0.5")
+REDUCTIONS = ("divprune:keep_ratio=0.75", "fastv:layer=1,keep_ratio=0.5")
 
 
 def test_no_family_is_forgotten() -> None:
