@@ -21,6 +21,9 @@ token's place in the prompt and the attention mask is `order_kv <= order_q`, so 
 tokens are a static slice. Padding sits between the visual tokens and the text and has order `PAD`; the last token is
 always real. `position_ids` [batch, seq] (or [3, batch, seq] with M-RoPE) feed the rotary embedding only.
 
+Where tokens of an image see each other, or those of the prompt, the language model takes `reach` int64 [batch, seq] too: the order of
+the last token that each one sees, which is its own where it looks back only. The mask is `order_kv <= reach_q` then.
+
 Where the tower gives vectors for several decoder layers (DeepStack), they stand behind one another in `visual_embeds` and
 `inputs_embeds` [batch, seq, (1 + planes) * hidden]; those of text are zero.
 
@@ -40,6 +43,9 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 PAD = 2**31 - 1
 """`order` of padding: above every real token, so nothing attends to it."""
@@ -73,8 +79,9 @@ class ImageSpec:
 
     height: int
     width: int
-    resize: Literal["exact", "shortest_edge"]
-    """"exact" resizes to (resize_height, resize_width); "shortest_edge" scales the shorter side to resize_height."""
+    resize: Literal["exact", "shortest_edge", "padded"]
+    """"exact" resizes to (resize_height, resize_width), "padded" too, after a square was made of the image with the colour of the
+    mean; "shortest_edge" scales the shorter side to resize_height."""
     resize_height: int
     resize_width: int
     resample: int
@@ -105,13 +112,14 @@ class VisualLayout:
     frames: int
     placeholders: int
     total: int
-    """Visual tokens before any reduction, over all frames."""
+    """Visual tokens before any reduction, over all frames, row ends included."""
     kept: int
     """Visual tokens that enter the language model."""
     grid: tuple[int, int] | None
     """Rows and columns of one frame's tokens before reduction."""
     ids: list[list[int]]
-    """[total // placeholders, axes]: position ids of one placeholder's tokens, relative to the placeholder's start."""
+    """[total // placeholders, axes]: position ids of one placeholder's tokens, relative to the placeholder's start. With one
+    axis they say their order in the prompt, too."""
     span: int
     """How far one placeholder advances the positions of what follows it (unreduced)."""
     policy: Literal["keep", "compact"]
@@ -123,6 +131,20 @@ class VisualLayout:
     """What the chat template writes for an image or clip, where the prompt has something else there; else empty."""
     written: str = ""
     """What the prompt has there: image tokens, one per placeholder of that image or clip, and what stands around them."""
+    template: str = ""
+    """The chat template, where the checkpoint has none and its family another one than LLaVA-1.5's."""
+    sees: Literal["before", "image", "prompt"] = "before"
+    """What a token of the prompt sees: what is before it, for visual tokens all of their image too, or the whole prompt."""
+    row_ends: int = 0
+    """Learned vectors that end rows of tokens: of a placeholder's tokens the last ones in `ids`, and never dropped before the
+    language model."""
+
+    def of_grid(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """An index [kept] of `reduce` without row ends, so that it counts the tokens of all frames one after another."""
+        each = self.total // self.placeholders
+        holder, offset = np.divmod(index, each)
+        tokens: npt.NDArray[np.int64] = (index - holder * self.row_ends)[offset < each - self.row_ends]
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -193,6 +215,11 @@ class GraphSet:
     def images(self) -> int:
         """Images or clip frames of a sample, as they come; tiles are made of them later."""
         return self.visual.frames // self.image.parts
+
+    @property
+    def reaches(self) -> bool:
+        """Whether some tokens see others behind them, so that the language model takes `reach`."""
+        return self.visual.sees != "before"
 
     @property
     def reads_text(self) -> bool:

@@ -66,8 +66,11 @@ class Rollout:
 
         modules = load_reference(plan)
         runners, self.graphs, table = reference(plan, modules)
-        if self.graphs.text.planes:
-            raise UsageError("DyRate's predictor cannot be trained on a model with DeepStack; no published one was.")
+        if self.graphs.text.planes or self.graphs.reaches:
+            raise UsageError(
+                "DyRate's predictor is trained on models that look back only and get an image at their first layer; this one "
+                "is another. Train on a LLaVA or Qwen2.5-VL checkpoint."
+            )
         self.decoder: Decoder = modules.decode
         self.decoder.requires_grad_(False)
         self.visual, self.layer = plan.kept, layer

@@ -46,8 +46,10 @@ class Geometry:
     frames: what `pixel_values` holds: images or clip frames, or, where an image is cut into tiles, those.
     shared: width of `aligned` and `aligned_text`; 0 where the request names no CLIP checkpoint, or there is no CLIP tower.
     mark, written: where the family's processor rewrites what its chat template says: every `mark`, one per image or clip,
-    becomes `written`, with an image token per placeholder. media: what a chat message calls it.
-    planes: how many more vectors the tower gives for each token, by the signal `deepstack` [batch, frames, tokens, planes * hidden].
+    becomes `written`, with an image token per placeholder. template: the chat template of a family whose checkpoints have
+    none. sees: see `VisualLayout`. media: what a chat message calls it.
+    row_ends: learned vectors that end rows of tokens, per placeholder; they are the projector's `image_newline`, and `ids` has
+    them behind the tokens. planes: how many more vectors the tower gives for each token, by the signal `deepstack` [batch, frames, tokens, planes * hidden].
     """
 
     image: ImageSpec
@@ -71,6 +73,9 @@ class Geometry:
     written: str = ""
     media: Literal["image", "video"] = "image"
     planes: int = 0
+    row_ends: int = 0
+    template: str = ""
+    sees: Literal["before", "image", "prompt"] = "before"
 
 
 class Family(ABC):
@@ -115,14 +120,19 @@ def counted(
     shared: int = 0,
     mark: str = "",
     written: str = "",
+    row_ends: int = 0,
+    ids: Sequence[int] | None = None,
+    template: str = "",
+    sees: Literal["before", "image", "prompt"] = "before",
 ) -> Geometry:
     """The geometry of a family whose positions just count tokens, and whose `grid` is a frame's.
 
     Args:
-        token: the image token. placeholders: image tokens in a prompt; as a rule one per frame.
+        token: the image token. placeholders: image tokens in a prompt; as a rule one per frame. ids: places of a
+            placeholder's tokens, where the prompt has them in another order than the tower.
     """
     placeholders = placeholders or tower.frames
-    each = tower.total // placeholders
+    each = tower.total // placeholders + row_ends
     assert tower.grid is not None
     return Geometry(
         image=image,
@@ -131,7 +141,7 @@ def counted(
         grid=tower.grid,
         tower=tower,
         in_tower=in_tower,
-        ids=tuple((i,) for i in range(each)),
+        ids=tuple((i,) for i in (range(each) if ids is None else ids)),
         span=each,
         position_axes=1,
         hidden=decoder.hidden,
@@ -144,6 +154,9 @@ def counted(
         shared=shared,
         mark=mark,
         written=written,
+        row_ends=row_ends,
+        template=template,
+        sees=sees,
     )
 
 

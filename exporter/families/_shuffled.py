@@ -14,9 +14,9 @@ from graphs._contract import Site
 
 def checked(spec: VitSpec) -> VitSpec:
     """Raises CheckpointError where the patches do not make whole squares."""
-    if spec.side % spec.merge or spec.image % spec.patch:
+    if spec.side % spec.merge:
         raise CheckpointError(
-            f"The tower's {spec.image}-pixel images are {spec.image / spec.patch:g} patches wide, the projector joins "
+            f"The tower's {spec.image}-pixel images are {spec.side} patches wide, the projector joins "
             f"{spec.merge} × {spec.merge} of them; expected a multiple of {spec.merge}."
         )
     return spec

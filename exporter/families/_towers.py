@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from exporter.errors import CheckpointError
@@ -23,7 +24,7 @@ def feature_blocks(config: dict[str, Any], layers: int, default: int) -> int:
     return blocks
 
 
-def llava_tower(config: dict[str, Any], layer: int = -2, select: str = "default") -> VitSpec:
+def llava_tower(config: dict[str, Any], layer: int, select: str) -> VitSpec:
     """A CLIP or SigLIP tower.
 
     Args:
@@ -48,7 +49,7 @@ def llava_tower(config: dict[str, Any], layer: int = -2, select: str = "default"
         blocks=feature_blocks(config, layers, layer),
         heads=int(vision["num_attention_heads"]),
         patch=int(vision["patch_size"]),
-        image=int(vision["image_size"]),
+        image=int(vision.get("image_size", 224)),
         eps=float(vision.get("layer_norm_eps", 1e-5 if is_clip else 1e-6)),
         activation=str(vision.get("hidden_act", "quick_gelu" if is_clip else "gelu_pytorch_tanh")),
         cls=is_clip,
@@ -56,3 +57,9 @@ def llava_tower(config: dict[str, Any], layer: int = -2, select: str = "default"
         patch_bias=not is_clip,
         layers=layers,
     )
+
+
+def siglip(config: dict[str, Any]) -> VitSpec:
+    """A SigLIP tower that is used whole, its last norm included."""
+    used = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    return replace(llava_tower(config | used, -1, "full"), post_norm=True)

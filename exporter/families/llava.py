@@ -6,7 +6,7 @@ One placeholder token per image or clip frame; the raster is fixed by the tower'
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter import clip
 from exporter.checkpoint import Checkpoint
@@ -24,7 +24,7 @@ from exporter.families._contract import (
 )
 from exporter.families._towers import llava_tower
 from exporter.graphset import ImageSpec
-from exporter.nn.specs import DecoderSpec
+from exporter.nn.specs import DecoderSpec, VitSpec
 from graphs._contract import InTower, Site
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ RENAMES = (
 
 
 class Llava(Family):
+    feature_layer, select = -2, "default"
+    """What config.json means where it does not say `vision_feature_layer` and `vision_feature_select_strategy`."""
     model_type = "llava"
     summary = "LLaVA-1.5 layout: CLIP or SigLIP tower, MLP projector, Llama, Mistral, Qwen2, Qwen3 or Gemma decoder"
     published: ClassVar = {
@@ -57,7 +59,7 @@ class Llava(Family):
 
     def geometry(self, checkpoint: Checkpoint, request: Request) -> Geometry:
         config = checkpoint.config
-        spec = llava_tower(config)
+        spec = self.tower(config)
         if request.image_size not in (None, (spec.image, spec.image)):
             raise UsageError(
                 f"This tower takes {spec.image}×{spec.image} images only (learned positions); leave --image-size out."
@@ -78,7 +80,7 @@ class Llava(Family):
     ) -> nn.Module:
         from exporter.nn.vit import Vit
 
-        return Vit(llava_tower(checkpoint.config), taps, geometry.frames, in_tower, geometry.shared)
+        return Vit(self.tower(checkpoint.config), taps, geometry.frames, in_tower, geometry.shared)
 
     def projector(self, checkpoint: Checkpoint) -> nn.Module:
         from exporter.nn.projectors import Projector
@@ -90,6 +92,9 @@ class Llava(Family):
             str(config.get("projector_hidden_act", "gelu")),
             bool(config.get("multimodal_projector_bias", True)),
         )
+
+    def tower(self, config: dict[str, Any]) -> VitSpec:
+        return llava_tower(config, self.feature_layer, self.select)
 
     def decoder(self, checkpoint: Checkpoint) -> DecoderSpec:
         # LLaVA's head caps no logits, whatever the decoder's own head does.

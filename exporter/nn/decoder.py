@@ -109,6 +109,7 @@ class Decoder(nn.Module):
                 for layer in method.layers if prunes else ():
                     self.routed[layer] = self._named(name, (), layer, Route(layer, method, present, trained))
                     self.add_module(f"rejoin_{layer}", Rejoin(present))
+                    self.add_module(f"stay_{layer}", Stay(present))
                 continue
             for layer in method.layers:
                 cut = Cut(spec, layer, method, present, method.position == "compact")
@@ -116,8 +117,8 @@ class Decoder(nn.Module):
                 present, shifts[layer] = method.kept(layer), shift
                 if prunes:
                     self.pruned[layer] = self._named(name, method.layers, layer, cut)
-                    if layer < spec.planes:
-                        self.add_module(f"planes_{layer}", Stay(cut.visual))
+                    if layer < spec.planes or spec.reach:
+                        self.add_module(f"stay_{layer}", Stay(cut.visual))
                     if cut.looks_ahead:
                         self.ahead[layer] = Ahead(self.layers[layer])  # type: ignore[arg-type]
                         self.add_module(f"ahead_{layer}", self.ahead[layer])
@@ -152,6 +153,7 @@ class Decoder(nn.Module):
         past_sizes: Sequence[Tensor] = (),
         past_starts: Tensor | None = None,
         past_state: Tensor | None = None,
+        reach: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run prefill or a decode step.
 
@@ -160,6 +162,7 @@ class Decoder(nn.Module):
             order: int64 [batch, seq]. past_keys, past_values: per layer [batch, kv_heads, past, head_dim].
             past_orders: int64, per KV group [batch, past], or [batch, kv_heads, past] where heads keep their own.
             size: float32 [batch, seq], how many tokens each one stands for; attention counts them. past_sizes: as orders.
+            reach: int64 [batch, seq], order of the last token that each one sees; None: its own.
             past_starts, past_state: what `Watch` returned before, where a method goes on while decoding.
         Returns:
             logits [batch, vocab] of the last token, present key and value per layer (alternating), present order per
@@ -197,18 +200,21 @@ class Decoder(nn.Module):
                 size = more.pop(0) if size is not None else None
                 embeds = more.pop(0) if embeds is not None else None
                 kept.append(index)
-                planes[i:] = [self.get_submodule(f"planes_{i}")(plane, index) for plane in planes[i:]]
+                planes[i:] = [self.get_submodule(f"stay_{i}")(plane, index) for plane in planes[i:]]
+                if reach is not None:
+                    reach = self.get_submodule(f"stay_{i}")(reach, index)
             if i in self.frames or i in self.pruned:
                 frame = self.frames.get(i, frame)
                 past_order = past_orders[group] if past_orders else None
                 past_size = past_sizes[group] if past_sizes else None
-                orders[group], *shared = frame(x, positions, order, past_order, size, past_size)
+                orders[group], *shared = frame(x, positions, order, past_order, size, past_size, reach)
                 if size is not None:
                     sizes[group] = shared.pop(0)
             past = (past_keys[i], past_values[i]) if past_keys else (None, None)
             if i in self.routed:
                 some, places, orders[group], index, weight = self.routed[i](x, positions, order)
-                _, *narrow = frame(some, places, orders[group], None, None, None)
+                far = None if reach is None else self.get_submodule(f"stay_{i}")(reach, index)
+                _, *narrow = frame(some, places, orders[group], None, None, None, far)
                 some, key, value, *_, attended = layer(some, *frame.of_layer(i, narrow), *past)
                 x = self.get_submodule(f"rejoin_{i}")(x, some, attended, index, weight)
                 presents += [key, value]

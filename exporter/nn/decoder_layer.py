@@ -135,6 +135,7 @@ class Frame(Atom):
         past_order: Tensor | None,
         size: Tensor | None,
         past_size: Tensor | None,
+        reach: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """order, and size if given, with the past [batch, total]; cos, sin [batch, 1, seq, head_dim / 2] for each set of
         frequencies; masks [batch, 1, group * seq, total], to which log(size) of the keys is added.
@@ -158,7 +159,7 @@ class Frame(Atom):
         sizes = [] if size is None else [_appended(past_size, size)]
         allowed = torch.log(_by_head(sizes[0]))[:, :, None, :] if sizes else torch.zeros(())
         q, kv = order[:, None, :, None], _by_head(total)[:, :, None, :]
-        seen = kv <= q
+        seen = kv <= (q if reach is None else reach[:, None, :, None])
         visual, readers = self.readers
         if readers:
             last = order[:, :visual].amax(1)[:, None, None, None] + readers

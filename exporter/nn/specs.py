@@ -34,7 +34,7 @@ class BlockSpec:
 class VitSpec(BlockSpec):
     """`cls`: a class token at 0. `pre_norm`: CLIP's norm before the first block; `post_norm`: one of the features. `layers`:
     blocks the tower has; `blocks`: those up to the features, which are the output of block `blocks - 1`. `merge`: a visual
-    token is `merge` × `merge` patches, side by side in its vector (pixel shuffle); 1: a patch."""
+    token is `merge` × `merge` patches, side by side in its vector (pixel shuffle), or, `pooled`, their mean; 1: a patch."""
 
     blocks: int
     patch: int
@@ -45,6 +45,7 @@ class VitSpec(BlockSpec):
     layers: int
     post_norm: bool = False
     merge: int = 1
+    pooled: bool = False
 
     @property
     def side(self) -> int:
@@ -59,7 +60,7 @@ class VitSpec(BlockSpec):
     @property
     def dim(self) -> int:
         """Width of a visual token."""
-        return self.hidden * self.merge**2
+        return self.hidden if self.pooled else self.hidden * self.merge**2
 
     @property
     def signals(self) -> frozenset[str]:
@@ -195,6 +196,44 @@ class QwenVitSpec:
         return frozenset({"hidden", "keys", "joint_keys", "column_attention"} | keys | columns)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PixtralSpec(BlockSpec):
+    """A tower with rotary positions on a static grid. `patches`: rows and columns of patches; `merge`: as in `VitSpec`."""
+
+    blocks: int
+    layers: int
+    patch: int
+    merge: int
+    patches: tuple[int, int]
+    theta: float = 10000.0
+    cls: bool = False
+    pooled: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of visual tokens."""
+        return self.patches[0] // self.merge, self.patches[1] // self.merge
+
+    @property
+    def dim(self) -> int:
+        """Width of a visual token."""
+        return self.hidden * self.merge**2
+
+    @cached_property
+    def angles(self) -> npt.NDArray[np.float32]:
+        """[patches, head_dim / 2] rotary angle: even frequencies follow the row, odd ones the column."""
+        head_dim = self.hidden // self.heads
+        inv_freq = (1.0 / self.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(np.float32)
+        row, col = (place.reshape(-1, 1).astype(np.float32) for place in np.indices(self.patches))
+        return np.concatenate([row * inv_freq[0::2], col * inv_freq[1::2]], 1)
+
+    @property
+    def signals(self) -> frozenset[str]:
+        """Of the features' block, and of any up to there."""
+        any_block = {"hidden", "keys", "joint_keys", "column_attention"}
+        return frozenset(any_block | {f"{s}@{b}" for s in any_block for b in range(self.blocks)})
+
+
 IN_LLM_SIGNALS = frozenset(
     "hidden size previous embeds text_hidden text_embeds text_mask instruction_mask attention_row plain_row next_row "
     "text_attention visual_attention keys next_keys next_plain_queries next_plain_keys".split()
@@ -219,7 +258,8 @@ class DecoderSpec:
     norm_offset: what has to be added to the norm weights of a checkpoint. scaled_embeddings: text embeddings are
     multiplied by sqrt(hidden); what comes from an image is not. mrope_interleaved: the frequencies of t, h and w take turns,
     instead of standing in three blocks. planes: the vector of a visual token is followed by so many more, each added to
-    what leaves one of the first layers (DeepStack).
+    what leaves one of the first layers (DeepStack). reach: some tokens see others behind them, so masks are made from
+    `reach`, not from `order`.
     """
 
     hidden: int
@@ -247,6 +287,7 @@ class DecoderSpec:
     scaled_embeddings: bool = False
     mrope_interleaved: bool = False
     planes: int = 0
+    reach: bool = False
 
     @property
     def width(self) -> int:

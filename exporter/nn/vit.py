@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
 from exporter.nn.layers import ACTIVATIONS, LayerNorm, Linear, RMSNorm, attend, attention_map, merge_heads, split_heads
-from exporter.nn.specs import BlockSpec, VitSpec
+from exporter.nn.specs import BlockSpec, PixtralSpec, VitSpec
 from graphs._blocks import take
 from graphs._contract import InTower
 
@@ -204,7 +204,7 @@ class Tap(Atom):
     Where a token is several patches, `hidden` holds them side by side, row by row, and all else is their mean.
     """
 
-    def __init__(self, spec: VitSpec, kind: str, frames: int) -> None:
+    def __init__(self, spec: VitSpec | PixtralSpec, kind: str, frames: int) -> None:
         super().__init__()
         self.spec, self.kind, self.cls, self.frames = spec, kind, int(spec.cls), frames
 
@@ -219,7 +219,7 @@ class Tap(Atom):
 
     def patches(self, x: Tensor, size: Tensor | None = None) -> Tensor:
         x = x[:, self.cls :]
-        return x if self.spec.merge == 1 else self.by_token(x).flatten(2)
+        return self.per_token(x) if self.spec.merge == 1 or self.spec.pooled else self.by_token(x).flatten(2)
 
     def by_token(self, x: Tensor) -> Tensor:
         """[n, patches, …] → [n, tokens, patches of a token, …]"""
@@ -305,7 +305,7 @@ class Vit(nn.Module):
             self.post_layernorm = TowerNorm(spec.hidden, spec.eps)
         self.reduces = in_tower[1].blocks if in_tower else ()
         self.proportional = bool(in_tower and in_tower[1].proportional)
-        named = [_parts(name, spec) for name in taps]
+        named = [parts(name, spec) for name in taps]
         count = max(spec.blocks, *(block + 1 for _, block in named))
         last_is_read = any(kind in FROM_OUTPUT and block == count - 1 for kind, block in named)
         blocks: list[Block] = []
@@ -339,7 +339,7 @@ class Vit(nn.Module):
                 qk = tuple(rest)
             out = self.post_layernorm(x) if self.spec.post_norm and i == self.spec.blocks - 1 else x
             for name in self.taps:
-                kind, at = _parts(name, self.spec)
+                kind, at = parts(name, self.spec)
                 if i == at and kind != "anchor":
                     values = qk if kind not in FROM_OUTPUT else (out,) if size is None else (out, size)
                     found[name] = self.get_submodule(f"tap_{name}")(*values)
@@ -348,7 +348,7 @@ class Vit(nn.Module):
         return [found[name] for name in self.taps]
 
 
-def _parts(name: str, spec: VitSpec) -> tuple[str, int]:
+def parts(name: str, spec: VitSpec | PixtralSpec) -> tuple[str, int]:
     """A signal's kind and block: "keys@7" → keys, 7; without a block that of the features."""
     kind, _, at = name.partition("@")
     return kind, int(at) if at else spec.blocks - 1

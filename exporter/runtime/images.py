@@ -112,13 +112,23 @@ def _to_longest_edge(image: Image.Image, spec: ImageSpec) -> Image.Image:
 
 
 def _resize(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    if spec.resize == "padded":
+        image = _squared(image, spec)
     width, height = image.size
-    if spec.resize == "exact":
+    if spec.resize != "shortest_edge":
         size = (spec.resize_width, spec.resize_height)
     else:
         short = spec.resize_height
         size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
     return image.resize(size, resample=Image.Resampling(spec.resample))
+
+
+def _squared(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    """In the middle of a square in the colour of the mean."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(x * 255) for x in spec.mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def _crop(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:

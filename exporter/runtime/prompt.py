@@ -81,6 +81,7 @@ class Prompt:
         image_token: str | int | None = None,
         clip: Path | None = None,
         rewrite: tuple[str, str] = ("", ""),
+        template: str = "",
     ) -> Prompt:
         """Read a checkpoint's or bundle's folder.
 
@@ -89,6 +90,7 @@ class Prompt:
             image_token: the token or id that stands for an image; else what the files say.
             clip: the CLIP checkpoint's folder; else the one that an export has in its own.
             rewrite: `VisualLayout.mark` and `VisualLayout.written`.
+            template: `VisualLayout.template`, for a folder without a chat template.
         Raises:
             CheckpointError: no tokenizer, or a file that cannot be read.
         """
@@ -107,13 +109,14 @@ class Prompt:
         if clip is None and (folder / CLIP_FOLDER).is_dir():
             clip = folder / CLIP_FOLDER
         questions = None if clip is None else QuestionTokenizer.load(clip)
-        return cls(tokenizer, _chat_template(folder, config, processor), special, image_token, questions, rewrite)
+        found = _chat_template(folder, config, processor) or template or None
+        return cls(tokenizer, found, special, image_token, questions, rewrite)
 
     @classmethod
     def of(cls, folder: Path, graphs: GraphSet) -> Prompt:
         """That of an export, whose graphs lie in `folder`."""
         rewrite = graphs.visual.mark, graphs.visual.written
-        return cls.load(folder / "processor", graphs.text.image_token, rewrite=rewrite)
+        return cls.load(folder / "processor", graphs.text.image_token, rewrite=rewrite, template=graphs.visual.template)
 
     def render(self, messages: Sequence[Message], answer: bool = True) -> str:
         """The text of a conversation; with `answer`, up to where the assistant's next answer begins.
@@ -194,7 +197,7 @@ class Prompt:
 
     def _ids(self, text: str) -> list[int]:
         bos = self.special.get("bos_token")
-        own = not (bos and text.startswith(bos))
+        own = not (bos and (text.replace(self.image_token, "") if self.image_token else text).startswith(bos))
         return self.tokenizer.encode(text, add_special_tokens=own).ids
 
     def _images(self, messages: Sequence[Message]) -> int:

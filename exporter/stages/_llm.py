@@ -34,6 +34,8 @@ def llm_inputs(plan: Plan, module: Decoder, dtype: torch.dtype) -> Inputs:
         "position_ids": ((*axes, "batch", "seq"), torch.int64),
         "order": (("batch", "seq"), torch.int64),
     }
+    if module.spec.reach:
+        found["reach"] = ("batch", "seq"), torch.int64
     if plan.sized:
         found["size"] = ("batch", "seq"), torch.float32
     if module.kept:
@@ -70,6 +72,7 @@ def call_llm(module: Decoder, values: Mapping[str, Any]) -> Sequence[Any]:
     found: Sequence[Any] = module(
         values["inputs_embeds"], values["position_ids"], values["order"], past("key", layers), past("value", layers),
         past("order", groups), values.get("size"), past("size", groups), values.get("past_starts"), values.get("past_state"),
+        values.get("reach"),
     )  # fmt: skip
     return found
 

@@ -116,6 +116,7 @@ def _llm_inputs(
         "inputs_embeds": (batch, seq, spec.width),
         "position_ids": (*axes, batch, seq),
         "order": (batch, seq),
+        **({"reach": (batch, seq)} if graphs.reaches else {}),
         **({"size": (batch, seq)} if graphs.sized else {}),
     }
     if prefill and graphs.prefill_apart:

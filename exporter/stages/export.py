@@ -80,7 +80,7 @@ def build_modules(plan: Plan) -> Modules:
         vision = plan.family.vision(plan.checkpoint, plan.geometry, plan.taps, plan.in_tower)
         question = None if plan.clip is None else ClipText(text_spec(plan.clip))
         projector = plan.family.projector(plan.checkpoint)
-        reduce = Reduce(plan.before_llm, projector, (*plan.taps, *plan.side), plan.sized)
+        reduce = Reduce(plan.before_llm, projector, (*plan.taps, *plan.side), plan.sized, plan.row_ends)
         prefill = decode = Decoder(spec, plan.in_llm, plan.kept, in_cache=plan.in_cache)
         if plan.separate_prefill:
             prefill = Decoder(spec, plan.in_llm, plan.kept, prunes=True, in_cache=plan.in_cache)
@@ -199,7 +199,7 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
         visual=VisualLayout(
             frames=g.frames,
             placeholders=g.placeholders,
-            total=g.tower.total,
+            total=g.tower.total + g.row_ends * g.placeholders,
             kept=plan.kept,
             grid=g.grid,
             ids=[list(i) for i in g.ids],
@@ -209,6 +209,9 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
             media=g.media,
             mark=g.mark,
             written=g.written,
+            row_ends=g.row_ends,
+            template=g.template,
+            sees=g.sees,
         ),
         text=TextSpec(
             hidden=g.hidden,

@@ -53,7 +53,8 @@ def compare(theirs: PreTrainedModel, generator: Generator) -> None:
         logits = theirs(**arguments).logits[:, -1]
         tokens = theirs.generate(**arguments, max_new_tokens=NEW_TOKENS, do_sample=False)
     width = generator.graphs.text.hidden
-    assert relative(visual.embeds[0, :, :width], features[0]) <= TOLERANCE
+    order = arrange([asked.prompt], visual.index, generator.graphs).order[0, : visual.index.shape[1]].argsort()
+    assert relative(visual.embeds[0, order, :width], features[0]) <= TOLERANCE
     for plane, wanted in enumerate(features[1:], 1):
         assert relative(visual.embeds[0, :, plane * width :][:, :width], wanted) <= TOLERANCE
     assert relative(generator.prefill(visual, [asked.prompt]).logits, logits) <= TOLERANCE
@@ -69,7 +70,8 @@ def vision_features(theirs: PreTrainedModel, arguments: dict[str, Any]) -> list[
     elif "image_grid_thw" in arguments:
         found = theirs.model.get_image_features(arguments["pixel_values"], arguments["image_grid_thw"])
     else:
-        found = theirs.model.get_image_features(arguments["pixel_values"])
+        more = {name: arguments[name] for name in ("image_sizes", "batch_num_images") if name in arguments}
+        found = theirs.model.get_image_features(arguments["pixel_values"], **more)
     planes = getattr(found, "deepstack_features", None) or ()
     return [torch.cat(tuple(part)) for part in (found.pooler_output, *planes)]
 
@@ -131,6 +133,16 @@ def test_a_head_with_a_cap(theirs: type[PreTrainedModel], tmp_path: Path) -> Non
             id="internvl of 6B",
         ),
         pytest.param(partial(tiny.internvl, use_mean_pooling=False), 1, None, id="internvl with a last norm"),
+        pytest.param(tiny.llava_next, 1, (112, 168), id="llava_next"),
+        pytest.param(tiny.mistral3, 1, (84, 140), id="mistral3"),
+        pytest.param(tiny.mistral3, 2, (56, 84), id="mistral3 of two images"),
+        pytest.param(tiny.gemma3, 3, None, id="gemma3 of three images"),
+        pytest.param(partial(tiny.gemma3, sliding_window=4), 2, None, id="gemma3 of two images, short windows"),
+        pytest.param(tiny.paligemma, 1, None, id="paligemma"),
+        pytest.param(partial(tiny.paligemma, decoder="gemma2", sliding_window=64), 2, None, id="paligemma 2 of two images"),
+        pytest.param(tiny.llava_next, 2, (112, 56), id="llava_next of two images"),
+        pytest.param(tiny.llava_onevision, 1, (56, 112), id="llava_onevision of tiles"),
+        pytest.param(tiny.llava_onevision, 3, None, id="llava_onevision of three images"),
     ],
 )  # fmt: skip
 def test_families(build: Any, frames: int, size: tuple[int, int] | None, tmp_path: Path) -> None:

@@ -12,22 +12,33 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
+from exporter.errors import UsageError
 from exporter.families._contract import Geometry, Request
 from exporter.runtime import images
+from exporter.runtime.prompt import Prompt
 from tests.families import tiny
+from tests.runtime.test_prompt import llama_like, save
 
 SIDE = 56
 TOKENS = 4
 """Visual tokens of a tile."""
 ONE, GRID = (SIDE, SIDE), (2 * SIDE, 3 * SIDE)
+OF_ONEVISION = LlavaOnevisionImageProcessorPil(
+    size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=tiny.PINPOINTS
+)  # fmt: skip
 OF_IDEFICS = dict(max_image_size={"longest_edge": SIDE}, size={"longest_edge": 3 * SIDE})
 
 
@@ -61,9 +72,12 @@ class Case:
     picture: tuple[int, int]
     """Width and height of a picture of which the processor makes that."""
     processor: Any
-    token: str
-    text: Callable[[int, int], str]
+    token: str = ""
+    text: Callable[[int, int], str] | None = None
+    """What it writes for an image of so many tiles, if that is not just the token."""
     tiles: tuple[int, int] = (1, 1)
+    together: bool = False
+    """Whether it makes something else of several images than of each."""
 
 
 CASES = [
@@ -86,13 +100,14 @@ CASES = [
         )
         for size, picture, tiles in ((None, (61, 47), (1, 1)), (GRID, (96, 65), (2, 3)))
     ),
+    Case("llava_next", GRID, (336, 224), LlavaNextImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=tiny.PINPOINTS,
+    ), tiles=(2, 3)),
+    Case("llava_onevision", GRID, (336, 224), OF_ONEVISION, tiles=(2, 3)),
+    Case("llava_onevision", None, (61, 46), OF_ONEVISION, together=True),
+    Case("gemma3", None, (61, 47), Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE})),
+    Case("paligemma", None, (61, 47), SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}, resample=3)),
 ]  # fmt: skip
-
-
-@pytest.fixture(params=CASES, ids=lambda case: f"{case.family}-{case.tiles[0]}x{case.tiles[1]}")
-def case(request: pytest.FixtureRequest) -> Case:
-    found: Case = request.param
-    return found
 
 
 def geometry(case: Case, folder: Path, frames: int = 1) -> Geometry:
@@ -101,24 +116,67 @@ def geometry(case: Case, folder: Path, frames: int = 1) -> Geometry:
     return tiny.plan(folder, (), Request(frames, case.size)).geometry
 
 
+def named(case: Case) -> str:
+    return f"{case.family}-{case.tiles[0]}x{case.tiles[1]}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
 def test_pixels(case: Case, tmp_path: Path) -> None:
     """Of two pictures, one after another."""
     rng = np.random.default_rng(0)
     shape = (*case.picture[::-1], 3)
     pictures = [Image.fromarray(rng.integers(0, 256, shape, np.uint8)) for _ in range(2)]
-    wanted = case.processor([pictures], return_tensors="np")["pixel_values"]
+    given = [pictures] if case.together else [[picture] for picture in pictures]
+    wanted = case.processor(given, return_tensors="np")["pixel_values"]
     g = geometry(case, tmp_path, frames=2)
     found = images.preprocess(pictures, g.image)
     assert found.shape == (1, g.frames, 3, g.image.height, g.image.width)
     assert np.array_equal(found[0], np.asarray(wanted).reshape(found.shape[1:]))
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.text], ids=named)
 def test_text(case: Case, tmp_path: Path) -> None:
     """An image token stands for all tokens of a tile."""
+    assert case.text is not None
     g = geometry(case, tmp_path)
     assert g.written.count(case.token) == g.placeholders == g.image.parts
     assert g.written.replace(case.token, case.token * TOKENS) == case.text(*case.tiles)
     assert g.mark == case.token
+
+
+def test_mistral3_sees_a_picture_row_by_row(tmp_path: Path) -> None:
+    """Pixels of a picture whose own size is the exported one, rounded up; text with a break behind every row."""
+    tiny.mistral3(tmp_path)
+    processor: Any = PixtralImageProcessorPil(size={"longest_edge": 140}, patch_size={"height": 28, "width": 28})
+    processor.save_pretrained(tmp_path)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (75, 130, 3), np.uint8))
+    wanted = processor([[picture]], return_tensors="np")
+    g = tiny.plan(tmp_path, (), Request(1, (84, 140))).geometry
+    assert np.asarray(wanted["image_sizes"]).reshape(-1).tolist() == [84, 140]
+    assert np.array_equal(
+        images.preprocess([picture], g.image)[0], np.asarray(wanted["pixel_values"]).reshape(1, 3, 84, 140)
+    )
+    rows = [*["[IMG]"] * 5, "[IMG_BREAK]"] * 3  # the processor itself wants torchvision
+    assert g.written.replace("[IMG]", "[IMG]" * 5) == "".join([*rows[:-1], "[IMG_END]"])
+    assert (g.mark, g.placeholders) == ("[IMG]", 3)
+
+
+def test_gemma3_puts_an_image_between_empty_lines(tmp_path: Path) -> None:
+    tiny.gemma3(tmp_path)
+    g = tiny.plan(tmp_path).geometry
+    assert (g.mark, g.written) == ("<start_of_image>", "\n\n<start_of_image><image_soft_token><end_of_image>\n\n")
+
+
+def test_paligemma_has_a_template_of_its_own(tmp_path: Path) -> None:
+    """Images, beginning of text, task, line break; and nothing that the tokenizer adds."""
+    tiny.paligemma(tmp_path / "model")
+    template = tiny.plan(tmp_path / "model").geometry.template
+    hf = save(tmp_path / "text", llama_like, None)
+    prompt = Prompt.load(tmp_path / "text", "<image>", template=template)
+    wanted = hf("<image><image><s>caption en\n", add_special_tokens=False)["input_ids"]
+    assert prompt.ask("caption en", placeholders=2) == wanted
+    with pytest.raises(UsageError, match="no conversations"):
+        prompt.follow(prompt.question("caption en"), "a cat", "and now?")
 
 
 def test_times_of_a_clip(tmp_path: Path) -> None:

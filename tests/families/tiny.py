@@ -18,12 +18,22 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -48,6 +58,8 @@ QUESTION_TOKENS = 12
 """Length of a question for `clip`, start and end included."""
 WINDOW = 12
 """A sliding window shorter than every prompt below."""
+PINPOINTS = [[56, 112], [112, 56], [112, 112], [112, 168], [168, 168]]
+"""Image sizes of which `llava_next` and `llava_onevision` make tiles of 56 pixels."""
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": dict(sliding_window=WINDOW),
@@ -147,6 +159,69 @@ def _qwen(
         vision_start_token_id=START, vision_end_token_id=END, tie_word_embeddings=tied,
     )  # fmt: skip
     return saved(model(made), folder)
+
+
+def llava_next(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """16 visual tokens per picture, tiles of 56 pixels."""
+    vision = dict(
+        model_type="clip_vision_model", hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        image_size=56, patch_size=PATCH,
+    )  # fmt: skip
+    config = LlavaNextConfig(
+        vision_config=vision, text_config=text_config("mistral", tied) | dict(sliding_window=None),
+        image_token_index=IMAGE, image_grid_pinpoints=PINPOINTS, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(LlavaNextForConditionalGeneration(config), folder)
+
+
+def llava_onevision(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """As `llava_next`."""
+    vision = dict(
+        model_type="siglip_vision_model", hidden_size=48, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, image_size=56, patch_size=PATCH,
+    )  # fmt: skip
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config=text_config("qwen2", tied), image_token_index=IMAGE, video_token_index=VIDEO,
+        image_grid_pinpoints=PINPOINTS, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(LlavaOnevisionForConditionalGeneration(config), folder)
+
+
+SIGLIP = dict(
+    model_type="siglip_vision_model", hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+    image_size=56, patch_size=PATCH, vision_use_head=False,
+)  # fmt: skip
+
+
+def gemma3(folder: Path, tied: bool = False, **text: Any) -> PreTrainedModel:
+    """4 visual tokens per image, each the mean of 2 × 2 patches; windows as long as 12 tokens."""
+    config = Gemma3Config(
+        vision_config=SIGLIP, text_config=text_config("gemma3_text", tied) | text, mm_tokens_per_image=4,
+        image_token_index=IMAGE, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(Gemma3ForConditionalGeneration(config), folder)
+
+
+def paligemma(folder: Path, decoder: str = "gemma", tied: bool = False, **text: Any) -> PreTrainedModel:
+    """16 visual tokens per image."""
+    config = PaliGemmaConfig(
+        vision_config=SIGLIP | dict(projection_dim=64), text_config=text_config(decoder, tied) | text,
+        image_token_index=IMAGE, projection_dim=64, hidden_size=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(PaliGemmaForConditionalGeneration(config), folder)
+
+
+def mistral3(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """One visual token per 28 × 28 pixels."""
+    vision = dict(
+        model_type="pixtral", hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        image_size=224, patch_size=PATCH,
+    )  # fmt: skip
+    config = Mistral3Config(
+        vision_config=vision, text_config=text_config("mistral", tied) | dict(sliding_window=None, head_dim=24),
+        image_token_index=IMAGE, spatial_merge_size=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(Mistral3ForConditionalGeneration(config), folder)
 
 
 def smolvlm(folder: Path, tied: bool = False) -> PreTrainedModel:
@@ -260,6 +335,14 @@ def of_samples(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str,
     return {"pixel_values": torch.from_numpy(pixels)}
 
 
+def of_tiles(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
+    """[images, tiles, 3, height, width], and how large the images were."""
+    parts, (rows, cols) = graphs.image.parts, graphs.image.tiles
+    size = torch.tensor([[rows * graphs.image.height, cols * graphs.image.width]] * graphs.images)
+    found = {"pixel_values": torch.from_numpy(pixels[0]).unflatten(0, (-1, parts)), "image_sizes": size}
+    return found | ({"batch_num_images": torch.tensor([graphs.images])} if parts == 1 else {})
+
+
 def of_patches(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
     """[patches, numbers of a patch], the grid of every image or clip, and which tokens are visual."""
     visual, token = graphs.visual, graphs.text.image_token
@@ -271,8 +354,25 @@ def of_patches(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str,
     }  # fmt: skip
 
 
+def of_sizes(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
+    """Frames, and how large they are."""
+    found = of_frames(pixels, ids, graphs)
+    return found | {"image_sizes": torch.tensor([found["pixel_values"].shape[-2:]] * graphs.images)}
+
+
+def of_gemma(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
+    """Frames, and which tokens see each other."""
+    kind = ids == graphs.text.image_token if graphs.family == "gemma3" else torch.zeros_like(ids)
+    return of_frames(pixels, ids, graphs) | {"token_type_ids": kind.long()}
+
+
 VISUAL: dict[str, Callable[[Pixels, torch.Tensor, GraphSet], dict[str, Any]]] = {
+    "gemma3": of_gemma,
     "idefics3": of_samples,
+    "llava_next": of_tiles,
+    "llava_onevision": of_tiles,
+    "mistral3": of_sizes,
+    "paligemma": of_gemma,
     "qwen2_5_vl": of_patches,
     "qwen2_vl": of_patches,
     "qwen3_vl": of_patches,
@@ -286,7 +386,9 @@ def question(graphs: GraphSet, seed: int = 0, text: tuple[int, ...] = (11, 12, 1
     image, visual, token = graphs.image, graphs.visual, graphs.text.image_token
     pixels = np.random.default_rng(seed).standard_normal((1, visual.frames, 3, image.height, image.width))
     placeholders = [token] * visual.placeholders
-    if graphs.text.position_axes == 3:
+    if graphs.family == "mistral3":  # row by row
+        placeholders = [t for p in placeholders for t in (p, START)][:-1]
+    if graphs.text.position_axes == 3 or graphs.family == "gemma3":
         placeholders = [t for p in placeholders for t in (START, p, END)]
     side, length = {}, graphs.question_tokens
     if length:

@@ -136,7 +136,7 @@ def test_signals_of_any_block_leave_the_features_alone(name: str, tmp_path: Path
     tiny.llava(tmp_path)
     pixels = torch.randn(2, 2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     plan = tiny.plan(tmp_path, request=Request(2))
-    spec = llava_tower(plan.checkpoint.config)
+    spec = llava_tower(plan.checkpoint.config, -2, "default")
     kind, _, at = name.partition("@")
     usual = Vit(spec, ("hidden", name), 2)
     other = Vit(replace(spec, blocks=int(at) + 1), (kind,), 2)

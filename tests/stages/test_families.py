@@ -16,8 +16,13 @@ from tests.families import tiny
 from tests.stages.conftest import Engine, Exported, plain
 
 REQUESTS: dict[str, Request] = {
+    "gemma3": Request(2),
     "idefics3": Request(1, (56, 112)),
     "internvl": Request(2),
+    "llava_next": Request(2, (112, 56)),
+    "llava_onevision": Request(1, (56, 112)),
+    "mistral3": Request(1, (84, 140)),
+    "paligemma": Request(1),
     "qwen2_vl": Request(4, (112, 112)),
     "qwen3_vl": Request(4, (112, 84)),
     "smolvlm": Request(2),
