@@ -142,7 +142,7 @@ class VisualLayout:
     def of_grid(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """An index [kept] of `reduce` without row ends, so that it counts the tokens of all frames one after another."""
         each = self.total // self.placeholders
-        holder, offset = np.divmod(index, each)
+        holder, offset = np.divmod(np.maximum(index, 0), each)
         tokens: npt.NDArray[np.int64] = (index - holder * self.row_ends)[offset < each - self.row_ends]
         return tokens
 

@@ -29,8 +29,9 @@ ALIGNED = frozenset({"aligned", "aligned_text"})
 
 @dataclass(frozen=True)
 class Request:
-    """What the user fixes about the input: images or clip frames per sample, the image size (height, width) for
-    families without a size of their own, and the CLIP checkpoint that the model's tower came from, see `exporter.clip`."""
+    """What the user fixes about the input: images or clip frames per sample, the image size (height, width) for families
+    without a size of their own or, as a multiple of a tile's, the grid of tiles, and the CLIP checkpoint that the model's
+    tower came from, see `exporter.clip`."""
 
     frames: int = 1
     image_size: tuple[int, int] | None = None
