@@ -21,6 +21,12 @@ token's place in the prompt and the attention mask is `order_kv <= order_q`, so 
 tokens are a static slice. Padding sits between the visual tokens and the text and has order `PAD`; the last token is
 always real. `position_ids` [batch, seq] (or [3, batch, seq] with M-RoPE) feed the rotary embedding only.
 
+Where tokens of an image see each other, or those of the prompt, the language model takes `reach` int64 [batch, seq] too: the order of
+the last token that each one sees, which is its own where it looks back only. The mask is `order_kv <= reach_q` then.
+
+Where the tower gives vectors for several decoder layers (DeepStack), they stand behind one another in `visual_embeds` and
+`inputs_embeds` [batch, seq, (1 + planes) * hidden]; those of text are zero.
+
 Where merged tokens shall count as many times as they have parts, `reduce` returns `visual_size` too, and the language
 model takes `size` float32 [batch, seq] and `past_size_g` and returns `present_size_g`, as with `order`.
 
@@ -39,6 +45,9 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 PAD = 2**31 - 1
 """`order` of padding: above every real token, so nothing attends to it."""
@@ -65,18 +74,33 @@ def tokens_in_words(before: int, after: int) -> str:
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How an image becomes `pixel_values`: resize, centre crop, scale to 0..1, normalise. Sizes in pixels."""
+    """How an image becomes `pixel_values`: resize, cut into tiles or crop the centre, scale to 0..1, normalise. Sizes in pixels.
+
+    height and width are those of a tile, where there are tiles.
+    """
 
     height: int
     width: int
-    resize: Literal["exact", "shortest_edge"]
-    """"exact" resizes to (resize_height, resize_width); "shortest_edge" scales the shorter side to resize_height."""
+    resize: Literal["exact", "shortest_edge", "padded"]
+    """"exact" resizes to (resize_height, resize_width), "padded" too, after a square was made of the image with the colour of the
+    mean; "shortest_edge" scales the shorter side to resize_height."""
     resize_height: int
     resize_width: int
     resample: int
     """PIL's code: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    tiles: tuple[int, int] = (1, 1)
+    """Rows and columns of tiles that the resized image is cut into."""
+    overview: Literal["none", "first", "last", "last, of the resized image"] = "none"
+    """Where among its tiles the whole image stands, in a tile's size."""
+    longest_edge: int = 0
+    """A resize before the others, to this longest edge and the nearest even other one; 0: there is none."""
+
+    @property
+    def parts(self) -> int:
+        """Pictures that an image becomes: its tiles, and the whole."""
+        return self.tiles[0] * self.tiles[1] + (self.overview != "none")
 
 
 @dataclass(frozen=True)
@@ -90,23 +114,39 @@ class VisualLayout:
     frames: int
     placeholders: int
     total: int
-    """Visual tokens before any reduction, over all frames."""
+    """Visual tokens before any reduction, over all frames, row ends included."""
     kept: int
     """Visual tokens that enter the language model."""
     grid: tuple[int, int] | None
     """Rows and columns of one frame's tokens before reduction."""
     ids: list[list[int]]
-    """[total // placeholders, axes]: position ids of one placeholder's tokens, relative to the placeholder's start."""
+    """[total // placeholders, axes]: position ids of one placeholder's tokens, relative to the placeholder's start. With one
+    axis they say their order in the prompt, too."""
     span: int
     """How far one placeholder advances the positions of what follows it (unreduced)."""
     policy: Literal["keep", "compact"]
     readers: list[int] = field(default_factory=list)
     """Token ids that a runtime puts behind the last image token of a prompt."""
+    media: Literal["image", "video"] = "image"
+    """What a chat message calls what is seen."""
+    mark: str = ""
+    """What the chat template writes for an image or clip, where the prompt has something else there; else empty."""
+    written: str = ""
+    """What the prompt has there: image tokens, one per placeholder of that image or clip, and what stands around them."""
+    template: str = ""
+    """The chat template, where the checkpoint has none and its family another one than LLaVA-1.5's."""
+    sees: Literal["before", "image", "prompt"] = "before"
+    """What a token of the prompt sees: what is before it, for visual tokens all of their image too, or the whole prompt."""
+    row_ends: int = 0
+    """Learned vectors that end rows of tokens: of a placeholder's tokens the last ones in `ids`, and never dropped before the
+    language model."""
 
-    @property
-    def media(self) -> Literal["image", "video"]:
-        """What a chat message calls one placeholder: a clip behind a single placeholder is a video."""
-        return "video" if self.frames > 1 and self.placeholders == 1 else "image"
+    def of_grid(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """An index [kept] of `reduce` without row ends, so that it counts the tokens of all frames one after another."""
+        each = self.total // self.placeholders
+        holder, offset = np.divmod(np.maximum(index, 0), each)
+        tokens: npt.NDArray[np.int64] = (index - holder * self.row_ends)[offset < each - self.row_ends]
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -128,6 +168,13 @@ class TextSpec:
     eos: list[int]
     per_head: list[int] = field(default_factory=list)
     """KV groups whose heads keep tokens of their own: their order (and size) is [batch, kv_heads, past]."""
+    planes: int = 0
+    """How many more vectors stand behind each one of `inputs_embeds`, for the first layers (DeepStack); zeros for text."""
+
+    @property
+    def width(self) -> int:
+        """Of `inputs_embeds` and `visual_embeds`."""
+        return self.hidden * (1 + self.planes)
 
 
 @dataclass(frozen=True)
@@ -169,6 +216,16 @@ class GraphSet:
         return self.files["prefill"] != self.files["decode"]
 
     @property
+    def images(self) -> int:
+        """Images or clip frames of a sample, as they come; tiles are made of them later."""
+        return self.visual.frames // self.image.parts
+
+    @property
+    def reaches(self) -> bool:
+        """Whether some tokens see others behind them, so that the language model takes `reach`."""
+        return self.visual.sees != "before"
+
+    @property
     def reads_text(self) -> bool:
         """Whether `reduce` keeps other tokens for another question."""
         return bool(self.side.keys() & {"text", "text_mask", "aligned_text"})
@@ -194,7 +251,7 @@ class GraphSet:
             values = {f.name: raw[f.name] for f in fields(cls)}
             for name, kind in sub.items():
                 values[name] = kind(
-                    **{k: tuple(v) if k in ("mean", "std", "grid") and v else v for k, v in raw[name].items()}
+                    **{k: tuple(v) if k in ("mean", "std", "grid", "tiles") and v else v for k, v in raw[name].items()}
                 )
             for name in [*values["files"].values(), values["embedding"]]:
                 if Path(name).name != name:

@@ -89,6 +89,14 @@ def families(name: str) -> list[str]:
     return [f for f in _discover.names(exporter.families) if fit(name, published(f)).plan is not None]
 
 
+def families_in_words(found: Sequence[str]) -> str:
+    """What `families` says, as short as can be."""
+    others = [f for f in _discover.names(exporter.families) if f not in found]
+    if len(others) < len(found):
+        return f"all but {', '.join(others)}" if others else "all"
+    return ", ".join(found) or "–"
+
+
 def page() -> str:
     """docs/methods.md."""
     return (
@@ -112,7 +120,8 @@ def _head() -> Iterable[str]:
         "between tower and language model), in the LLM (during prefill), in the cache (behind prefill, for decoding). **Tier**: "
         + "; ".join(f"*{tier}*: {words}" for tier, words in TIERS.items())
         + ". **Needs**: the signals of the tower or the prompt that it reads, at its defaults (`graphs/_contract.py` explains "
-        "each). **Families**: those whose published model it fits at its defaults, on an image or a clip."
+        f"each). **Families**: those of {', '.join(_discover.names(exporter.families))} whose published model it fits at its "
+        "defaults, on an image or a clip."
     )
     yield ""
     yield "A reduction is written `NAME[:knob=value,…]`; several are given one after another, each with its own `--reduce`."
@@ -127,7 +136,7 @@ def _table() -> Iterable[str]:
         needs = ", ".join(f"`{n}`" for n in d.needs) or "–"
         yield (
             f"| [`{name}`](#{name}) | {d.summary} | {PLACES[d.place]} | {d.tier} | {needs} | "
-            f"{', '.join(families(name)) or '–'} | {d.paper} |"
+            f"{families_in_words(families(name))} | {d.paper} |"
         )
     yield ""
 

@@ -195,7 +195,7 @@ def run_validate(
     with open_runners(work.folder, plan.profile, threads) as (runners, graphs, table, what):
         samples = asked[:: max(1, len(asked) // 24)][:24]
         if samples:
-            prompt = Prompt.load(work.graphs / "processor", graphs.text.image_token)
+            prompt = Prompt.of(work.graphs, graphs)
             pixels = [images.preprocess(q.frames, graphs.image) for q in samples]
             prompts = [prompt.ask(q.question, graphs.visual.placeholders, graphs.visual.media) for q in samples]
             sides = [prompt.side([q.question]) for q in samples]

@@ -87,6 +87,12 @@ class Plan:
         return [s for s in self.steps if s.method.place == place]
 
     @property
+    def row_ends(self) -> tuple[int, int, int] | None:
+        """(placeholders, tower tokens of one, row ends of one), if there are any."""
+        g = self.geometry
+        return (g.placeholders, g.tower.total // g.placeholders, g.row_ends) if g.row_ends else None
+
+    @property
     def in_tower(self) -> tuple[str, InTower] | None:
         found = self.at("in_tower")
         return (found[0].name, cast(InTower, found[0].method)) if found else None
@@ -274,7 +280,7 @@ class _Fitting:
 
     def run(self, methods: list[tuple[str, Reduction]]) -> Plan:
         site = self.geometry.tower
-        taps: list[str] = ["hidden"]
+        taps: list[str] = ["hidden", *(["deepstack"] if self.geometry.planes else [])]
         projected = False
         llm_site: Site | None = None
         for text, method in methods:
@@ -306,7 +312,7 @@ class _Fitting:
                     raise UsageError(
                         f"--reduce {text} acts behind a reduction that goes on while decoding. Put it first."
                     )
-                llm_site = llm_site or self._inside(site)
+                llm_site = llm_site or self._inside(self._with_row_ends(site))
                 fitted_llm = self.fit(text, method, llm_site)
                 assert isinstance(fitted_llm, InLLM)
                 taps += fitted_llm.of_tower
@@ -323,8 +329,13 @@ class _Fitting:
             )
         return Plan(
             self.checkpoint, self.family, self.geometry, self.request, self.profile, tuple(self.steps), tuple(taps),
-            site.total, "compact" if "compact" in self.policies else "keep",
+            self._with_row_ends(site).total, "compact" if "compact" in self.policies else "keep",
         )  # fmt: skip
+
+    def _with_row_ends(self, site: Site) -> Site:
+        """The visual tokens as the language model gets them."""
+        ends = self.geometry.row_ends * self.geometry.placeholders
+        return replace(site, tokens=site.total + ends, frames=1, grid=None) if ends else site
 
     def _alone(self, text: str, method: Reduction) -> None:
         """Refuse a second reduction beside one that sets every layer's cache."""
@@ -337,13 +348,13 @@ class _Fitting:
 
     def _inside(self, site: Site) -> Site:
         """The site inside the language model, given what enters it."""
-        patches = {name for name in site.signals if name.startswith("patches@")}
+        patches = {name for name in site.signals if name.startswith("patches@") and site.patch_dim}
         heads = self.family.decoder(self.checkpoint).heads
         return replace(site, signals=IN_LLM_SIGNALS | patches, depth=self.geometry.layers, heads=heads)
 
     def _in_cache(self, text: str, method: InCache, site: Site) -> None:
         g = self.geometry
-        here = replace(site, signals=IN_CACHE_SIGNALS, depth=g.layers, kv_heads=g.kv_heads)
+        here = replace(self._with_row_ends(site), signals=IN_CACHE_SIGNALS, depth=g.layers, kv_heads=g.kv_heads)
         fitted = self.fit(text, method, here)
         self._add(fitted, here, here.total, fitted.after(here).total)
 

@@ -39,6 +39,8 @@ class Source:
         if name == "head.weight" and name not in checkpoint:
             name = "text.embed_tokens.weight"  # tied
         tensor = checkpoint.tensor(name)
+        while tensor.ndim > len(self.shape) and tensor.shape[0] == 1:
+            tensor = tensor[0]
         if self.transposed:
             tensor = tensor.t()
         if tuple(tensor.shape) != self.shape:

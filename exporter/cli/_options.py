@@ -184,7 +184,8 @@ def image_size_option(function: F) -> F:
     """--image-size → (height, width) | None."""
     return click.option(
         "--image-size", type=ImageSizeType(), metavar="HxW",
-        help="Image size in pixels, for families without one of their own. Default: the profile's.",
+        help="Image size in pixels, for families without one of their own; a multiple of a tile's cuts images into tiles. "
+        "Default: the family's.",
     )(function)  # fmt: skip
 
 

@@ -72,14 +72,14 @@ def command(
     talking = question is None and not as_json and sys.stdin.isatty()
     with open_runners(folder, job.loaded_profile(), threads) as (runners, graphs, embedding, executed):
         expected = None
-        if not (frames := _samples.frames(images, clips, graphs.visual.frames)):
-            sample = _samples.sample(job.checkpoint, graphs.visual.frames)
+        if not (frames := _samples.frames(images, clips, graphs.images)):
+            sample = _samples.sample(job.checkpoint, graphs.images)
             frames = sample.frames
             if question is None and not talking:
                 question, expected = sample.question, sample.answer
         if question is None and not talking:
             raise UsageError('Which question? Give one: `edgetrim chat FOLDER --image PATH "What is this?"`.')
-        prompt = Prompt.load(folder / "graphs" / "processor", graphs.text.image_token)
+        prompt = Prompt.of(folder / "graphs", graphs)
         pixels = preprocess(frames, graphs.image)
         talk = Conversation(Generator(runners, graphs, embedding), prompt, pixels)
         turns = []

@@ -53,7 +53,7 @@ def _reductions() -> tuple[list[Any], Any]:
     rows = [
         (
             d["name"], methods.PLACES[d["place"]], d["tier"], f"{d['summary']}\n{d['paper']}",
-            ", ".join(map(_knob, d["knobs"])), ", ".join(d["needs"]) or None, ", ".join(d["families"]) or None,
+            ", ".join(map(_knob, d["knobs"])), ", ".join(d["needs"]) or None, methods.families_in_words(d["families"]),
         )
         for d in data
     ]  # fmt: skip

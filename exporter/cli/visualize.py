@@ -92,8 +92,8 @@ def _of_folder(
         Bundle.open(folder)
     job = Job.read(Workspace(folder))
     with open_runners(folder, job.loaded_profile()) as (runners, graphs, embedding, _):
-        asked = _question(job.checkpoint, images, clips, graphs.visual.frames, question)
-        prompt = Prompt.load(folder / "graphs" / "processor", graphs.text.image_token)
+        asked = _question(job.checkpoint, images, clips, graphs.images, question)
+        prompt = Prompt.of(folder / "graphs", graphs)
         ids = prompt.ask(asked.question, graphs.visual.placeholders, graphs.visual.media)
         name = " + ".join(job.reductions) or "all tokens"
         pixels, side = preprocess(asked.frames, graphs.image), prompt.side([asked.question])

@@ -66,12 +66,21 @@ class Rollout:
 
         modules = load_reference(plan)
         runners, self.graphs, table = reference(plan, modules)
+        if self.graphs.text.planes or self.graphs.reaches:
+            raise UsageError(
+                "DyRate's predictor is trained on models that look back only and get an image at their first layer; this one "
+                "is another. Train on a LLaVA or Qwen2.5-VL checkpoint."
+            )
         self.decoder: Decoder = modules.decode
         self.decoder.requires_grad_(False)
         self.visual, self.layer = plan.kept, layer
         self._generator = Generator(runners, self.graphs, table)
         self._table = torch.from_numpy(np.asarray(table))
-        self._prompt = Prompt.load(plan.checkpoint.folder, self.graphs.text.image_token)
+        self._prompt = Prompt.load(
+            plan.checkpoint.folder,
+            self.graphs.text.image_token,
+            rewrite=(self.graphs.visual.mark, self.graphs.visual.written),
+        )
 
     def batch(self, questions: Sequence[Question]) -> Batch:
         """Prepare questions with their answers as the chat template writes them, up to an end-of-sequence token."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError, UsageError
@@ -27,8 +29,9 @@ ALIGNED = frozenset({"aligned", "aligned_text"})
 
 @dataclass(frozen=True)
 class Request:
-    """What the user fixes about the input: images or clip frames per sample, the image size (height, width) for
-    families without a size of their own, and the CLIP checkpoint that the model's tower came from, see `exporter.clip`."""
+    """What the user fixes about the input: images or clip frames per sample, the image size (height, width) for families
+    without a size of their own or, as a multiple of a tile's, the grid of tiles, and the CLIP checkpoint that the model's
+    tower came from, see `exporter.clip`."""
 
     frames: int = 1
     image_size: tuple[int, int] | None = None
@@ -41,7 +44,13 @@ class Geometry:
 
     ids: [tokens per placeholder, axes] position ids relative to the placeholder's start; span: what one placeholder
     advances the positions. `in_tower` is a sentence instead of a Site where the tower cannot be shortened.
+    frames: what `pixel_values` holds: images or clip frames, or, where an image is cut into tiles, those.
     shared: width of `aligned` and `aligned_text`; 0 where the request names no CLIP checkpoint, or there is no CLIP tower.
+    mark, written: where the family's processor rewrites what its chat template says: every `mark`, one per image or clip,
+    becomes `written`, with an image token per placeholder. template: the chat template of a family whose checkpoints have
+    none. sees: see `VisualLayout`. media: what a chat message calls it.
+    row_ends: learned vectors that end rows of tokens, per placeholder; they are the projector's `image_newline`, and `ids` has
+    them behind the tokens. planes: how many more vectors the tower gives for each token, by the signal `deepstack` [batch, frames, tokens, planes * hidden].
     """
 
     image: ImageSpec
@@ -61,6 +70,13 @@ class Geometry:
     image_token: int
     eos: tuple[int, ...]
     shared: int = 0
+    mark: str = ""
+    written: str = ""
+    media: Literal["image", "video"] = "image"
+    planes: int = 0
+    row_ends: int = 0
+    template: str = ""
+    sees: Literal["before", "image", "prompt"] = "before"
 
 
 class Family(ABC):
@@ -93,6 +109,65 @@ class Family(ABC):
     def decoder(self, checkpoint: Checkpoint) -> DecoderSpec: ...
 
 
+def counted(
+    checkpoint: Checkpoint,
+    decoder: DecoderSpec,
+    image: ImageSpec,
+    tower: Site,
+    in_tower: Site | str,
+    token: int,
+    *,
+    placeholders: int = 0,
+    shared: int = 0,
+    mark: str = "",
+    written: str = "",
+    row_ends: int = 0,
+    ids: Sequence[int] | None = None,
+    template: str = "",
+    sees: Literal["before", "image", "prompt"] = "before",
+) -> Geometry:
+    """The geometry of a family whose positions just count tokens, and whose `grid` is a frame's.
+
+    Args:
+        token: the image token. placeholders: image tokens in a prompt; as a rule one per frame. ids: places of a
+            placeholder's tokens, where the prompt has them in another order than the tower.
+    """
+    placeholders = placeholders or tower.frames
+    each = tower.total // placeholders + row_ends
+    assert tower.grid is not None
+    return Geometry(
+        image=image,
+        frames=tower.frames,
+        placeholders=placeholders,
+        grid=tower.grid,
+        tower=tower,
+        in_tower=in_tower,
+        ids=tuple((i,) for i in (range(each) if ids is None else ids)),
+        span=each,
+        position_axes=1,
+        hidden=decoder.hidden,
+        layers=decoder.layers,
+        kv_heads=decoder.kv_heads,
+        head_dim=decoder.head_dim,
+        vocab=decoder.vocab,
+        image_token=token,
+        eos=eos_tokens(checkpoint),
+        shared=shared,
+        mark=mark,
+        written=written,
+        row_ends=row_ends,
+        template=template,
+        sees=sees,
+    )
+
+
+def renamed(key: str, renames: Sequence[tuple[str, str]]) -> str:
+    """`key` with every pattern at its start replaced, one after another; what none fits stays as it is."""
+    for pattern, name in renames:
+        key = re.sub(pattern, name, key)
+    return key
+
+
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's config: nested in new checkpoints, flat in old ones."""
     nested = config.get("text_config")
@@ -111,11 +186,12 @@ def rope(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def inverse_frequencies(text: dict[str, Any], head_dim: int) -> tuple[tuple[float, ...], float]:
-    """head_dim / 2 rotary frequencies and the factor on cos and sin. Types: default, linear, llama3."""
+    """head_dim / 2 rotary frequencies and the factor on cos and sin. Types: default, linear, llama3, and dynamic, which is
+    the default up to max_position_embeddings (what is longer, it would turn anew with every token)."""
     found = rope(text)
     kind, theta = found["rope_type"], float(found["rope_theta"])
     base = [theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-    if kind == "default":
+    if kind in ("default", "dynamic"):
         return tuple(base), 1.0
     if kind == "linear":
         return tuple(f / float(found["factor"]) for f in base), 1.0
@@ -127,7 +203,7 @@ def inverse_frequencies(text: dict[str, Any], head_dim: int) -> tuple[tuple[floa
             smooth = min(1.0, max(0.0, (trained * f / (2 * math.pi) - low) / (high - low)))
             out.append((1 - smooth) * f / factor + smooth * f)
         return tuple(out), 1.0
-    raise CheckpointError(f"Rotary type '{kind}' is not supported. Supported: default, linear, llama3.")
+    raise CheckpointError(f"Rotary type '{kind}' is not supported. Supported: default, dynamic, linear, llama3.")
 
 
 def local_frequencies(text: dict[str, Any], head_dim: int) -> tuple[float, ...]:
@@ -146,9 +222,12 @@ DECODERS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"output_bias": False},
     "qwen2": QWEN2,
+    "qwen2_vl_text": QWEN2,
+    "qwen2_vl": QWEN2,
     "qwen2_5_vl_text": QWEN2,
     "qwen2_5_vl": QWEN2,
     "qwen3": {"qk_norm": True},
+    "qwen3_vl_text": {"qk_norm": True},
     "gemma": GEMMA,
     "gemma2": {**GEMMA, "post_norms": True},
     "gemma3_text": {**GEMMA, "post_norms": True, "qk_norm": True, "attention_cap": None},
@@ -265,6 +344,27 @@ def normalization(checkpoint: Checkpoint) -> dict[str, Any]:
         if found:
             return dict(found)
     return {}
+
+
+def image_spec(checkpoint: Checkpoint, mean: Sequence[float], std: Sequence[float], **shape: Any) -> ImageSpec:
+    """Of a family's images; mean, std and `resample` are those of the checkpoint's processor, where it says them."""
+    found = normalization(checkpoint)
+    resample = int(found.get("resample", shape.pop("resample", 3)))
+    red, green, blue = zip(found.get("image_mean", mean), found.get("image_std", std), strict=True)
+    channels = list(zip(red, green, blue, strict=True))
+    return ImageSpec(resample=resample, mean=channels[0], std=channels[1], **shape)
+
+
+def tile_grid(size: tuple[int, int] | None, tile: int) -> tuple[int, int]:
+    """Rows and columns of tiles that an image of this size is cut into; one tile by default.
+
+    Raises:
+        UsageError: the size is no multiple of a tile's.
+    """
+    if size is None:
+        return 1, 1
+    check_multiple(size, tile)
+    return size[0] // tile, size[1] // tile
 
 
 def check_multiple(size: tuple[int, int], unit: int) -> None:

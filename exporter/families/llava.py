@@ -5,23 +5,24 @@ One placeholder token per image or clip frame; the raster is fixed by the tower'
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter import clip
 from exporter.checkpoint import Checkpoint
-from exporter.errors import CheckpointError, UsageError
+from exporter.errors import UsageError
 from exporter.families._contract import (
     ALIGNED,
     PROMPT,
     Family,
     Geometry,
     Request,
+    counted,
     decoder_spec,
-    eos_tokens,
     normalization,
+    renamed,
 )
+from exporter.families._towers import llava_tower
 from exporter.graphset import ImageSpec
 from exporter.nn.specs import DecoderSpec, VitSpec
 from graphs._contract import InTower, Site
@@ -39,6 +40,8 @@ RENAMES = (
 
 
 class Llava(Family):
+    feature_layer, select = -2, "default"
+    """What config.json means where it does not say `vision_feature_layer` and `vision_feature_select_strategy`."""
     model_type = "llava"
     summary = "LLaVA-1.5 layout: CLIP or SigLIP tower, MLP projector, Llama, Mistral, Qwen2, Qwen3 or Gemma decoder"
     published: ClassVar = {
@@ -52,14 +55,11 @@ class Llava(Family):
     }  # fmt: skip
 
     def canonical(self, key: str) -> str:
-        for pattern, name in RENAMES:
-            if re.match(pattern, key):
-                return re.sub(pattern, name, key)
-        return key
+        return renamed(key, RENAMES)
 
     def geometry(self, checkpoint: Checkpoint, request: Request) -> Geometry:
         config = checkpoint.config
-        spec = self._tower(config)
+        spec = self.tower(config)
         if request.image_size not in (None, (spec.image, spec.image)):
             raise UsageError(
                 f"This tower takes {spec.image}×{spec.image} images only (learned positions); leave --image-size out."
@@ -74,35 +74,19 @@ class Llava(Family):
             tokens, request.frames, spec.grid, signals, spec.blocks,
             dim=spec.hidden, patch_dim=spec.hidden, llm_dim=decoder.hidden,
         )  # fmt: skip
-        return Geometry(
-            image=self._image(checkpoint, spec.image),
-            frames=request.frames,
-            placeholders=request.frames,
-            grid=spec.grid,
-            tower=tower,
-            in_tower=replace(tower, signals=spec.in_tower_signals),
-            ids=tuple((i,) for i in range(tokens)),
-            span=tokens,
-            position_axes=1,
-            hidden=decoder.hidden,
-            layers=decoder.layers,
-            kv_heads=decoder.kv_heads,
-            head_dim=decoder.head_dim,
-            vocab=decoder.vocab,
-            image_token=int(config.get("image_token_index", config.get("image_token_id", 32000))),
-            eos=eos_tokens(checkpoint),
-            shared=shared,
-        )
+        token = int(config.get("image_token_index", config.get("image_token_id", 32000)))
+        inside = replace(tower, signals=spec.in_tower_signals)
+        return counted(checkpoint, decoder, self._image(checkpoint, spec.image), tower, inside, token, shared=shared)
 
     def vision(
         self, checkpoint: Checkpoint, geometry: Geometry, taps: tuple[str, ...], in_tower: tuple[str, InTower] | None
     ) -> nn.Module:
         from exporter.nn.vit import Vit
 
-        return Vit(self._tower(checkpoint.config), taps, geometry.frames, in_tower, geometry.shared)
+        return Vit(self.tower(checkpoint.config), taps, geometry.frames, in_tower, geometry.shared)
 
     def projector(self, checkpoint: Checkpoint) -> nn.Module:
-        from exporter.nn.vit import Projector
+        from exporter.nn.projectors import Projector
 
         config = checkpoint.config
         return Projector(
@@ -112,47 +96,12 @@ class Llava(Family):
             bool(config.get("multimodal_projector_bias", True)),
         )
 
+    def tower(self, config: dict[str, Any]) -> VitSpec:
+        return llava_tower(config, self.feature_layer, self.select)
+
     def decoder(self, checkpoint: Checkpoint) -> DecoderSpec:
         # LLaVA's head caps no logits, whatever the decoder's own head does.
         return replace(decoder_spec(checkpoint.config), logit_cap=None)
-
-    def _tower(self, config: dict[str, Any]) -> VitSpec:
-        vision = config.get("vision_config") or {}
-        kind = vision.get("model_type", "clip_vision_model")
-        if kind not in ("clip_vision_model", "siglip_vision_model"):
-            raise CheckpointError(
-                f"Vision tower '{kind}' is not supported. Supported: clip_vision_model, siglip_vision_model."
-            )
-        is_clip = kind == "clip_vision_model"
-        layers = int(vision["num_hidden_layers"])
-        layer = config.get("vision_feature_layer", -2)
-        if not isinstance(layer, int):
-            raise CheckpointError(
-                f"vision_feature_layer {layer!r}: several feature layers are not supported, only one."
-            )
-        blocks = layer if layer >= 0 else layers + 1 + layer
-        if not 1 <= blocks <= layers:
-            raise CheckpointError(f"vision_feature_layer {layer} is outside the tower's {layers} blocks.")
-        select = config.get("vision_feature_select_strategy", "default")
-        if is_clip != (select == "default"):
-            raise CheckpointError(
-                f"vision_feature_select_strategy '{select}' with '{kind}' is not supported: a CLIP tower drops its class "
-                "token ('default'), a SigLIP tower has none ('full')."
-            )
-        return VitSpec(
-            hidden=int(vision["hidden_size"]),
-            intermediate=int(vision["intermediate_size"]),
-            blocks=blocks,
-            heads=int(vision["num_attention_heads"]),
-            patch=int(vision["patch_size"]),
-            image=int(vision["image_size"]),
-            eps=float(vision.get("layer_norm_eps", 1e-5 if is_clip else 1e-6)),
-            activation=str(vision.get("hidden_act", "quick_gelu" if is_clip else "gelu_pytorch_tanh")),
-            cls=is_clip,
-            pre_norm=is_clip,
-            patch_bias=not is_clip,
-            layers=layers,
-        )
 
     def _image(self, checkpoint: Checkpoint, side: int) -> ImageSpec:
         found = normalization(checkpoint)

@@ -129,6 +129,21 @@ def prune_cache(x: Tensor, visual: int, index: Tensor) -> Tensor:
     return torch.cat([take_per_head(x[:, :, :visual], each), x[:, :, visual:]], 2)
 
 
+class Stay(Atom):
+    """What a cut leaves of a tensor that nothing else looks at."""
+
+    def __init__(self, visual: int) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def key(self) -> Hashable:
+        return self.visual
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        """x [batch, seq, ...] → the kept visual tokens, and all that follow."""
+        return prune(x, self.visual, index)
+
+
 def prune_positions(position_ids: Tensor, visual: int, index: Tensor) -> Tensor:
     """The same of position ids [batch, seq] or [3, batch, seq]."""
     if position_ids.ndim == 2:

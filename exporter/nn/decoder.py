@@ -11,13 +11,51 @@ from torch import Tensor, nn
 
 from exporter.kv import KvLayout
 from exporter.nn.atom import Atom
-from exporter.nn.cuts import Ahead, Cut, Evict, Follow, Leave, Nudge, Probe, Rejoin, Route, Trained, Watch, Withdraw
+from exporter.nn.cuts import (
+    Ahead,
+    Cut,
+    Evict,
+    Follow,
+    Leave,
+    Nudge,
+    Probe,
+    Rejoin,
+    Route,
+    Stay,
+    Trained,
+    Watch,
+    Withdraw,
+)  # fmt: skip
 from exporter.nn.decoder_layer import Frame, Layer
 from exporter.nn.layers import Linear, RMSNorm, soft_cap
 from exporter.nn.specs import DecoderSpec
 from graphs._contract import InCache, InLLM, Probing, Skipping, WhileDecoding
 
 A = TypeVar("A", bound=Atom)
+
+
+class Planes(Atom):
+    """Takes what is added later off the tokens: [batch, seq, hidden * (1 + planes)] → each [batch, seq, hidden]."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def key(self) -> Hashable:
+        return self.count
+
+    def forward(self, inputs_embeds: Tensor) -> tuple[Tensor, ...]:
+        return inputs_embeds.chunk(1 + self.count, -1)
+
+
+class Add(Atom):
+    """A plane to what leaves a layer."""
+
+    def key(self) -> Hashable:
+        return None
+
+    def forward(self, x: Tensor, plane: Tensor) -> Tensor:
+        return x + plane
 
 
 class FinalNorm(Atom, RMSNorm):
@@ -61,6 +99,8 @@ class Decoder(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.spec = spec
+        if spec.planes:
+            self.planes, self.add = Planes(spec.planes), Add()
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
         self.norm = FinalNorm(spec.hidden, spec.eps, spec.norm_offset)
         self.lm_head = LmHead(spec)
@@ -89,6 +129,7 @@ class Decoder(nn.Module):
                 for layer in method.layers if prunes else ():
                     self.routed[layer] = self._named(name, (), layer, Route(layer, method, present, known))
                     self.add_module(f"rejoin_{layer}", Rejoin(present))
+                    self.add_module(f"stay_{layer}", Stay(present))
                 continue
             for layer in method.layers:
                 cut = Cut(spec, layer, method, present, method.position == "compact", known)
@@ -96,6 +137,8 @@ class Decoder(nn.Module):
                 present, shifts[layer] = method.kept(layer), shift
                 if prunes:
                     self.pruned[layer] = self._named(name, method.layers, layer, cut)
+                    if layer < spec.planes or spec.reach:
+                        self.add_module(f"stay_{layer}", Stay(cut.visual))
                     if cut.looks_ahead:
                         self.ahead[layer] = Ahead(self.layers[layer])  # type: ignore[arg-type]
                         self.add_module(f"ahead_{layer}", self.ahead[layer])
@@ -131,14 +174,16 @@ class Decoder(nn.Module):
         past_starts: Tensor | None = None,
         past_state: Tensor | None = None,
         of_tower: Sequence[Tensor] = (),
+        reach: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Run prefill or a decode step.
 
         Args:
-            inputs_embeds: [batch, seq, hidden], visual tokens first. position_ids: int64 [batch, seq] or [3, batch, seq].
+            inputs_embeds: [batch, seq, width of the spec], visual tokens first. position_ids: int64 [batch, seq] or [3, batch, seq].
             order: int64 [batch, seq]. past_keys, past_values: per layer [batch, kv_heads, past, head_dim].
             past_orders: int64, per KV group [batch, past], or [batch, kv_heads, past] where heads keep their own.
             size: float32 [batch, seq], how many tokens each one stands for; attention counts them. past_sizes: as orders.
+            reach: int64 [batch, seq], order of the last token that each one sees; None: its own.
             past_starts, past_state: what `Watch` returned before, where a method goes on while decoding.
             of_tower: the tower's signals that the reductions need, [batch, frames, tokens, dim].
         Returns:
@@ -147,7 +192,8 @@ class Decoder(nn.Module):
             [batch, kept] into its visual tokens; then the same for its cache, there also [batch, kv_heads, kept];
             then what `Watch` returns.
         """
-        x, groups = inputs_embeds, self.layout.groups
+        x, *planes = self.planes(inputs_embeds) if self.spec.planes else (inputs_embeds,)
+        groups = self.layout.groups
         presents: list[Tensor] = []
         orders: dict[int, Tensor] = {}
         sizes: dict[int, Tensor] = {}
@@ -166,6 +212,8 @@ class Decoder(nn.Module):
             group = groups[i]
             if i and nudges:
                 x = self.nudge(x, nudges.pop(0))
+            if 0 < i <= len(planes):
+                x = self.add(x, planes[i - 1])
             if i in self.pruned:
                 assert before, "nothing has looked at the tokens before the first layer"
                 previous, *seen = before
@@ -183,17 +231,21 @@ class Decoder(nn.Module):
                     x, positions, order = self.withdraw(x, positions, order)
                     pairs = zip(presents[::2], presents[1::2], strict=True)
                     presents = [left for pair in pairs for left in self.leave(*pair, index)]
+                planes[i:] = [self.get_submodule(f"stay_{i}")(plane, index) for plane in planes[i:]]
+                if reach is not None:
+                    reach = self.get_submodule(f"stay_{i}")(reach, index)
             if i in self.frames or i in self.pruned:
                 frame = self.frames.get(i, frame)
                 past_order = past_orders[group] if past_orders else None
                 past_size = past_sizes[group] if past_sizes else None
-                orders[group], *shared = frame(x, positions, order, past_order, size, past_size)
+                orders[group], *shared = frame(x, positions, order, past_order, size, past_size, reach)
                 if size is not None:
                     sizes[group] = shared.pop(0)
             past = (past_keys[i], past_values[i]) if past_keys else (None, None)
             if i in self.routed:
                 some, places, orders[group], index, weight = self.routed[i](x, positions, order)
-                _, *narrow = frame(some, places, orders[group], None, None, None)
+                far = None if reach is None else self.get_submodule(f"stay_{i}")(reach, index)
+                _, *narrow = frame(some, places, orders[group], None, None, None, far)
                 some, key, value, *_, attended = layer(some, *frame.of_layer(i, narrow), *past)
                 x = self.get_submodule(f"rejoin_{i}")(x, some, attended, index, weight)
                 presents += [key, value]

@@ -120,6 +120,9 @@ class Frame(Atom):
         for i, inv_freq in enumerate(self.frequencies):
             values = torch.tensor(inv_freq, dtype=torch.float32, device="cpu")
             self.register_buffer(f"inv_freq_{i}", values, persistent=False)
+        if spec.mrope_section is not None:
+            follows = torch.tensor(spec.rotary_axes, device="cpu") == torch.arange(3, device="cpu")[:, None]
+            self.register_buffer("follows", follows.float()[:, None, None], persistent=False)
 
     def key(self) -> Hashable:
         return self.spec, self.shift, self.readers
@@ -132,6 +135,7 @@ class Frame(Atom):
         past_order: Tensor | None,
         size: Tensor | None,
         past_size: Tensor | None,
+        reach: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """order, and size if given, with the past [batch, total]; cos, sin [batch, 1, seq, head_dim / 2] for each set of
         frequencies; masks [batch, 1, group * seq, total], to which log(size) of the keys is added.
@@ -145,8 +149,7 @@ class Frame(Atom):
         for i in range(len(self.frequencies)):
             angle = position_ids.float().unsqueeze(-1) * self.get_buffer(f"inv_freq_{i}")
             if s.mrope_section is not None:
-                parts = angle.split(list(s.mrope_section), -1)
-                angle = torch.cat([part[axis] for axis, part in enumerate(parts)], -1)
+                angle = (angle * self.get_buffer("follows")).sum(0)
             angle = angle.unsqueeze(1)
             cos, sin = torch.cos(angle), torch.sin(angle)
             if s.rope_scale != 1.0:
@@ -156,7 +159,7 @@ class Frame(Atom):
         sizes = [] if size is None else [_appended(past_size, size)]
         allowed = torch.log(_by_head(sizes[0]))[:, :, None, :] if sizes else torch.zeros(())
         q, kv = order[:, None, :, None], _by_head(total)[:, :, None, :]
-        seen = kv <= q
+        seen = kv <= (q if reach is None else reach[:, None, :, None])
         visual, readers = self.readers
         if readers:
             last = order[:, :visual].amax(1)[:, None, None, None] + readers

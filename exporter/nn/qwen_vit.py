@@ -1,4 +1,5 @@
-"""The Qwen2.5-VL vision tower on a static grid: window attention as a constant permutation, 2×2 merger at the end."""
+"""The vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL on a static grid (what differs is in `QwenVitSpec`): window attention as a
+constant permutation, 2×2 merger at the end, mergers on the way (DeepStack)."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
-from exporter.nn.decoder_layer import Mlp
+from exporter.nn.decoder_layer import Mlp as GatedMlp
 from exporter.nn.layers import (
     ACTIVATIONS,
     MASKED,
+    LayerNorm,
     Linear,
     RMSNorm,
     attend,
@@ -22,6 +24,7 @@ from exporter.nn.layers import (
     split_heads,
 )
 from exporter.nn.specs import QwenVitSpec
+from exporter.nn.vit import Mlp, Table
 
 
 class PatchEmbed(Atom):
@@ -30,7 +33,7 @@ class PatchEmbed(Atom):
     def __init__(self, spec: QwenVitSpec) -> None:
         super().__init__()
         kernel = (spec.temporal_patch, spec.patch, spec.patch)
-        self.proj = nn.Conv3d(3, spec.hidden, kernel, kernel, bias=False)
+        self.proj = nn.Conv3d(3, spec.hidden, kernel, kernel, bias=spec.patch_bias)
         self.proj.requires_grad_(False)
         self.spec = spec
         self.register_buffer("slots", torch.tensor(np.maximum(spec.slots, 0), device="cpu"), persistent=False)
@@ -49,6 +52,26 @@ class PatchEmbed(Atom):
         return x.index_select(1, self.get_buffer("slots"))
 
 
+class Positions(Atom):
+    """Adds the learned positions, stretched over the patches: x [n, slots, hidden] → the same."""
+
+    def __init__(self, spec: QwenVitSpec) -> None:
+        super().__init__()
+        self.weight = Table(spec.table, spec.hidden).weight
+        self.spec = spec
+        taps, shares = spec.stretched
+        self.register_buffer("taps", torch.tensor(taps, device="cpu"), persistent=False)
+        self.register_buffer("shares", torch.tensor(shares, device="cpu"), persistent=False)
+
+    def key(self) -> Hashable:
+        return self.spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        taps, shares = self.get_buffer("taps"), self.get_buffer("shares").to(x.dtype)
+        found = self.weight.index_select(0, taps.flatten()).unflatten(0, taps.shape)
+        return x + (found * shares.unsqueeze(-1)).sum(1)
+
+
 class Attention(nn.Module):
     """Holds the projections; the block computes."""
 
@@ -63,10 +86,12 @@ class Block(Atom):
 
     def __init__(self, spec: QwenVitSpec, full: bool) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(spec.hidden, 1e-6)
-        self.norm2 = RMSNorm(spec.hidden, 1e-6)
+        norm = LayerNorm if spec.layer_norm else RMSNorm
+        self.norm1 = norm(spec.hidden, 1e-6)
+        self.norm2 = norm(spec.hidden, 1e-6)
         self.attn = Attention(spec)
-        self.mlp = Mlp(spec.hidden, spec.intermediate, spec.activation, bias=True)
+        shape = spec.hidden, spec.intermediate, spec.activation
+        self.mlp = GatedMlp(*shape, bias=True) if spec.gated else Mlp(*shape)
         self.spec, self.full = spec, full
         angle = torch.tensor(spec.angles, dtype=torch.float32, device="cpu")
         self.register_buffer("cos", angle.cos(), persistent=False)
@@ -99,22 +124,31 @@ def pad_bias(spec: QwenVitSpec, full: bool) -> Tensor:
 
 
 class Merger(Atom):
-    """Norm, concatenate merge² patches, two-layer MLP to the language model's width."""
+    """Norm, concatenate merge² patches, two-layer MLP to the language model's width. `joint`: the norm is that of the
+    concatenated patches."""
 
-    def __init__(self, spec: QwenVitSpec) -> None:
+    def __init__(self, spec: QwenVitSpec, joint: bool = False) -> None:
         super().__init__()
         wide = spec.hidden * spec.merge**2
-        self.ln_q = RMSNorm(spec.hidden, 1e-6)
+        norm = LayerNorm if spec.layer_norm else RMSNorm
+        self.ln_q = norm(wide if joint else spec.hidden, 1e-6)
         self.mlp = nn.ModuleList([Linear(wide, wide), nn.Identity(), Linear(wide, spec.out)])
-        self.wide = wide
+        self.wide, self.joint = wide, joint
         self.spec = spec
 
     def key(self) -> Hashable:
-        return self.spec
+        return self.spec, self.joint
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, patches, hidden] -> [n, tokens, out]"""
-        return self.mlp[2](ACTIVATIONS["gelu"](self.mlp[0](self.ln_q(x).reshape(x.shape[0], -1, self.wide))))
+        if self.joint:
+            x = self.ln_q(self.beside(x))
+        else:
+            x = self.beside(self.ln_q(x))
+        return self.mlp[2](ACTIVATIONS["gelu"](self.mlp[0](x)))
+
+    def beside(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], -1, self.wide)
 
 
 class Tap(Atom):
@@ -139,6 +173,9 @@ class Tap(Atom):
     def patches(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, self.spec.merge**2)).mean(2)
 
+    def deepstack(self, *planes: Tensor) -> Tensor:
+        return torch.cat(planes, -1)
+
     def keys(self, q: Tensor, k: Tensor) -> Tensor:
         return k.mean(1).unflatten(1, (-1, self.spec.merge**2)).mean(2)
 
@@ -159,21 +196,31 @@ class QwenVit(nn.Module):
         super().__init__()
         self.spec, self.taps = spec, taps
         self.patch_embed = PatchEmbed(spec)
+        if spec.table:
+            self.pos_embed = Positions(spec)
         self.blocks = nn.ModuleList(Block(spec, i in spec.full) for i in range(spec.blocks))
         self.merger = Merger(spec)
+        self.planes = nn.ModuleList(Merger(spec, joint=True) for _ in spec.planes)
         for name in taps:
             self.add_module(f"tap_{name}", Tap(spec, name.partition("@")[0], steps))
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """pixel_values [batch, frames, 3, height, width] → the taps in order, leading axes [batch, steps]."""
         x = self.patch_embed(pixel_values)
+        if self.spec.table:
+            x = self.pos_embed(x)
+        planes: list[Tensor] = []
         found: dict[str, Tensor] = {}
         for i, block in enumerate(self.blocks):
             x, q, k = block(x)
+            if i in self.spec.planes:
+                planes.append(self.planes[len(planes)](x))
             for name in self.taps:
                 kind, _, at = name.partition("@")
-                if name != "hidden" and i == (int(at) if at else self.spec.full[-1]):
+                if name not in ("hidden", "deepstack") and i == (int(at) if at else self.spec.full[-1]):
                     values = (x,) if kind == "patches" else (q, k)
                     found[name] = self.get_submodule(f"tap_{name}")(*values)
         found["hidden"] = self.get_submodule("tap_hidden")(self.merger(x))
+        if "deepstack" in self.taps:
+            found["deepstack"] = self.get_submodule("tap_deepstack")(*planes)
         return [found[name] for name in self.taps]

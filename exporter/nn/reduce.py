@@ -33,6 +33,7 @@ class Reduce(Atom):
         projector: tower width → LLM width, or None.
         names: what `forward` gets, in order: the signals of the vision graph, then those from elsewhere.
         sized: whether to return the tokens' sizes too.
+        row_ends: (placeholders, tower tokens of one, row ends of one): these follow the tokens, whichever those are.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class Reduce(Atom):
         projector: nn.Module | None,
         names: Sequence[str],
         sized: bool = False,
+        row_ends: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__()
+        self.row_ends = row_ends
         self.names, self.sized = tuple(names), sized
         self.methods = [(name, method, method.after(site).frames) for name, method, site in methods]
         self.projector = projector
@@ -51,12 +54,14 @@ class Reduce(Atom):
 
     def key(self) -> Hashable:
         shapes = None if self.projector is None else tuple(tuple(p.shape) for p in self.projector.parameters())
-        return tuple(self.methods), self.names, self.sized, type(self.projector), shapes
+        return tuple(self.methods), self.names, self.sized, type(self.projector), shapes, self.row_ends
 
     def forward(self, *signals: Tensor) -> tuple[Tensor, ...]:
         """Returns visual_embeds [batch, kept, hidden], index int64 [batch, kept] into the tokens before any reduction, and
-        if `sized` the float32 size [batch, kept] of every token."""
+        if `sized` the float32 size [batch, kept] of every token. Where the tower gives `deepstack`, its planes stand behind
+        each vector: those of a merged token are its anchor's."""
         found = dict(zip(self.names, signals, strict=True))
+        planes = found.pop("deepstack", None)
         index = self.first_index(found["hidden"], found.pop("anchor", None))
         size = torch.ones_like(index, dtype=torch.float32)
         projected = False
@@ -71,7 +76,26 @@ class Reduce(Atom):
             found["hidden"] = out.tokens.unflatten(1, (frames, -1))
         if not projected:
             found = self.project({"hidden": found["hidden"]})
-        return (found["hidden"].flatten(1, 2), index, *((size,) if self.sized else ()))
+        embeds = found["hidden"].flatten(1, 2)
+        if planes is not None:
+            embeds = torch.cat([embeds, take(planes.flatten(1, 2), index.clamp_min(0))], -1)
+        if self.row_ends is not None:
+            embeds, index, size = self.with_row_ends(embeds, index, size)
+        return (embeds, index, *((size,) if self.sized else ()))
+
+    def with_row_ends(self, embeds: Tensor, index: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with the learned vectors behind, and places that count them behind the tokens of each placeholder."""
+        assert self.row_ends is not None and self.projector is not None
+        holders, tokens, ends = self.row_ends
+        first = torch.arange(1, holders) * tokens
+        before = (index[:, :, None] >= first).to(torch.int64).sum(-1) if holders > 1 else torch.zeros_like(index)
+        own = (torch.arange(holders)[:, None] * (tokens + ends) + tokens + torch.arange(ends)).flatten()
+        newline = self.projector.get_parameter("image_newline")
+        rows = (torch.zeros_like(embeds[:, :1]) + newline).expand(-1, holders * ends, -1)
+        places = torch.zeros_like(index[:, :1]) + own
+        sizes = torch.ones_like(places, dtype=torch.float32)
+        index = index + before * ends
+        return torch.cat([embeds, rows], 1), torch.cat([index, places], 1), torch.cat([size, sizes], 1)
 
     def first_index(self, hidden: Tensor, anchor: Tensor | None) -> Tensor:
         """int64 [batch, frames * tokens]: the place of every token among the tokens before any reduction."""

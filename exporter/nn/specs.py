@@ -13,19 +13,28 @@ Index = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSpec:
-    """The shape of a transformer block, of images or of text."""
+    """The shape of a transformer block, of images or of text.
+
+    `layer_scale`: what attention and MLP add is multiplied by learned factors. `qk_norm`: RMS norm of queries and keys, all
+    heads as one. `rms_norm`: RMS norms instead of layer norms.
+    """
 
     hidden: int
     intermediate: int
     heads: int
     eps: float
     activation: str
+    qkv_bias: bool = True
+    layer_scale: bool = False
+    qk_norm: bool = False
+    rms_norm: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class VitSpec(BlockSpec):
-    """`cls`: a class token at 0. `pre_norm`: CLIP's norm before the first block. `layers`: blocks the tower has;
-    `blocks`: those up to the features, which are the output of block `blocks - 1`."""
+    """`cls`: a class token at 0. `pre_norm`: CLIP's norm before the first block; `post_norm`: one of the features. `layers`:
+    blocks the tower has; `blocks`: those up to the features, which are the output of block `blocks - 1`. `merge`: a visual
+    token is `merge` × `merge` patches, side by side in its vector (pixel shuffle), or, `pooled`, their mean; 1: a patch."""
 
     blocks: int
     patch: int
@@ -34,19 +43,34 @@ class VitSpec(BlockSpec):
     pre_norm: bool
     patch_bias: bool
     layers: int
+    post_norm: bool = False
+    merge: int = 1
+    pooled: bool = False
+
+    @property
+    def side(self) -> int:
+        """Patches along an edge of the image."""
+        return self.image // self.patch
 
     @property
     def grid(self) -> tuple[int, int]:
-        side = self.image // self.patch
-        return side, side
+        """Rows and columns of visual tokens."""
+        return self.side // self.merge, self.side // self.merge
+
+    @property
+    def dim(self) -> int:
+        """Width of a visual token."""
+        return self.hidden if self.pooled else self.hidden * self.merge**2
 
     @property
     def signals(self) -> frozenset[str]:
         """What the tower can supply to a reduction behind it, at the features' block and at any other."""
         any_block = {"hidden", "keys", "joint_keys", "column_attention"}
         if self.cls:
-            any_block |= {"cls", "cls_attention", "cls_keys", "joint_cls_attention"}
-        patches = {f"patches@{b}" for b in range(self.blocks)}
+            any_block |= {"cls_attention", "cls_keys", "joint_cls_attention"}
+        if self.cls and self.merge == 1:
+            any_block |= {"cls"}
+        patches = {f"patches@{b}" for b in range(self.blocks)} if self.merge == 1 else set()
         return frozenset(any_block | patches | {f"{s}@{b}" for s in any_block for b in range(self.layers)})
 
     @property
@@ -70,7 +94,12 @@ class ClipTextSpec(BlockSpec):
 
 @dataclass(frozen=True)
 class QwenVitSpec:
-    """`patches`: rows and columns of patches. `window` in pixels. `full`: blocks with full attention."""
+    """Qwen2.5-VL's tower, and what makes others another (its facts are the defaults).
+
+    `patches`: rows and columns of patches. `window` in pixels; 0: there are none. `full`: blocks with full attention. `gated`: the
+    MLP has a gate. `layer_norm`: layer norms instead of RMS norms. `table`: rows of the learned positions, a square that is
+    stretched over the patches; 0: there are none. `planes`: blocks whose output goes to the language model, too (DeepStack).
+    """
 
     hidden: int
     intermediate: int
@@ -84,6 +113,11 @@ class QwenVitSpec:
     out: int
     activation: str
     patches: tuple[int, int]
+    gated: bool = True
+    layer_norm: bool = False
+    patch_bias: bool = False
+    table: int = 0
+    planes: tuple[int, ...] = ()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -94,6 +128,8 @@ class QwenVitSpec:
     def windows(self) -> Index:
         """[windows, slots] merged-token raster index of every slot; -1 pads windows cut by the border."""
         rows, cols = self.grid
+        if not self.window:
+            return np.arange(rows * cols)[None]
         side = self.window // self.merge // self.patch
         cells = np.full((-(-rows // side) * side, -(-cols // side) * side), -1, dtype=np.int64)
         cells[:rows, :cols] = np.arange(rows * cols).reshape(rows, cols)
@@ -118,15 +154,32 @@ class QwenVitSpec:
     @cached_property
     def angles(self) -> npt.NDArray[np.float32]:
         """[slots, head_dim / 2] rotary angle of every slot: half the frequencies follow the row, half the column."""
+        quarter = self.hidden // self.heads // 4
+        inv_freq = 10000.0 ** -(np.arange(quarter, dtype=np.float32) / quarter)
+        return (self.places[..., None] * inv_freq).reshape(len(self.places), -1).astype(np.float32)
+
+    @cached_property
+    def places(self) -> Index:
+        """[slots, 2] row and column of every slot's patch."""
         rows, cols = self.grid
         row, col, in_row, in_col = np.meshgrid(
             np.arange(rows), np.arange(cols), np.arange(self.merge), np.arange(self.merge), indexing="ij"
         )
         place = np.stack([row * self.merge + in_row, col * self.merge + in_col], -1).reshape(-1, 2)
-        place = place[np.maximum(self.slots, 0)]
-        quarter = self.hidden // self.heads // 4
-        inv_freq = 10000.0 ** -(np.arange(quarter, dtype=np.float32) / quarter)
-        return (place[..., None] * inv_freq).reshape(len(place), -1).astype(np.float32)
+        return place[np.maximum(self.slots, 0)]
+
+    @cached_property
+    def stretched(self) -> tuple[Index, npt.NDArray[np.float32]]:
+        """[slots, 4] rows of the table of learned positions and their weights: bilinear, corner on corner."""
+        side = round(self.table**0.5)
+        last = np.maximum(np.array(self.patches) - 1, 1)
+        at = self.places.astype(np.float32) * np.float32(side - 1) / last.astype(np.float32)
+        low = np.floor(at).astype(np.int64)
+        high, share = np.minimum(low + 1, side - 1), (at - low).astype(np.float32)
+        rows, cols = (np.stack([low[:, i], high[:, i]], 1) for i in (0, 1))
+        by_row, by_col = (np.stack([1 - share[:, i], share[:, i]], 1) for i in (0, 1))
+        taps = rows[:, :, None] * side + cols[:, None, :]
+        return taps.reshape(-1, 4), (by_row[:, :, None] * by_col[:, None, :]).reshape(-1, 4)
 
     @cached_property
     def raster(self) -> Index:
@@ -142,6 +195,44 @@ class QwenVitSpec:
         keys = {f"{s}@{b}" for s in ("patches", "keys", "joint_keys") for b in range(self.blocks)}
         columns = {f"column_attention@{b}" for b in self.full}
         return frozenset({"hidden", "keys", "joint_keys", "column_attention"} | keys | columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixtralSpec(BlockSpec):
+    """A tower with rotary positions on a static grid. `patches`: rows and columns of patches; `merge`: as in `VitSpec`."""
+
+    blocks: int
+    layers: int
+    patch: int
+    merge: int
+    patches: tuple[int, int]
+    theta: float = 10000.0
+    cls: bool = False
+    pooled: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of visual tokens."""
+        return self.patches[0] // self.merge, self.patches[1] // self.merge
+
+    @property
+    def dim(self) -> int:
+        """Width of a visual token."""
+        return self.hidden * self.merge**2
+
+    @cached_property
+    def angles(self) -> npt.NDArray[np.float32]:
+        """[patches, head_dim / 2] rotary angle: even frequencies follow the row, odd ones the column."""
+        head_dim = self.hidden // self.heads
+        inv_freq = (1.0 / self.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(np.float32)
+        row, col = (place.reshape(-1, 1).astype(np.float32) for place in np.indices(self.patches))
+        return np.concatenate([row * inv_freq[0::2], col * inv_freq[1::2]], 1)
+
+    @property
+    def signals(self) -> frozenset[str]:
+        """Of the features' block, and of any up to there."""
+        any_block = {"hidden", "keys", "joint_keys", "column_attention"}
+        return frozenset(any_block | {f"{s}@{b}" for s in any_block for b in range(self.blocks)})
 
 
 IN_LLM_SIGNALS = frozenset(
@@ -166,7 +257,10 @@ class DecoderSpec:
     attention_cap, logit_cap: scores and logits are bent by tanh to stay below; None: they are not.
     qk_norm: RMS norm of queries and keys, per head and before the rotation. post_norms: norms also behind attention and MLP.
     norm_offset: what has to be added to the norm weights of a checkpoint. scaled_embeddings: text embeddings are
-    multiplied by sqrt(hidden); what comes from an image is not.
+    multiplied by sqrt(hidden); what comes from an image is not. mrope_interleaved: the frequencies of t, h and w take turns,
+    instead of standing in three blocks. planes: the vector of a visual token is followed by so many more, each added to
+    what leaves one of the first layers (DeepStack). reach: some tokens see others behind them, so masks are made from
+    `reach`, not from `order`.
     """
 
     hidden: int
@@ -192,6 +286,23 @@ class DecoderSpec:
     post_norms: bool = False
     norm_offset: float = 0.0
     scaled_embeddings: bool = False
+    mrope_interleaved: bool = False
+    planes: int = 0
+    reach: bool = False
+
+    @property
+    def width(self) -> int:
+        """Of `inputs_embeds`: a token's vector and its planes."""
+        return self.hidden * (1 + self.planes)
+
+    @property
+    def rotary_axes(self) -> tuple[int, ...]:
+        """Which of the t, h and w positions every frequency follows; empty where there is one position."""
+        if self.mrope_section is None:
+            return ()
+        if not self.mrope_interleaved:
+            return tuple(axis for axis, count in enumerate(self.mrope_section) for _ in range(count))
+        return tuple(i % 3 if i < 3 * self.mrope_section[i % 3] else 0 for i in range(len(self.inv_freq)))
 
     @property
     def embed_scale(self) -> float:

@@ -1,4 +1,5 @@
-"""CLIP and SigLIP vision towers, with taps for the signals a reduction needs and a site for in-tower reductions."""
+"""CLIP, SigLIP and InternViT vision towers (what differs is in `VitSpec`), with taps for the signals a reduction needs and a
+site for in-tower reductions."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
-from exporter.nn.layers import ACTIVATIONS, LayerNorm, Linear, attend, attention_map, merge_heads, split_heads
-from exporter.nn.specs import BlockSpec, VitSpec
+from exporter.nn.layers import ACTIVATIONS, LayerNorm, Linear, RMSNorm, attend, attention_map, merge_heads, split_heads
+from exporter.nn.specs import BlockSpec, PixtralSpec, VitSpec
 from graphs._blocks import take
 from graphs._contract import InTower
 
@@ -19,12 +20,11 @@ class Embeddings(Atom):
 
     def __init__(self, spec: VitSpec) -> None:
         super().__init__()
-        rows, cols = spec.grid
         self.patch_embedding = nn.Conv2d(3, spec.hidden, spec.patch, spec.patch, bias=spec.patch_bias)
         self.patch_embedding.requires_grad_(False)
         if spec.cls:
             self.class_embedding = nn.Parameter(torch.empty(spec.hidden), requires_grad=False)
-        self.position_embedding = Table(rows * cols + spec.cls, spec.hidden)
+        self.position_embedding = Table(spec.side**2 + spec.cls, spec.hidden)
         self.spec = spec
 
     def key(self) -> Hashable:
@@ -48,26 +48,35 @@ class Table(nn.Module):
 class SelfAttention(nn.Module):
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            self.add_module(name, Linear(spec.hidden, spec.hidden))
-        self.heads = spec.heads
+        for name in "qkv":
+            self.add_module(f"{name}_proj", Linear(spec.hidden, spec.hidden, spec.qkv_bias))
+        self.out_proj = Linear(spec.hidden, spec.hidden)
+        if spec.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(spec.hidden, 1e-6) for _ in "qk")
+        self.spec = spec
 
     def project(self, x: Tensor, names: str) -> list[Tensor]:
         """Those of q, k, v that are named, each [batch, heads, tokens, head_dim]."""
-        return [split_heads(self.get_submodule(f"{n}_proj")(x), self.heads) for n in names]
+        return [split_heads(self._projected(x, n), self.spec.heads) for n in names]
+
+    def _projected(self, x: Tensor, name: str) -> Tensor:
+        x = self.get_submodule(f"{name}_proj")(x)
+        return self.get_submodule(f"{name}_norm")(x) if self.spec.qk_norm and name != "v" else x
 
     def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns the output and the q, k, v that made it."""
         q, k, v = self.project(x, "qkv")
-        return self.get_submodule("out_proj")(merge_heads(attend(q, k, v, bias))), q, k, v
+        return self.out_proj(merge_heads(attend(q, k, v, bias))), q, k, v
 
 
 class Mlp(nn.Module):
-    def __init__(self, spec: BlockSpec) -> None:
+    """Two layers, no gate."""
+
+    def __init__(self, hidden: int, intermediate: int, activation: str) -> None:
         super().__init__()
-        self.fc1 = Linear(spec.hidden, spec.intermediate)
-        self.fc2 = Linear(spec.intermediate, spec.hidden)
-        self.activation = ACTIVATIONS[spec.activation]
+        self.fc1 = Linear(hidden, intermediate)
+        self.fc2 = Linear(intermediate, hidden)
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
@@ -78,10 +87,15 @@ class Block(Atom):
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
-        self.layer_norm1 = LayerNorm(spec.hidden, spec.eps)
+        norm = RMSNorm if spec.rms_norm else LayerNorm
+        self.layer_norm1 = norm(spec.hidden, spec.eps)
         self.self_attn = SelfAttention(spec)
-        self.layer_norm2 = LayerNorm(spec.hidden, spec.eps)
-        self.mlp = Mlp(spec)
+        self.layer_norm2 = norm(spec.hidden, spec.eps)
+        self.mlp = Mlp(spec.hidden, spec.intermediate, spec.activation)
+        if spec.layer_scale:
+            self.lambda_1, self.lambda_2 = (
+                nn.Parameter(torch.empty(spec.hidden), requires_grad=False) for _ in range(2)
+            )
         self.spec = spec
 
     def key(self) -> Hashable:
@@ -90,8 +104,14 @@ class Block(Atom):
     def forward(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, ...]:
         """size float32 [batch, frames, tokens]: attention is proportional to it."""
         out, q, k, _ = self.self_attn(self.layer_norm1(x), _proportional(size, x))
-        x = x + out
-        return x + self.mlp(self.layer_norm2(x)), q, k
+        return self.through_mlp(self.behind_attention(x, out)), q, k
+
+    def behind_attention(self, x: Tensor, out: Tensor) -> Tensor:
+        return x + (out * self.lambda_1 if self.spec.layer_scale else out)
+
+    def through_mlp(self, x: Tensor) -> Tensor:
+        out = self.mlp(self.layer_norm2(x))
+        return x + (out * self.lambda_2 if self.spec.layer_scale else out)
 
 
 class Probe(Block):
@@ -127,7 +147,7 @@ class ReducingBlock(Block):
     def forward(self, x: Tensor, size: Tensor | None = None, anchor: Tensor | None = None) -> tuple[Tensor, ...]:
         bias = _proportional(size, x) if self.method.proportional else None
         out, q, k, v = self.self_attn(self.layer_norm1(x), bias)
-        x = x + out
+        x = self.behind_attention(x, out)
         if size is None or anchor is None:
             size, anchor = self.first(x)
         frames, cls = size.shape[1], int(self.spec.cls)
@@ -136,8 +156,7 @@ class ReducingBlock(Block):
         signals |= {"hidden": x.unflatten(0, (-1, frames)), "size": size}
         tokens, index, size = self.get_submodule(self.name)(self.index, signals, cls)
         anchor = take(anchor.flatten(1), index.flatten(1)).unflatten(1, index.shape[1:])
-        x = tokens.flatten(0, 1)
-        return x + self.mlp(self.layer_norm2(x)), size, anchor
+        return self.through_mlp(tokens.flatten(0, 1)), size, anchor
 
     def first(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Size and anchor where nothing has been reduced yet."""
@@ -172,22 +191,25 @@ IN_TOWER: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] =
 """Signals inside the tower, beside hidden and size, from a block's q, k, v and the bias of its attention."""
 
 
-class PreNorm(Atom, LayerNorm):
-    """CLIP's norm before the first block."""
+class TowerNorm(Atom, LayerNorm):
+    """CLIP's norm before the first block, SigLIP's behind the last."""
 
     def key(self) -> Hashable:
         return self.eps
 
 
 class Tap(Atom):
-    """A signal from the q, k of one block, or from a block's output; unfolds [batch * frames, ...] to [batch, frames, ...]."""
+    """A signal from the q, k of one block, or from a block's output; unfolds [batch * frames, ...] to [batch, frames, ...].
 
-    def __init__(self, kind: str, cls: int, frames: int) -> None:
+    Where a token is several patches, `hidden` holds them side by side, row by row, and all else is their mean.
+    """
+
+    def __init__(self, spec: VitSpec | PixtralSpec, kind: str, frames: int) -> None:
         super().__init__()
-        self.kind, self.cls, self.frames = kind, cls, frames
+        self.spec, self.kind, self.cls, self.frames = spec, kind, int(spec.cls), frames
 
     def key(self) -> Hashable:
-        return self.kind, self.cls, self.frames
+        return self.spec, self.kind, self.frames
 
     def forward(self, *values: Tensor) -> Tensor:
         """Of a block's output: x, and the tokens' sizes [batch, frames, tokens] if frames may have merged."""
@@ -196,7 +218,18 @@ class Tap(Atom):
         return out if self.kind == "anchor" else out.unflatten(0, (-1, frames))
 
     def patches(self, x: Tensor, size: Tensor | None = None) -> Tensor:
-        return x[:, self.cls :]
+        x = x[:, self.cls :]
+        return self.per_token(x) if self.spec.merge == 1 or self.spec.pooled else self.by_token(x).flatten(2)
+
+    def by_token(self, x: Tensor) -> Tensor:
+        """[n, patches, …] → [n, tokens, patches of a token, …]"""
+        (rows, cols), merge = self.spec.grid, self.spec.merge
+        x = x.unflatten(1, (rows, merge, cols, merge)).transpose(2, 3)
+        return x.flatten(3, 4).flatten(1, 2)
+
+    def per_token(self, x: Tensor) -> Tensor:
+        """[n, patches, …] → [n, tokens, …], the mean over the patches of a token."""
+        return x if self.spec.merge == 1 else self.by_token(x).mean(2)
 
     def cls_token(self, x: Tensor, size: Tensor | None = None) -> Tensor:
         return x[:, 0]
@@ -205,23 +238,23 @@ class Tap(Atom):
         return anchor[:, :, self.cls :]
 
     def keys(self, q: Tensor, k: Tensor) -> Tensor:
-        return k.mean(1)[:, self.cls :]
+        return self.per_token(k.mean(1)[:, self.cls :])
 
     def cls_keys(self, q: Tensor, k: Tensor) -> Tensor:
         return k.mean(1)[:, 0]
 
     def joint_keys(self, q: Tensor, k: Tensor) -> Tensor:
-        return merge_heads(k)[:, self.cls :]
+        return self.per_token(merge_heads(k)[:, self.cls :])
 
     def cls_attention(self, q: Tensor, k: Tensor) -> Tensor:
-        return attention_map(q[:, :, :1], k)[:, 0, 1:]
+        return self.per_token(attention_map(q[:, :, :1], k)[:, 0, 1:])
 
     def joint_cls_attention(self, q: Tensor, k: Tensor) -> Tensor:
         q, k = merge_heads(q)[:, None, :1], merge_heads(k)[:, None]
-        return attention_map(q, k)[:, 0, 1:]
+        return self.per_token(attention_map(q, k)[:, 0, 1:])
 
     def column_attention(self, q: Tensor, k: Tensor) -> Tensor:
-        return attention_map(q, k).mean(1)[:, self.cls :]
+        return self.per_token(attention_map(q, k).mean(1)[:, self.cls :])
 
 
 class Aligned(Tap):
@@ -229,7 +262,7 @@ class Aligned(Tap):
     to its class token at the end of the tower, done to the patches. The parameters are the CLIP checkpoint's."""
 
     def __init__(self, spec: VitSpec, shared: int, frames: int) -> None:
-        super().__init__("aligned", int(spec.cls), frames)
+        super().__init__(spec, "aligned", frames)
         self.post_layernorm = LayerNorm(spec.hidden, spec.eps)
         self.visual_projection = Linear(spec.hidden, shared, bias=False)
         self.shape = spec.hidden, shared, spec.eps
@@ -267,10 +300,12 @@ class Vit(nn.Module):
         self.spec, self.taps = spec, taps
         self.embeddings = Embeddings(spec)
         if spec.pre_norm:
-            self.pre_layrnorm = PreNorm(spec.hidden, spec.eps)
+            self.pre_layrnorm = TowerNorm(spec.hidden, spec.eps)
+        if spec.post_norm:
+            self.post_layernorm = TowerNorm(spec.hidden, spec.eps)
         self.reduces = in_tower[1].blocks if in_tower else ()
         self.proportional = bool(in_tower and in_tower[1].proportional)
-        named = [_parts(name, spec) for name in taps]
+        named = [parts(name, spec) for name in taps]
         count = max(spec.blocks, *(block + 1 for _, block in named))
         last_is_read = any(kind in FROM_OUTPUT and block == count - 1 for kind, block in named)
         blocks: list[Block] = []
@@ -281,7 +316,7 @@ class Vit(nn.Module):
                 blocks.append(Block(spec) if i < spec.blocks or i < count - 1 or last_is_read else Probe(spec))
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
         for name, (kind, _) in zip(taps, named, strict=True):
-            tap = Aligned(spec, shared, frames) if kind == "aligned" else Tap(kind, int(spec.cls), frames)
+            tap = Aligned(spec, shared, frames) if kind == "aligned" else Tap(spec, kind, frames)
             self.add_module(f"tap_{name}", tap)
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
@@ -302,30 +337,18 @@ class Vit(nn.Module):
             else:
                 x, *rest = block(x, size if self.proportional else None)
                 qk = tuple(rest)
+            out = self.post_layernorm(x) if self.spec.post_norm and i == self.spec.blocks - 1 else x
             for name in self.taps:
-                kind, at = _parts(name, self.spec)
+                kind, at = parts(name, self.spec)
                 if i == at and kind != "anchor":
-                    values = qk if kind not in FROM_OUTPUT else (x,) if size is None else (x, size)
+                    values = qk if kind not in FROM_OUTPUT else (out,) if size is None else (out, size)
                     found[name] = self.get_submodule(f"tap_{name}")(*values)
         if anchor is not None:
             found["anchor"] = self.get_submodule("tap_anchor")(anchor)
         return [found[name] for name in self.taps]
 
 
-def _parts(name: str, spec: VitSpec) -> tuple[str, int]:
+def parts(name: str, spec: VitSpec | PixtralSpec) -> tuple[str, int]:
     """A signal's kind and block: "keys@7" → keys, 7; without a block that of the features."""
     kind, _, at = name.partition("@")
     return kind, int(at) if at else spec.blocks - 1
-
-
-class Projector(nn.Module):
-    """LLaVA's two-layer MLP from tower width to the language model's."""
-
-    def __init__(self, inputs: int, outputs: int, activation: str, bias: bool) -> None:
-        super().__init__()
-        self.linear_1 = Linear(inputs, outputs, bias)
-        self.linear_2 = Linear(outputs, outputs, bias)
-        self.activation = ACTIVATIONS[activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(self.activation(self.linear_1(x)))

@@ -305,12 +305,12 @@ class Generator:
         runner, spec = self._prefill, self.graphs.text
         text = text or split(input_ids, self.graphs)
         places = arrange(input_ids, visual.index, self.graphs)
-        words = self._as(runner, "inputs_embeds", self._embedding[text.ids])
+        words = self._as(runner, "inputs_embeds", self._embedded(text.ids))
         seen = self._as(runner, "inputs_embeds", visual.embeds)
         size = None
         if visual.size is not None:
             size = np.concatenate([visual.size, np.ones(text.ids.shape, np.float32)], axis=1)
-        tokens = Tokens(np.concatenate([seen, words], axis=1), places.position_ids, places.order, size)
+        tokens = Tokens(np.concatenate([seen, words], axis=1), places.position_ids, places.order, size, places.reach)
         first, *rest = self._chunks(tokens.in_prompt_order()) if self._divisible(tokens) else [tokens]
         batch, past = len(input_ids), {}
         for name, dtype in runner.inputs.items():
@@ -425,11 +425,17 @@ class Generator:
         if axes > 1:
             positions = np.broadcast_to(positions, (axes, *positions.shape))
         size = np.ones(order.shape, np.float32) if self.graphs.sized else None
-        return Tokens(self._embedding[ids], positions, order, size)
+        return Tokens(self._embedded(ids), positions, order, size, order if self.graphs.reaches else None)
+
+    def _embedded(self, ids: Ints) -> Array:
+        """Text as the language model takes it: [batch, seq, width]."""
+        text = self.graphs.text
+        found: Array = self._embedding[ids]
+        return np.pad(found, ((0, 0), (0, 0), (0, text.width - text.hidden))) if text.planes else found
 
     def _divisible(self, tokens: Tokens) -> bool:
-        """Whether prefill has to go, and can go, in chunks."""
-        chunk = None if self.graphs.prefill_apart else self._chunk
+        """Whether prefill has to go, and can go, in chunks: not where tokens see others behind them."""
+        chunk = None if self.graphs.prefill_apart or tokens.reach is not None else self._chunk
         return chunk is not None and tokens.order.shape[1] > chunk
 
     def _chunks(self, tokens: Tokens) -> Iterable[Tokens]:
@@ -448,6 +454,8 @@ class Generator:
         feeds = {"inputs_embeds": tokens.embeds, "position_ids": tokens.position_ids, "order": tokens.order}
         if tokens.size is not None:
             feeds["size"] = tokens.size
+        if tokens.reach is not None:
+            feeds["reach"] = tokens.reach
         return {name: self._as(runner, name, value) for name, value in feeds.items()}
 
     def _keep(self, cache: Cache, found: Mapping[str, Any], runner: Runner) -> None:

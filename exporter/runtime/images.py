@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,22 +51,21 @@ def sample(length: int, count: int) -> list[int]:
 
 
 def preprocess(frames: Sequence[Image.Image], spec: ImageSpec) -> npt.NDArray[np.float32]:
-    """Resize, crop the centre, scale to 0..1, normalise.
+    """Resize, cut into tiles or crop the centre, scale to 0..1, normalise.
 
     Args:
         frames: images of any size, one per frame.
         spec: what the model expects.
     Returns:
-        float32 [1, frames, 3, height, width].
+        float32 [1, frames * spec.parts, 3, height, width]; the tiles of an image are neighbours, row by row.
     """
     # A pixel has 256 values per channel: the arithmetic is done once per value, as the image processors do it
     # (scaled in float64, normalised in float32), and looked up.
     scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
     table = (scaled[None, :] - mean[:, None]) / std[:, None]
-    out = np.empty((1, len(frames), 3, spec.height, spec.width), np.float32)
-    for i, frame in enumerate(frames):
-        pixels = _crop(np.asarray(_resize(rgb(frame), spec)), spec.height, spec.width)
+    out = np.empty((1, len(frames) * spec.parts, 3, spec.height, spec.width), np.float32)
+    for i, pixels in enumerate(part for frame in frames for part in _parts(rgb(frame), spec)):
         for channel in range(3):
             out[0, i, channel] = table[channel][pixels[:, :, channel]]
     return out
@@ -80,14 +79,56 @@ def rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", clear.size, (255, 255, 255, 255)), clear).convert("RGB")
 
 
-def _resize(image: Image.Image, spec: ImageSpec) -> Image.Image:
+def _parts(image: Image.Image, spec: ImageSpec) -> Iterator[npt.NDArray[np.uint8]]:
+    """The pictures [height, width, 3] that an image becomes."""
+    if spec.longest_edge:
+        image = _to_longest_edge(image, spec)
+    resized = _resize(image, spec)
+    if spec.overview == "none" and spec.tiles == (1, 1):
+        yield _crop(np.asarray(resized), spec.height, spec.width)
+        return
+    whole = resized if spec.overview == "last, of the resized image" else image
+    overview = np.asarray(whole.resize((spec.width, spec.height), resample=Image.Resampling(spec.resample)))
+    if spec.overview == "first":
+        yield overview
+    pixels, (rows, columns) = np.asarray(resized), spec.tiles
+    for row in range(rows):
+        for column in range(columns):
+            top, left = row * spec.height, column * spec.width
+            yield pixels[top : top + spec.height, left : left + spec.width]
+    if spec.overview.startswith("last"):
+        yield overview
+
+
+def _to_longest_edge(image: Image.Image, spec: ImageSpec) -> Image.Image:
     width, height = image.size
-    if spec.resize == "exact":
+    if width >= height:
+        short = int(spec.longest_edge / (width / height))
+        size = spec.longest_edge, short + short % 2
+    else:
+        short = int(spec.longest_edge * (width / height))
+        size = short + short % 2, spec.longest_edge
+    return image.resize((max(size[0], 1), max(size[1], 1)), resample=Image.Resampling(spec.resample))
+
+
+def _resize(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    if spec.resize == "padded":
+        image = _squared(image, spec)
+    width, height = image.size
+    if spec.resize != "shortest_edge":
         size = (spec.resize_width, spec.resize_height)
     else:
         short = spec.resize_height
         size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
     return image.resize(size, resample=Image.Resampling(spec.resample))
+
+
+def _squared(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    """In the middle of a square in the colour of the mean."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(x * 255) for x in spec.mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def _crop(pixels: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:

@@ -5,7 +5,8 @@ A folder is read as transformers reads it: `tokenizer.json`; special tokens from
 `processor_config.json`, `tokenizer_config.json` that has one. Without any, prompts follow LLaVA-1.5:
 `USER: <image>\n{question} ASSISTANT:`.
 
-Image tokens are *not* expanded: the graphs want one per placeholder.
+Image tokens are *not* expanded: the graphs want one per placeholder. Where a family's processor writes more than the template
+does (markers, the places of tiles, times), `VisualLayout.mark` becomes `VisualLayout.written`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from exporter.errors import CheckpointError, UsageError
+from exporter.graphset import GraphSet
 from exporter.runtime import _tokenizer
 from exporter.runtime._tokenizer import content
 from exporter.runtime.question import FOLDER as CLIP_FOLDER
@@ -63,21 +65,32 @@ class Prompt:
         special: Mapping[str, str],
         image_token: str | None,
         clip: QuestionTokenizer | None = None,
+        rewrite: tuple[str, str] = ("", ""),
     ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer, self.special, self.image_token, self._clip = tokenizer, dict(special), image_token, clip
+        self._mark, self._written = rewrite
         self._template = _compile(LLAVA_TEMPLATE if template is None else template)
         self._extra = {"image_token": image_token} if template is None and image_token else {}
 
     @classmethod
-    def load(cls, folder: Path, image_token: str | int | None = None, clip: Path | None = None) -> Prompt:
+    def load(
+        cls,
+        folder: Path,
+        image_token: str | int | None = None,
+        clip: Path | None = None,
+        rewrite: tuple[str, str] = ("", ""),
+        template: str = "",
+    ) -> Prompt:
         """Read a checkpoint's or bundle's folder.
 
         Args:
             folder: holds `tokenizer.json`.
             image_token: the token or id that stands for an image; else what the files say.
             clip: the CLIP checkpoint's folder; else the one that an export has in its own.
+            rewrite: `VisualLayout.mark` and `VisualLayout.written`.
+            template: `VisualLayout.template`, for a folder without a chat template.
         Raises:
             CheckpointError: no tokenizer, or a file that cannot be read.
         """
@@ -96,7 +109,14 @@ class Prompt:
         if clip is None and (folder / CLIP_FOLDER).is_dir():
             clip = folder / CLIP_FOLDER
         questions = None if clip is None else QuestionTokenizer.load(clip)
-        return cls(tokenizer, _chat_template(folder, config, processor), special, image_token, questions)
+        found = _chat_template(folder, config, processor) or template or None
+        return cls(tokenizer, found, special, image_token, questions, rewrite)
+
+    @classmethod
+    def of(cls, folder: Path, graphs: GraphSet) -> Prompt:
+        """That of an export, whose graphs lie in `folder`."""
+        rewrite = graphs.visual.mark, graphs.visual.written
+        return cls.load(folder / "processor", graphs.text.image_token, rewrite=rewrite, template=graphs.visual.template)
 
     def render(self, messages: Sequence[Message], answer: bool = True) -> str:
         """The text of a conversation; with `answer`, up to where the assistant's next answer begins.
@@ -109,11 +129,12 @@ class Prompt:
             json.dumps([dict(message) for message in messages], default=lambda value: type(value).__name__)
         )
         try:
-            return self._template.render(
+            text = self._template.render(
                 messages=plain, tools=None, documents=None, add_generation_prompt=answer, **self._extra, **self.special
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as e:
             raise UsageError(f"The chat template does not take these messages: {e}") from e
+        return text.replace(self._mark, self._written) if self._mark else text
 
     def encode(self, messages: Sequence[Message], answer: bool = True) -> list[int]:
         """Token ids of a conversation, one image token per image.
@@ -124,17 +145,23 @@ class Prompt:
 
     def question(self, text: str, placeholders: int = 1, kind: Literal["image", "video"] = "image") -> list[Message]:
         """One user message asking `text` about `placeholders` images, in the form this template understands."""
-        parts = [*({"type": kind} for _ in range(placeholders)), {"type": "text", "text": text}]
+        shown = placeholders // self._each
+        parts = [*({"type": kind} for _ in range(shown)), {"type": "text", "text": text}]
         message = {"role": "user", "content": parts}
         if self._images([message]) == placeholders:
             return [message]
-        plain = {"role": "user", "content": f"{self.image_token}\n" * placeholders + text}
+        plain = {"role": "user", "content": f"{self._mark or self.image_token}\n" * shown + text}
         if self.image_token is not None and self._images([plain]) == placeholders:
             return [plain]
         raise UsageError(
             f"The chat template does not make {placeholders} image tokens ({self.image_token}) of a question about "
             "that many images. Does it belong to this tokenizer, and is the question free of image tokens?"
         )
+
+    @property
+    def _each(self) -> int:
+        """Image tokens of one image or clip."""
+        return self._written.count(self.image_token or "") if self._mark else 1
 
     def ask(self, text: str, placeholders: int = 1, kind: Literal["image", "video"] = "image") -> list[int]:
         """Token ids of a question about `placeholders` images (`VisualLayout.placeholders`)."""
@@ -170,7 +197,7 @@ class Prompt:
 
     def _ids(self, text: str) -> list[int]:
         bos = self.special.get("bos_token")
-        own = not (bos and text.startswith(bos))
+        own = not (bos and (text.replace(self.image_token, "") if self.image_token else text).startswith(bos))
         return self.tokenizer.encode(text, add_special_tokens=own).ids
 
     def _images(self, messages: Sequence[Message]) -> int:

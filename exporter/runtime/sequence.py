@@ -47,13 +47,16 @@ class Tokens:
     """[batch, seq]; `PAD` where padded."""
     size: Array | None = None
     """float32 [batch, seq], where the language model counts what a token stands for."""
+    reach: Ints | None = None
+    """[batch, seq], where tokens see others behind them: order of the last one."""
 
     def in_prompt_order(self) -> Tokens:
         """The same with the padding of every row first, then its tokens by `order`."""
         rank = np.where(self.order == PAD, -1, self.order).argsort(axis=1, kind="stable")
         rows = np.arange(len(rank))[:, None]
         size = None if self.size is None else self.size[rows, rank]
-        return Tokens(self.embeds[rows, rank], self.position_ids[..., rows, rank], self.order[rows, rank], size)
+        reach = None if self.reach is None else self.reach[rows, rank]
+        return Tokens(self.embeds[rows, rank], self.position_ids[..., rows, rank], self.order[rows, rank], size, reach)
 
     def chunks(self, most: int) -> Iterator[Tokens]:
         """Consecutive parts of at most `most` tokens and about equal length, given the tokens in the order of the prompt.
@@ -68,10 +71,10 @@ class Tokens:
             last = seq
             if seq - first > most:
                 last = int(cuts[(cuts > first) & (cuts <= first + most)].max(initial=0)) or first + most
-            size = None if self.size is None else self.size[:, first:last]
-            yield Tokens(
-                self.embeds[:, first:last], self.position_ids[..., first:last], self.order[:, first:last], size
-            )
+            part = slice(first, last)
+            size = None if self.size is None else self.size[:, part]
+            reach = None if self.reach is None else self.reach[:, part]
+            yield Tokens(self.embeds[:, part], self.position_ids[..., part], self.order[:, part], size, reach)
             first = last
 
 
@@ -87,6 +90,8 @@ class Places:
     """[batch]: position id of the first token after the prompt, on every axis."""
     next_order: Ints
     """[batch]: its order."""
+    reach: Ints | None = None
+    """[batch, seq]: order of the last token that each one sees, where that is not always its own; `PAD` where padded."""
 
 
 def pad(prompts: Prompts) -> Text:
@@ -153,7 +158,7 @@ def arrange(input_ids: Prompts, index: Ints, graphs: GraphSet) -> Places:
     Args:
         input_ids: the prompts, as checked by `split`.
         index: int64 [batch, kept]: each kept token's place among all visual tokens before reduction (frames one after
-            another, each in raster order); -1 for a token that is no patch (CLS): it stands at the first placeholder.
+            another, each in raster order; behind those of a placeholder its row ends); -1 for a token that is no patch (CLS): it stands at the first placeholder.
         graphs: the exported model.
     """
     visual, axes = graphs.visual, graphs.text.position_axes
@@ -177,7 +182,25 @@ def arrange(input_ids: Prompts, index: Ints, graphs: GraphSet) -> Places:
         positions[:, row, : visual.kept], order[row, : visual.kept] = tokens[1:], tokens[0]
         positions[:, row, first:], order[row, first:] = text[1], text[0]
         next_order[row], next_position[row] = end
-    return Places(positions if axes > 1 else positions[0], order, next_position, next_order)
+    return Places(
+        positions if axes > 1 else positions[0], order, next_position, next_order, _reach(order, index, visual)
+    )
+
+
+def _reach(order: Ints, index: Ints, visual: VisualLayout) -> Ints | None:
+    """[batch, seq]: order of the last token that each one sees; None where all look back only."""
+    if visual.sees == "before":
+        return None
+    if visual.sees == "prompt":
+        last = np.where(order == PAD, -1, order).max(axis=1, keepdims=True)
+        return np.where(order == PAD, PAD, last)
+    reach, kept = order.copy(), index.shape[1]
+    holders = np.maximum(index, 0) // (visual.total // visual.placeholders)
+    for row, holder in enumerate(holders):
+        last = np.zeros(visual.placeholders, np.int64)
+        np.maximum.at(last, holder, order[row, :kept])
+        reach[row, :kept] = last[holder]
+    return reach
 
 
 def _kept_places(
@@ -193,7 +216,8 @@ def _kept_places(
     begin_order, begin = orders[:-1][is_image][holder], starts[:-1][is_image][holder]
     patch = index >= 0
     tokens = np.empty((1 + axes, len(index)), np.int64)
-    tokens[0] = begin_order + np.where(patch, offset, 0)
+    # Tiles are seen one by one, but written row by row over all of them: where positions count, they say the order.
+    tokens[0] = begin_order + np.where(patch, offset if axes > 1 else ids[offset, 0], 0)
     tokens[1:] = begin + np.where(patch, ids[offset].T, 0)
     text = np.stack([orders[:-1][~is_image], starts[:-1][~is_image]])
     return tokens, text, (int(orders[-1]), int(starts[-1]))

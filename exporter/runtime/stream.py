@@ -40,7 +40,7 @@ class Stream:
         graphs = generator.graphs
         if capacity < 1:
             raise UsageError(f"A stream needs room for at least one clip; found capacity {capacity}.")
-        if graphs.visual.frames < 2:
+        if graphs.images < 2:
             raise UsageError("A stream needs a model exported for clips: pass --frames to export.")
         if graphs.visual.policy != "compact":
             raise UsageError("A stream has no positions to keep: export with position=compact.")
@@ -66,7 +66,7 @@ class Stream:
 
     def push(self, frames: Array) -> None:
         """More frames: float32 [n, 3, height, width], preprocessed as for `Generator.generate`."""
-        size = self._generator.graphs.visual.frames
+        size = self._generator.graphs.images
         self._waiting += list(frames)
         while len(self._waiting) >= size:
             clip, self._waiting = self._waiting[:size], self._waiting[size:]
@@ -85,7 +85,7 @@ class Stream:
         """
         clips = list(self._clips)
         if self._waiting:
-            size = self._generator.graphs.visual.frames
+            size = self._generator.graphs.images
             clips.append(self._reduced([*self._waiting, *self._waiting[-1:] * (size - len(self._waiting))]))
         if not clips:
             raise UsageError("The stream has no frame yet; push some before asking.")

@@ -30,10 +30,12 @@ def llm_inputs(plan: Plan, module: Decoder, dtype: torch.dtype) -> Inputs:
     g, kv = plan.geometry, module.layout
     axes = (3,) if g.position_axes == 3 else ()
     found: Inputs = {
-        "inputs_embeds": (("batch", "seq", g.hidden), dtype),
+        "inputs_embeds": (("batch", "seq", module.spec.width), dtype),
         "position_ids": ((*axes, "batch", "seq"), torch.int64),
         "order": (("batch", "seq"), torch.int64),
     }
+    if module.spec.reach:
+        found["reach"] = ("batch", "seq"), torch.int64
     if plan.sized:
         found["size"] = ("batch", "seq"), torch.float32
     site = g.tower
@@ -73,7 +75,7 @@ def call_llm(module: Decoder, values: Mapping[str, Any]) -> Sequence[Any]:
     found: Sequence[Any] = module(
         values["inputs_embeds"], values["position_ids"], values["order"], past("key", layers), past("value", layers),
         past("order", groups), values.get("size"), past("size", groups), values.get("past_starts"), values.get("past_state"),
-        [values[name] for name in module.of_tower],
+        [values[name] for name in module.of_tower], values.get("reach"),
     )  # fmt: skip
     return found
 

@@ -114,9 +114,10 @@ def _llm_inputs(
     seq = Range(kept + text.min, kept + text.opt, kept + text.max) if prefill else DECODE_STEP
     axes = (spec.position_axes,) if spec.position_axes > 1 else ()
     inputs: dict[str, tuple[Axis, ...]] = {
-        "inputs_embeds": (batch, seq, spec.hidden),
+        "inputs_embeds": (batch, seq, spec.width),
         "position_ids": (*axes, batch, seq),
         "order": (batch, seq),
+        **({"reach": (batch, seq)} if graphs.reaches else {}),
         **({"size": (batch, seq)} if graphs.sized else {}),
     }
     if prefill and graphs.prefill_apart:

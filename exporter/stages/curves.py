@@ -133,7 +133,8 @@ def prompt_of(plan: Plan) -> Prompt:
     from exporter.runtime.prompt import Prompt
 
     clip = None if plan.request.clip is None else plan.request.clip.folder
-    return Prompt.load(plan.checkpoint.folder, plan.geometry.image_token, clip)
+    g = plan.geometry
+    return Prompt.load(plan.checkpoint.folder, g.image_token, clip, (g.mark, g.written), g.template)
 
 
 def kept(
@@ -163,12 +164,13 @@ def picture(
     grid = graphs.visual.grid
     if grid is None:
         raise UsageError("This model's visual tokens have no raster, so they cannot be drawn on the image.")
-    index = kept(generator, pixel_values, input_ids, side)
+    index = graphs.visual.of_grid(kept(generator, pixel_values, input_ids, side))
     frames = seen(pixel_values, graphs.image)
-    groups = graphs.visual.total // (grid[0] * grid[1])  # some towers merge frames in pairs
+    tokens = graphs.visual.total - graphs.visual.row_ends * graphs.visual.placeholders
+    groups = tokens // (grid[0] * grid[1])  # some towers merge frames in pairs
     names = " + ".join(spec.partition(":")[0] for spec in method.split(" + "))
     drawn = overlay.draw(frames[:: len(frames) // groups], index, grid, caption=names)
-    return Picture(method, index, graphs.visual.total, drawn)
+    return Picture(method, index, tokens, drawn)
 
 
 def seen(pixel_values: Array, spec: ImageSpec) -> npt.NDArray[np.uint8]:

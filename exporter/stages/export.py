@@ -80,7 +80,7 @@ def build_modules(plan: Plan) -> Modules:
         vision = plan.family.vision(plan.checkpoint, plan.geometry, plan.taps, plan.in_tower)
         question = None if plan.clip is None else ClipText(text_spec(plan.clip))
         projector = plan.family.projector(plan.checkpoint)
-        reduce = Reduce(plan.before_llm, projector, (*plan.for_reduce, *plan.side), plan.sized)
+        reduce = Reduce(plan.before_llm, projector, (*plan.for_reduce, *plan.side), plan.sized, plan.row_ends)
         reductions = plan.in_llm, plan.kept
         prefill = decode = Decoder(spec, *reductions, in_cache=plan.in_cache, trained=plan.trained)
         if plan.separate_prefill:
@@ -200,13 +200,19 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
         visual=VisualLayout(
             frames=g.frames,
             placeholders=g.placeholders,
-            total=g.tower.total,
+            total=g.tower.total + g.row_ends * g.placeholders,
             kept=plan.kept,
             grid=g.grid,
             ids=[list(i) for i in g.ids],
             span=g.span,
             policy=plan.policy,
             readers=[token for _, method in plan.in_cache for token in method.readers],
+            media=g.media,
+            mark=g.mark,
+            written=g.written,
+            row_ends=g.row_ends,
+            template=g.template,
+            sees=g.sees,
         ),
         text=TextSpec(
             hidden=g.hidden,
@@ -219,6 +225,7 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
             kept=list(kv.kept),
             image_token=g.image_token,
             eos=list(g.eos),
+            planes=g.planes,
             per_head=[group for group, apart in enumerate(kv.per_head) if apart],
         ),
         signals=signals,

@@ -310,9 +310,14 @@ def _machine(found: Mapping[str, Any] | None) -> str:
 
 def _geometry(graphs: GraphSet) -> dict[str, str]:
     image, visual, text = graphs.image, graphs.visual, graphs.text
-    found = {"Image": f"{image.height} × {image.width}", "Frames": str(visual.frames)}
+    found = {"Image": f"{image.height} × {image.width}", "Frames": str(graphs.images)}
+    if image.parts > 1:
+        whole = "" if image.overview == "none" else ", and the whole"
+        found["Pictures of an image"] = f"{image.tiles[0]} × {image.tiles[1]} tiles{whole}"
     if visual.grid:
-        found["Tokens of a frame"] = f"{visual.grid[0]} × {visual.grid[1]}"
+        found["Tokens of a frame" if image.parts == 1 else "Tokens of a picture"] = (
+            f"{visual.grid[0]} × {visual.grid[1]}"
+        )
     found["Visual tokens per KV group"] = ", ".join(map(str, text.kept))
     found["Positions"] = "kept tokens keep their ids" if visual.policy == "keep" else "renumbered without gaps"
     found["Language model"] = f"{text.layers} layers, width {text.hidden}, {text.kv_heads} KV heads of {text.head_dim}"

@@ -26,8 +26,9 @@ def test_reductions_are_listed_without_torch() -> None:
     listed = device("list", "reductions", "--json")
     assert listed.returncode == 0, listed.stderr
     found = {r["name"]: r["families"] for r in json.loads(listed.stdout)["reductions"]}
-    assert found["visionzip"] == ["llava", "qwen2_5_vl"]
-    assert found["tome"] == ["llava"]
+    assert {"llava", "qwen2_5_vl"} <= set(found["visionzip"])
+    assert "llava" in found["tome"]
+    assert "qwen2_5_vl" not in found["tome"]
 
 
 def test_build_bench_and_pack_need_no_torch(bundle: Path) -> None:

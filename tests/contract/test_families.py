@@ -85,10 +85,23 @@ def test_modules_find_their_weights(family: Family, checkpoint: Checkpoint) -> N
     assert not forgotten
 
 
+def test_the_published_config_is_one_of_this_family(family: Family) -> None:
+    """Of whatever size the family takes when none is asked for."""
+    published = Checkpoint.of_config(family.published).named(family.canonical)
+    assert published.config["model_type"] == family.model_type
+    check_geometry(family.geometry(published, Request()))
+
+
 def test_geometry_is_consistent(family: Family, checkpoint: Checkpoint) -> None:
-    g = geometry_of(family, checkpoint)
+    check_geometry(geometry_of(family, checkpoint))
+
+
+def check_geometry(g: Geometry) -> None:
     assert g.grid[0] * g.grid[1] == g.tower.tokens
-    assert len(g.ids) * g.placeholders == g.tower.total
+    assert (len(g.ids) - g.row_ends) * g.placeholders == g.tower.total
+    assert len(set(g.ids)) == len(g.ids)
+    assert g.frames % g.image.parts == 0
+    assert bool(g.mark) == bool(g.written)
     assert all(len(i) == g.position_axes for i in g.ids)
     assert g.span > max(max(i) for i in g.ids)
     assert 0 <= g.image_token < g.vocab

@@ -17,7 +17,8 @@ from exporter.families._contract import Request, decoder_spec
 from exporter.stages.export import load_reference
 from tests.families import tiny
 
-REQUEST = {"llava": Request(), "qwen2_5_vl": Request(1, (112, 112))}
+SIZED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+REQUEST = {"llava": Request(), **{family: Request(1, (112, 112)) for family in SIZED}}
 
 LAYOUTS = {
     ("llava", "2023"): {
@@ -33,6 +34,19 @@ LAYOUTS = {
         "vision": "model.vision_tower.", "projector": "model.multi_modal_projector.",
     },
     ("qwen2_5_vl", "2024"): {"text": "model.", "head": "lm_head.", "vision": "visual."},
+    ("qwen2_vl", "2024"): {"text": "model.", "head": "lm_head.", "vision": "visual."},
+    ("qwen3_vl", "2025"): {"text": "model.language_model.", "head": "lm_head.", "vision": "model.visual."},
+    ("internvl", "2025"): {
+        "text": "language_model.model.", "head": "language_model.lm_head.",
+        "vision": "vision_tower.", "projector": "multi_modal_projector.",
+    },
+    **{
+        (family, "2024"): {
+            "text": "language_model.model.", "head": "language_model.lm_head.",
+            "vision": "vision_tower.vision_model.", "projector": "multi_modal_projector.",
+        }
+        for family in ("gemma3", "paligemma", "llava_next", "llava_onevision")
+    },
     ("qwen2_5_vl", "2025"): {"text": "model.language_model.", "head": "lm_head.", "vision": "model.visual."},
 }  # fmt: skip
 """(family, since when): prefix of our names → prefix in the file."""
@@ -40,7 +54,7 @@ LAYOUTS = {
 
 def parameters(folder: Path, family: str) -> dict[str, torch.Tensor]:
     """Every parameter of the reference modules, by role and name."""
-    modules = load_reference(tiny.plan(folder, (), REQUEST[family]))
+    modules = load_reference(tiny.plan(folder, (), REQUEST.get(family)))
     return {f"{file}.{n}": p for file, module in modules.stored().items() for n, p in module.named_parameters()}
 
 
@@ -53,7 +67,7 @@ def test_tensor_names(family: str, layout: str, tmp_path: Path) -> None:
     """The same weights under every generation of names."""
     original, renamed = tmp_path / "original", tmp_path / "renamed"
     getattr(tiny, family)(original)
-    checkpoint = tiny.plan(original, (), REQUEST[family]).checkpoint
+    checkpoint = tiny.plan(original, (), REQUEST.get(family)).checkpoint
     prefixes = LAYOUTS[family, layout]
     tensors = {}
     for key, tensor in load_file(original / "model.safetensors").items():

@@ -52,22 +52,28 @@ def compare(theirs: PreTrainedModel, generator: Generator) -> None:
         features = vision_features(theirs, arguments)
         logits = theirs(**arguments).logits[:, -1]
         tokens = theirs.generate(**arguments, max_new_tokens=NEW_TOKENS, do_sample=False)
-    assert relative(visual.embeds[0], features) <= TOLERANCE
+    width = generator.graphs.text.hidden
+    order = arrange([asked.prompt], visual.index, generator.graphs).order[0, : visual.index.shape[1]].argsort()
+    assert relative(visual.embeds[0, order, :width], features[0]) <= TOLERANCE
+    for plane, wanted in enumerate(features[1:], 1):
+        assert relative(visual.embeds[0, :, plane * width :][:, :width], wanted) <= TOLERANCE
     assert relative(generator.prefill(visual, [asked.prompt]).logits, logits) <= TOLERANCE
     result = generator.generate(asked.pixels, [asked.prompt], NEW_TOKENS)
     assert result.tokens == tokens[:, arguments["input_ids"].shape[1] :].tolist()
     assert len(set(result.tokens[0])) > 4, "a model that repeats itself shows nothing"
 
 
-def vision_features(theirs: PreTrainedModel, arguments: dict[str, Any]) -> torch.Tensor:
-    """[tokens, hidden] at the language model's width."""
+def vision_features(theirs: PreTrainedModel, arguments: dict[str, Any]) -> list[torch.Tensor]:
+    """[tokens, hidden] at the language model's width; then what the first layers get, if they get anything."""
     if "pixel_values_videos" in arguments:
         found = theirs.model.get_video_features(arguments["pixel_values_videos"], arguments["video_grid_thw"])
     elif "image_grid_thw" in arguments:
         found = theirs.model.get_image_features(arguments["pixel_values"], arguments["image_grid_thw"])
     else:
-        found = theirs.model.get_image_features(arguments["pixel_values"])
-    return torch.cat(tuple(found.pooler_output))
+        more = {name: arguments[name] for name in ("image_sizes", "batch_num_images") if name in arguments}
+        found = theirs.model.get_image_features(arguments["pixel_values"], **more)
+    planes = getattr(found, "deepstack_features", None) or ()
+    return [torch.cat(tuple(part)) for part in (found.pooler_output, *planes)]
 
 
 @pytest.mark.parametrize("decoder", tiny.DECODERS)
@@ -114,21 +120,54 @@ def test_a_head_with_a_cap(theirs: type[PreTrainedModel], tmp_path: Path) -> Non
     assert llava.FAMILY.decoder(checkpoint).logit_cap is None
 
 
+@pytest.mark.parametrize(
+    ("build", "frames", "size"),
+    [
+        pytest.param(tiny.smolvlm, 1, None, id="smolvlm"),
+        pytest.param(tiny.smolvlm, 3, None, id="smolvlm of three images"),
+        pytest.param(tiny.idefics3, 1, (56, 112), id="idefics3 of tiles"),
+        pytest.param(tiny.internvl, 1, None, id="internvl"),
+        pytest.param(partial(tiny.internvl, decoder="qwen3"), 1, (112, 56), id="internvl of tiles"),
+        pytest.param(
+            partial(tiny.internvl, decoder="llama", norm_type="rms_norm", use_qk_norm=True, attention_bias=False), 2, None,
+            id="internvl of 6B",
+        ),
+        pytest.param(partial(tiny.internvl, use_mean_pooling=False), 1, None, id="internvl with a last norm"),
+        pytest.param(tiny.llava_next, 1, (112, 168), id="llava_next"),
+        pytest.param(tiny.mistral3, 1, (84, 140), id="mistral3"),
+        pytest.param(tiny.mistral3, 2, (56, 84), id="mistral3 of two images"),
+        pytest.param(tiny.gemma3, 3, None, id="gemma3 of three images"),
+        pytest.param(partial(tiny.gemma3, sliding_window=4), 2, None, id="gemma3 of two images, short windows"),
+        pytest.param(tiny.paligemma, 1, None, id="paligemma"),
+        pytest.param(partial(tiny.paligemma, decoder="gemma2", sliding_window=64), 2, None, id="paligemma 2 of two images"),
+        pytest.param(tiny.llava_next, 2, (112, 56), id="llava_next of two images"),
+        pytest.param(tiny.llava_onevision, 1, (56, 112), id="llava_onevision of tiles"),
+        pytest.param(tiny.llava_onevision, 3, None, id="llava_onevision of three images"),
+    ],
+)  # fmt: skip
+def test_families(build: Any, frames: int, size: tuple[int, int] | None, tmp_path: Path) -> None:
+    compare(build(tmp_path), ours(tmp_path, Request(frames, size)))
+
+
 def test_llava_with_several_images(tmp_path: Path) -> None:
     compare(tiny.llava(tmp_path), ours(tmp_path, Request(frames=2)))
 
 
 @pytest.mark.parametrize(
-    ("size", "frames"),
+    ("build", "size", "frames"),
     [
-        pytest.param((112, 112), 1, id="whole windows"),
-        pytest.param((140, 112), 1, id="windows cut by the border"),
-        pytest.param((84, 140), 1, id="cut on both sides"),
-        pytest.param((112, 112), 4, id="clip"),
+        pytest.param(tiny.qwen2_5_vl, (112, 112), 1, id="whole windows"),
+        pytest.param(tiny.qwen2_5_vl, (140, 112), 1, id="windows cut by the border"),
+        pytest.param(tiny.qwen2_5_vl, (84, 140), 1, id="cut on both sides"),
+        pytest.param(tiny.qwen2_5_vl, (112, 112), 4, id="clip"),
+        pytest.param(tiny.qwen2_vl, (84, 140), 1, id="qwen2_vl"),
+        pytest.param(tiny.qwen2_vl, (112, 112), 4, id="qwen2_vl of a clip"),
+        pytest.param(tiny.qwen3_vl, (84, 140), 1, id="qwen3_vl"),
+        pytest.param(tiny.qwen3_vl, (112, 84), 4, id="qwen3_vl of a clip"),
     ],
 )
-def test_qwen2_5_vl(size: tuple[int, int], frames: int, tmp_path: Path) -> None:
-    theirs = tiny.qwen2_5_vl(tmp_path)
+def test_qwen(build: Any, size: tuple[int, int], frames: int, tmp_path: Path) -> None:
+    theirs = build(tmp_path)
     generator = ours(tmp_path, Request(frames, size))
     compare(theirs, generator)
     asked = tiny.question(generator.graphs)

@@ -6,7 +6,7 @@ Hugging Face model it was. Beside them: what the tests ask these models, for us 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,31 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 
 from exporter.checkpoint import Checkpoint
@@ -38,6 +58,8 @@ QUESTION_TOKENS = 12
 """Length of a question for `clip`, start and end included."""
 WINDOW = 12
 """A sliding window shorter than every prompt below."""
+PINPOINTS = [[56, 112], [112, 56], [112, 112], [112, 168], [168, 168]]
+"""Image sizes of which `llava_next` and `llava_onevision` make tiles of 56 pixels."""
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": dict(sliding_window=WINDOW),
@@ -98,20 +120,144 @@ def llava(
 
 def qwen2_5_vl(folder: Path, tied: bool = False) -> PreTrainedModel:
     """One visual token per 28 × 28 pixels, windows of 2 × 2 tokens, full attention in blocks 1 and 3."""
-    text = dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCAB, max_position_embeddings=512, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=EOS,
-        tie_word_embeddings=tied, rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3]),
-    )  # fmt: skip
     vision = dict(
         depth=4, hidden_size=48, intermediate_size=96, num_heads=4, patch_size=PATCH, spatial_merge_size=2,
         temporal_patch_size=2, window_size=56, fullatt_block_indexes=[1, 3], out_hidden_size=64, tokens_per_second=2,
     )  # fmt: skip
-    config = Qwen2_5_VLConfig(
+    return _qwen(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, vision, [2, 3, 3], tied, folder)
+
+
+def qwen2_vl(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """One visual token per 28 × 28 pixels."""
+    vision = dict(
+        depth=3, embed_dim=48, hidden_size=64, mlp_ratio=2, num_heads=4, patch_size=PATCH, spatial_merge_size=2,
+        temporal_patch_size=2,
+    )  # fmt: skip
+    return _qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, vision, [2, 3, 3], tied, folder)
+
+
+def qwen3_vl(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """One visual token per 28 × 28 pixels, 5 × 5 learned positions, two planes for the first layers."""
+    vision = dict(
+        depth=4, hidden_size=48, intermediate_size=96, num_heads=4, patch_size=PATCH, spatial_merge_size=2,
+        temporal_patch_size=2, out_hidden_size=64, num_position_embeddings=25, deepstack_visual_indexes=[0, 2],
+    )  # fmt: skip
+    return _qwen(Qwen3VLConfig, Qwen3VLForConditionalGeneration, vision, [4, 2, 2], tied, folder, head_dim=16)
+
+
+def _qwen(
+    config: Any, model: Any, vision: dict[str, Any], section: list[int], tied: bool, folder: Path, **more: Any
+) -> PreTrainedModel:
+    text = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCAB, max_position_embeddings=512, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=EOS,
+        tie_word_embeddings=tied, rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=section),
+        **more,
+    )  # fmt: skip
+    made = config(
         text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
         vision_start_token_id=START, vision_end_token_id=END, tie_word_embeddings=tied,
     )  # fmt: skip
-    return saved(Qwen2_5_VLForConditionalGeneration(config), folder)
+    return saved(model(made), folder)
+
+
+def llava_next(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """16 visual tokens per picture, tiles of 56 pixels."""
+    vision = dict(
+        model_type="clip_vision_model", hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        image_size=56, patch_size=PATCH,
+    )  # fmt: skip
+    config = LlavaNextConfig(
+        vision_config=vision, text_config=text_config("mistral", tied) | dict(sliding_window=None),
+        image_token_index=IMAGE, image_grid_pinpoints=PINPOINTS, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(LlavaNextForConditionalGeneration(config), folder)
+
+
+def llava_onevision(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """As `llava_next`."""
+    vision = dict(
+        model_type="siglip_vision_model", hidden_size=48, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, image_size=56, patch_size=PATCH,
+    )  # fmt: skip
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config=text_config("qwen2", tied), image_token_index=IMAGE, video_token_index=VIDEO,
+        image_grid_pinpoints=PINPOINTS, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(LlavaOnevisionForConditionalGeneration(config), folder)
+
+
+SIGLIP = dict(
+    model_type="siglip_vision_model", hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+    image_size=56, patch_size=PATCH, vision_use_head=False,
+)  # fmt: skip
+
+
+def gemma3(folder: Path, tied: bool = False, **text: Any) -> PreTrainedModel:
+    """4 visual tokens per image, each the mean of 2 × 2 patches; windows as long as 12 tokens."""
+    config = Gemma3Config(
+        vision_config=SIGLIP, text_config=text_config("gemma3_text", tied) | text, mm_tokens_per_image=4,
+        image_token_index=IMAGE, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(Gemma3ForConditionalGeneration(config), folder)
+
+
+def paligemma(folder: Path, decoder: str = "gemma", tied: bool = False, **text: Any) -> PreTrainedModel:
+    """16 visual tokens per image."""
+    config = PaliGemmaConfig(
+        vision_config=SIGLIP | dict(projection_dim=64), text_config=text_config(decoder, tied) | text,
+        image_token_index=IMAGE, projection_dim=64, hidden_size=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(PaliGemmaForConditionalGeneration(config), folder)
+
+
+def mistral3(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """One visual token per 28 × 28 pixels."""
+    vision = dict(
+        model_type="pixtral", hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        image_size=224, patch_size=PATCH,
+    )  # fmt: skip
+    config = Mistral3Config(
+        vision_config=vision, text_config=text_config("mistral", tied) | dict(sliding_window=None, head_dim=24),
+        image_token_index=IMAGE, spatial_merge_size=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(Mistral3ForConditionalGeneration(config), folder)
+
+
+def smolvlm(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """4 visual tokens per tile, of 2 × 2 patches each."""
+    return _idefics(SmolVLMConfig, SmolVLMForConditionalGeneration, "smolvlm_vision", tied, folder)
+
+
+def idefics3(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """As `smolvlm`."""
+    return _idefics(Idefics3Config, Idefics3ForConditionalGeneration, "idefics3_vision", tied, folder)
+
+
+def _idefics(config: Any, model: Any, tower: str, tied: bool, folder: Path) -> PreTrainedModel:
+    vision = dict(
+        model_type=tower, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=56,
+        patch_size=PATCH,
+    )  # fmt: skip
+    text = text_config("llama", tied)
+    made = config(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, scale_factor=2, tie_word_embeddings=tied,
+        pad_token_id=0,
+    )  # fmt: skip
+    return saved(model(made), folder)
+
+
+def internvl(folder: Path, decoder: str = "qwen2", tied: bool = False, **vision: Any) -> PreTrainedModel:
+    """4 visual tokens per tile, of 2 × 2 patches each."""
+    tower = dict(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=[56, 56],
+        patch_size=[PATCH, PATCH], attention_bias=True,
+    ) | vision  # fmt: skip
+    config = InternVLConfig(
+        vision_config=tower, text_config=text_config(decoder, tied), image_token_id=IMAGE, image_seq_length=4,
+        downsample_ratio=0.5, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(InternVLForConditionalGeneration(config), folder)
 
 
 def clip(folder: Path, hidden: int = 48, layers: int = 3, early: bool = False, **text: Any) -> CLIPModel:
@@ -157,29 +303,82 @@ def endless(graphs: GraphSet) -> GraphSet:
     return replace(graphs, text=replace(graphs.text, eos=[]))
 
 
+Pixels = npt.NDArray[np.float32]
+"""[1, frames, 3, height, width]"""
+
+
 @dataclass(frozen=True)
 class Question:
     """Text and pixels. `prompt` holds one image token per placeholder, as our runtime takes it."""
 
     prompt: list[int]
-    pixels: npt.NDArray[np.float32]
-    """[1, frames, 3, height, width]"""
+    pixels: Pixels
     side: dict[str, npt.NDArray[np.int64]]
     """What a reduction reads beside them, if it does: `question_ids`."""
 
     def for_transformers(self, graphs: GraphSet) -> dict[str, Any]:
-        """Arguments of the Hugging Face model: every image token expanded, and for Qwen2.5-VL pixels as patches."""
+        """Arguments of the Hugging Face model: every image token expanded, and pixels as the family takes them."""
         visual, token = graphs.visual, graphs.text.image_token
         each = visual.total // visual.placeholders
         ids = torch.tensor([[t for p in self.prompt for t in ([p] * each if p == token else [p])]])
         arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if graphs.family == "llava":
-            return arguments | {"pixel_values": torch.from_numpy(self.pixels[0])}
-        kind = "image" if token == IMAGE else "video"
-        grid = torch.tensor([[max(1, visual.frames // 2), *(s // PATCH for s in self.pixels.shape[-2:])]])
-        arguments |= {f"{kind}_grid_thw": grid, "mm_token_type_ids": (ids == token).long() * (1 + (kind == "video"))}
-        arguments["pixel_values" if kind == "image" else "pixel_values_videos"] = patches(self.pixels[0])
-        return arguments
+        return arguments | VISUAL.get(graphs.family, of_frames)(self.pixels, ids, graphs)
+
+
+def of_frames(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
+    """[frames, 3, height, width]"""
+    return {"pixel_values": torch.from_numpy(pixels[0])}
+
+
+def of_samples(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
+    """[samples, frames, 3, height, width]"""
+    return {"pixel_values": torch.from_numpy(pixels)}
+
+
+def of_tiles(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
+    """[images, tiles, 3, height, width], and how large the images were."""
+    parts, (rows, cols) = graphs.image.parts, graphs.image.tiles
+    size = torch.tensor([[rows * graphs.image.height, cols * graphs.image.width]] * graphs.images)
+    found = {"pixel_values": torch.from_numpy(pixels[0]).unflatten(0, (-1, parts)), "image_sizes": size}
+    return found | ({"batch_num_images": torch.tensor([graphs.images])} if parts == 1 else {})
+
+
+def of_patches(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
+    """[patches, numbers of a patch], the grid of every image or clip, and which tokens are visual."""
+    visual, token = graphs.visual, graphs.text.image_token
+    kind = "image" if token == IMAGE else "video"
+    grid = torch.tensor([[max(1, visual.frames // 2), *(s // PATCH for s in pixels.shape[-2:])]])
+    return {
+        f"{kind}_grid_thw": grid, "mm_token_type_ids": (ids == token).long() * (1 + (kind == "video")),
+        "pixel_values" if kind == "image" else "pixel_values_videos": patches(pixels[0]),
+    }  # fmt: skip
+
+
+def of_sizes(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
+    """Frames, and how large they are."""
+    found = of_frames(pixels, ids, graphs)
+    return found | {"image_sizes": torch.tensor([found["pixel_values"].shape[-2:]] * graphs.images)}
+
+
+def of_gemma(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
+    """Frames, and which tokens see each other."""
+    kind = ids == graphs.text.image_token if graphs.family == "gemma3" else torch.zeros_like(ids)
+    return of_frames(pixels, ids, graphs) | {"token_type_ids": kind.long()}
+
+
+VISUAL: dict[str, Callable[[Pixels, torch.Tensor, GraphSet], dict[str, Any]]] = {
+    "gemma3": of_gemma,
+    "idefics3": of_samples,
+    "llava_next": of_tiles,
+    "llava_onevision": of_tiles,
+    "mistral3": of_sizes,
+    "paligemma": of_gemma,
+    "qwen2_5_vl": of_patches,
+    "qwen2_vl": of_patches,
+    "qwen3_vl": of_patches,
+    "smolvlm": of_samples,
+}
+"""Family → what its Hugging Face model gets beside the text, if not just frames."""
 
 
 def question(graphs: GraphSet, seed: int = 0, text: tuple[int, ...] = (11, 12, 13)) -> Question:
@@ -187,8 +386,10 @@ def question(graphs: GraphSet, seed: int = 0, text: tuple[int, ...] = (11, 12, 1
     image, visual, token = graphs.image, graphs.visual, graphs.text.image_token
     pixels = np.random.default_rng(seed).standard_normal((1, visual.frames, 3, image.height, image.width))
     placeholders = [token] * visual.placeholders
-    if graphs.family == "qwen2_5_vl":
-        placeholders = [START, *placeholders, END]
+    if graphs.family == "mistral3":  # row by row
+        placeholders = [t for p in placeholders for t in (p, START)][:-1]
+    if graphs.text.position_axes == 3 or graphs.family == "gemma3":
+        placeholders = [t for p in placeholders for t in (START, p, END)]
     side, length = {}, graphs.question_tokens
     if length:
         ids = np.random.default_rng(seed).integers(0, 74, (1, length))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from exporter.families._contract import Request
+from exporter.families._towers import llava_tower
 from exporter.nn.qwen_vit import Tap
 from exporter.nn.reduce import Reduce
 from exporter.nn.specs import BlockSpec, QwenVitSpec, VitSpec
@@ -135,7 +136,7 @@ def test_signals_of_any_block_leave_the_features_alone(name: str, tmp_path: Path
     tiny.llava(tmp_path)
     pixels = torch.randn(2, 2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     plan = tiny.plan(tmp_path, request=Request(2))
-    spec = plan.family._tower(plan.checkpoint.config)  # type: ignore[attr-defined]
+    spec = llava_tower(plan.checkpoint.config, -2, "default")
     kind, _, at = name.partition("@")
     usual = Vit(spec, ("hidden", name), 2)
     other = Vit(replace(spec, blocks=int(at) + 1), (kind,), 2)

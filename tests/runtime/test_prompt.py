@@ -251,3 +251,17 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="holds a list"):
         Prompt.load(tmp_path)
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_what_a_processor_writes_around_image_tokens(template: str | None, tmp_path: Path) -> None:
+    """Two images of two tiles: where the template writes its mark, the prompt has markers and a token for each tile."""
+    save(tmp_path, byte_level, template)
+    mark = "<|image_pad|>" if template else "<image>"
+    written = f"<s>{mark}\n{mark}</s>"
+    prompt = Prompt.load(tmp_path, mark, rewrite=(mark, written))
+    plain = Prompt.load(tmp_path, mark)
+    messages = prompt.question("Where?", placeholders=4)
+    assert prompt.render(messages) == plain.render(messages).replace(mark, written)
+    assert prompt.render(messages).count(written) == 2
+    assert prompt.encode(messages).count(prompt.tokenizer.token_to_id(mark)) == 4

@@ -61,6 +61,31 @@ def test_kept_tokens_close_up() -> None:
     assert found.next_position.tolist() == found.next_order.tolist() == [7, 4]
 
 
+@pytest.mark.parametrize(("policy", "image", "prompt"), [("keep", [2, 9, 9], 12), ("compact", [2, 4, 4], 7)])
+def test_how_far_a_token_sees(policy: str, image: list[int], prompt: int) -> None:
+    """To the last kept token of its image, or of the prompt; text otherwise to itself, padding to nothing in particular."""
+    prompts, index = [[1, 2, I, 3, I, 4, 5], [I, I, 6]], np.array([[0, 4, 6], [0, 1, 7]])
+    plain = graphs(2, kept=3, policy=policy)
+    assert arrange(prompts, index, plain).reach is None
+    seen = arrange(prompts, index, replace(plain, visual=replace(plain.visual, sees="image")))
+    assert seen.reach is not None
+    assert seen.reach[0].tolist() == [*image, *seen.order[0, 3:].tolist()]
+    assert seen.reach[1, :2].tolist() == [seen.order[1, 1]] * 2
+    whole = arrange(prompts, index, replace(plain, visual=replace(plain.visual, sees="prompt")))
+    assert whole.reach is not None
+    assert whole.reach[0].tolist() == [prompt] * 8
+    assert whole.reach[1, 3:].tolist() == [PAD] * 4 + [whole.next_order[1] - 1]
+
+
+def test_tiles_are_written_row_by_row() -> None:
+    """Two tiles of 2 × 1 tokens side by side, with an end behind each of the two rows."""
+    rows = graphs(each=6, ids=[[0], [3], [1], [4], [2], [5]])
+    found = arrange([[1, I, 7]], np.arange(6)[None], rows)
+    assert found.order.tolist() == found.position_ids.tolist() == [[1, 4, 2, 5, 3, 6, 0, 7]]
+    two = replace(rows.visual, placeholders=2, frames=4, total=12, row_ends=2)
+    assert two.of_grid(np.array([-1, 0, 3, 4, 5, 6, 9, 11])).tolist() == [-1, 0, 3, 4, 7]
+
+
 def test_compact_on_three_axes() -> None:
     ids = [[0, i // 2, i % 2] for i in range(4)]
     found = arrange([[1, I, 3]], np.array([[1, 3]]), graphs(kept=2, policy="compact", ids=ids, span=2))

@@ -1,0 +1,196 @@
+"""What a model sees and reads is what its own processor makes of an image and of the chat template's image token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
+
+from exporter.errors import UsageError
+from exporter.families._contract import Geometry, Request
+from exporter.runtime import images
+from exporter.runtime.prompt import Prompt
+from tests.families import tiny
+from tests.runtime.test_prompt import llama_like, save
+
+SIDE = 56
+TOKENS = 4
+"""Visual tokens of a tile."""
+ONE, GRID = (SIDE, SIDE), (2 * SIDE, 3 * SIDE)
+OF_ONEVISION = LlavaOnevisionImageProcessorPil(
+    size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=tiny.PINPOINTS
+)  # fmt: skip
+OF_IDEFICS = dict(max_image_size={"longest_edge": SIDE}, size={"longest_edge": 3 * SIDE})
+
+
+def of_idefics(kind: Any) -> Callable[[int, int], str]:
+    processor: Any = SimpleNamespace(
+        fake_image_token="<fake_token_around_image>", image_token="<image>", image_seq_len=TOKENS,
+        global_image_token="<global-img>", global_image_tag="<global-img>",
+    )  # fmt: skip
+
+    def text(rows: int, cols: int) -> str:
+        split = rows * cols > 1
+        found: str = kind.replace_image_token(processor, {"rows": [[rows * split]], "cols": [[cols * split]]}, 0)
+        return found
+
+    return text
+
+
+def of_internvl(rows: int, cols: int) -> str:
+    processor: Any = SimpleNamespace(
+        start_image_token="<img>", end_image_token="</img>", image_token="<IMG_CONTEXT>", image_seq_length=TOKENS
+    )
+    tiles = rows * cols
+    return InternVLProcessor.replace_image_token(processor, {"num_patches": [tiles + (tiles > 1)]}, 0)
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    size: tuple[int, int] | None
+    """What --image-size says; None: nothing."""
+    picture: tuple[int, int]
+    """Width and height of a picture of which the processor makes that."""
+    processor: Any
+    token: str = ""
+    text: Callable[[int, int], str] | None = None
+    """What it writes for an image of so many tiles, if that is not just the token."""
+    tiles: tuple[int, int] = (1, 1)
+    together: bool = False
+    """Whether it makes something else of several images than of each."""
+
+
+CASES = [
+    *(
+        Case(family, size, picture, kind(do_image_splitting=tiles != (1, 1), **OF_IDEFICS), "<image>", of_idefics(text), tiles)
+        for family, kind, text in (
+            ("smolvlm", SmolVLMImageProcessorPil, SmolVLMProcessor),
+            ("idefics3", Idefics3ImageProcessorPil, Idefics3Processor),
+        )
+        for size, picture, tiles in ((None, (61, 47), (1, 1)), (ONE, (30, 90), (1, 1)), (GRID, (100, 60), (2, 3)))
+    ),
+    *(
+        Case(
+            "internvl", size, picture,
+            GotOcr2ImageProcessorPil(
+                size={"height": SIDE, "width": SIDE}, crop_to_patches=True, max_patches=tiles[0] * tiles[1],
+                min_patches=tiles[0] * tiles[1], image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
+            ),
+            "<IMG_CONTEXT>", of_internvl, tiles,
+        )
+        for size, picture, tiles in ((None, (61, 47), (1, 1)), (GRID, (96, 65), (2, 3)))
+    ),
+    Case("llava_next", GRID, (336, 224), LlavaNextImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=tiny.PINPOINTS,
+    ), tiles=(2, 3)),
+    Case("llava_onevision", GRID, (336, 224), OF_ONEVISION, tiles=(2, 3)),
+    Case("llava_onevision", None, (61, 46), OF_ONEVISION, together=True),
+    Case("gemma3", None, (61, 47), Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE})),
+    Case("paligemma", None, (61, 47), SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}, resample=3)),
+]  # fmt: skip
+
+
+def geometry(case: Case, folder: Path, frames: int = 1) -> Geometry:
+    getattr(tiny, case.family)(folder)
+    case.processor.save_pretrained(folder)
+    return tiny.plan(folder, (), Request(frames, case.size)).geometry
+
+
+def named(case: Case) -> str:
+    return f"{case.family}-{case.tiles[0]}x{case.tiles[1]}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_pixels(case: Case, tmp_path: Path) -> None:
+    """Of two pictures, one after another."""
+    rng = np.random.default_rng(0)
+    shape = (*case.picture[::-1], 3)
+    pictures = [Image.fromarray(rng.integers(0, 256, shape, np.uint8)) for _ in range(2)]
+    given = [pictures] if case.together else [[picture] for picture in pictures]
+    wanted = case.processor(given, return_tensors="np")["pixel_values"]
+    g = geometry(case, tmp_path, frames=2)
+    found = images.preprocess(pictures, g.image)
+    assert found.shape == (1, g.frames, 3, g.image.height, g.image.width)
+    assert np.array_equal(found[0], np.asarray(wanted).reshape(found.shape[1:]))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.text], ids=named)
+def test_text(case: Case, tmp_path: Path) -> None:
+    """An image token stands for all tokens of a tile."""
+    assert case.text is not None
+    g = geometry(case, tmp_path)
+    assert g.written.count(case.token) == g.placeholders == g.image.parts
+    assert g.written.replace(case.token, case.token * TOKENS) == case.text(*case.tiles)
+    assert g.mark == case.token
+
+
+def test_mistral3_sees_a_picture_row_by_row(tmp_path: Path) -> None:
+    """Pixels of a picture whose own size is the exported one, rounded up; text with a break behind every row."""
+    tiny.mistral3(tmp_path)
+    processor: Any = PixtralImageProcessorPil(size={"longest_edge": 140}, patch_size={"height": 28, "width": 28})
+    processor.save_pretrained(tmp_path)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (75, 130, 3), np.uint8))
+    wanted = processor([[picture]], return_tensors="np")
+    g = tiny.plan(tmp_path, (), Request(1, (84, 140))).geometry
+    assert np.asarray(wanted["image_sizes"]).reshape(-1).tolist() == [84, 140]
+    assert np.array_equal(
+        images.preprocess([picture], g.image)[0], np.asarray(wanted["pixel_values"]).reshape(1, 3, 84, 140)
+    )
+    rows = [*["[IMG]"] * 5, "[IMG_BREAK]"] * 3  # the processor itself wants torchvision
+    assert g.written.replace("[IMG]", "[IMG]" * 5) == "".join([*rows[:-1], "[IMG_END]"])
+    assert (g.mark, g.placeholders) == ("[IMG]", 3)
+
+
+def test_gemma3_puts_an_image_between_empty_lines(tmp_path: Path) -> None:
+    tiny.gemma3(tmp_path)
+    g = tiny.plan(tmp_path).geometry
+    assert (g.mark, g.written) == ("<start_of_image>", "\n\n<start_of_image><image_soft_token><end_of_image>\n\n")
+
+
+def test_paligemma_has_a_template_of_its_own(tmp_path: Path) -> None:
+    """Images, beginning of text, task, line break; and nothing that the tokenizer adds."""
+    tiny.paligemma(tmp_path / "model")
+    template = tiny.plan(tmp_path / "model").geometry.template
+    hf = save(tmp_path / "text", llama_like, None)
+    prompt = Prompt.load(tmp_path / "text", "<image>", template=template)
+    wanted = hf("<image><image><s>caption en\n", add_special_tokens=False)["input_ids"]
+    assert prompt.ask("caption en", placeholders=2) == wanted
+    with pytest.raises(UsageError, match="no conversations"):
+        prompt.follow(prompt.question("caption en"), "a cat", "and now?")
+
+
+def test_times_of_a_clip(tmp_path: Path) -> None:
+    """Qwen3-VL's steps of a clip of six frames, sampled twice a second; the processor writes them for the template's clip."""
+    tiny.qwen3_vl(tmp_path)
+    g = tiny.plan(tmp_path, (), Request(6, (112, 84))).geometry
+    processor: Any = SimpleNamespace(
+        video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2), video_token="<|video_pad|>",
+        vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>",
+        _calculate_timestamps=partial(Qwen3VLProcessor._calculate_timestamps, None),
+    )  # fmt: skip
+    metadata = SimpleNamespace(fps=2, frames_indices=list(range(6)))
+    found = {"video_grid_thw": np.array([[3, 8, 6]]), "video_metadata": [metadata]}
+    wanted = Qwen3VLProcessor.replace_video_token(processor, found, 0)
+    assert (g.placeholders, g.media) == (3, "video")
+    assert g.mark == "<|vision_start|><|video_pad|><|vision_end|>"
+    assert g.written.replace("<|video_pad|>", "<|video_pad|>" * 12) == wanted
