@@ -161,7 +161,8 @@ def open_runners(
     with ExitStack() as stack:
         runners: dict[str, Runner] = {}
         for file, roles in graphs.roles().items():
-            runners |= dict.fromkeys(roles, stack.enter_context(backend.runner(folder / "graphs" / file, threads)))
+            runner = backend.runner(folder / "graphs" / file, threads, repeats="decode" in roles)
+            runners |= dict.fromkeys(roles, stack.enter_context(runner))
         yield runners, graphs, embedding(folder / "graphs", graphs), what
 
 

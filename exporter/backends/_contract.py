@@ -124,5 +124,11 @@ class Backend(ABC):
         """Build one engine from an ONNX file into folder `out`. Raises ExportError with the parser's own words."""
 
     @abstractmethod
-    def runner(self, engine: Path, threads: int | None = None) -> Runner:
-        """A runner for a built engine. Raises EnvironmentMismatch where it cannot run here."""
+    def runner(self, engine: Path, threads: int | None = None, repeats: bool = False) -> Runner:
+        """A runner for a built engine.
+
+        Args:
+            repeats: whether it will run again and again without a pause, as the decode graph does.
+        Raises:
+            EnvironmentMismatch: it cannot run here.
+        """

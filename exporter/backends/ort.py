@@ -109,9 +109,10 @@ class OnnxRuntime(Backend):
         file = Path(os.path.relpath(graph, out)).as_posix()
         return EngineRecord(roles, file, sha256(graph), size, build_s, peak, self.name, details)
 
-    def runner(self, engine: Path, threads: int | None = None) -> OnnxRuntimeRunner:
+    def runner(self, engine: Path, threads: int | None = None, repeats: bool = False) -> OnnxRuntimeRunner:
         self._require()
-        return OnnxRuntimeRunner(engine, OnnxRuntime(self.provider, threads or self.threads, self.accuracy_level))
+        backend = OnnxRuntime(self.provider, threads or self.threads, self.accuracy_level)
+        return OnnxRuntimeRunner(engine, backend, repeats)
 
     def _require(self) -> None:
         if missing := self.missing():
@@ -129,15 +130,15 @@ class OnnxRuntimeRunner(Runner):
     to one memory, and nothing of it is copied or allocated from step to step.
     """
 
-    def __init__(self, engine: Path, backend: OnnxRuntime) -> None:
-        self._engine, self._backend = engine, backend
+    def __init__(self, engine: Path, backend: OnnxRuntime, repeats: bool = False) -> None:
+        self._engine, self._backend, self._repeats = engine, backend, repeats
         self._bound = backend.provider != "cpu"
         self._session: Any = None
         self._inputs: dict[str, np.dtype[Any]] = {}
         self._outputs: tuple[str, ...] = ()
 
     def __enter__(self) -> OnnxRuntimeRunner:
-        session = _open(self._engine, self._backend)
+        session = _open(self._engine, self._backend, repeats=self._repeats)
         self._inputs = {i.name: _dtype(i.name, i.type) for i in session.get_inputs()}
         self._outputs = tuple(o.name for o in session.get_outputs())
         self._axes = {i.name: [str(axis) for axis in i.shape] for i in session.get_inputs()}
@@ -304,12 +305,18 @@ def _ort() -> Any:
     return onnxruntime
 
 
-def _open(graph: Path, backend: OnnxRuntime, save_optimized: Path | None = None) -> Any:
-    """An inference session. The optimized graph is saved on request, with its weights in a file beside it."""
+def _open(graph: Path, backend: OnnxRuntime, save_optimized: Path | None = None, repeats: bool = False) -> Any:
+    """An inference session. The optimized graph is saved on request, with its weights in a file beside it.
+
+    A model is several sessions, each with threads of its own. Those of one that has just run would go on spinning where the
+    next one runs; those of one that repeats are wanted again at once.
+    """
     ort = _ort()
     if not graph.is_file():
         raise ExportError(f"There is no graph {graph}. Run export first.")
     options = ort.SessionOptions()
+    if not repeats:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = _ERROR
     if backend.threads:
         options.intra_op_num_threads = backend.threads

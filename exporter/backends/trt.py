@@ -94,7 +94,7 @@ class TensorRT(Backend):
         details = {**facts, "compute_capabilities": chosen.compute_capabilities, "executed": False}
         return EngineRecord(roles, target.name, digest, size, build_s, peak_rss_mib, self.name, details)
 
-    def runner(self, engine: Path, threads: int | None = None) -> Runner:
+    def runner(self, engine: Path, threads: int | None = None, repeats: bool = False) -> Runner:
         raise EnvironmentMismatch(f"{engine.name} cannot be run here. {self.missing_to_run()}")
 
 
