@@ -20,6 +20,7 @@ REQUESTS: dict[str, Request] = {
     "idefics3": Request(1, (56, 112)),
     "internvl": Request(2),
     "llava_next": Request(2, (112, 56)),
+    "llava_next_video": Request(2),
     "llava_onevision": Request(1, (56, 112)),
     "mistral3": Request(1, (84, 140)),
     "paligemma": Request(1),
@@ -29,7 +30,7 @@ REQUESTS: dict[str, Request] = {
 }
 """What a family is asked for; those that other tests of this folder export are not here."""
 ELSEWHERE = {"llava", "qwen2_5_vl"}
-REDUCTIONS = ("divprune:keep_ratio=0.75", "fastv:layer=1,keep_ratio=0.5")
+REDUCTIONS = ("visionzip:keep_ratio=0.75", "fastv:layer=1,keep_ratio=0.5")
 
 
 def test_no_family_is_forgotten() -> None:
