@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import exporter.families
@@ -21,6 +22,7 @@ from profiles import _schema
 
 if TYPE_CHECKING:
     from exporter.plan import Plan
+    from profiles._schema import Profile
 
 RATIO = 0.5
 """Keep ratio at which a fit is tried."""
@@ -66,7 +68,7 @@ def fit(name: str, checkpoint: Checkpoint, ratio: float = RATIO, request: Reques
     from dataclasses import replace
 
     spec = _spec.sweep(name).format(ratio=ratio)
-    profile, request = _schema.load("cpu_fp32"), request or Request()
+    profile, request = _profile(), request or Request()
     plans: dict[int, Plan] = {}
     reasons: list[str] = []
     for frames in (1, CLIP):
@@ -76,6 +78,12 @@ def fit(name: str, checkpoint: Checkpoint, ratio: float = RATIO, request: Reques
             reasons.append(str(e.__cause__ or e))
     found = next(iter(plans.values()), None)
     return Fit(name, spec, 1 in plans, CLIP in plans, found, reasons[-1] if reasons else "")
+
+
+@cache
+def _profile() -> Profile:
+    """One that allows a clip; nothing else of it matters here."""
+    return _schema.load("cpu_fp32")
 
 
 def published(family: str) -> Checkpoint:

@@ -208,6 +208,7 @@ def make_plan(
         request = replace(request, clip=request.clip.named(clip.canonical))
     family = find_family(checkpoint)
     checkpoint = checkpoint.named(family.canonical)
+    _check_limits(request, profile)
     try:
         geometry = family.geometry(checkpoint, request)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
@@ -219,7 +220,6 @@ def make_plan(
             f"--clip-model {request.clip.folder}: this {family.model_type} model's tower is not CLIP's, so its patches have no "
             "place in the space of CLIP's text. Leave --clip-model out."
         )
-    _check_limits(geometry, request, profile)
     methods = []
     for text in reductions:
         try:
@@ -242,7 +242,7 @@ def find_family(checkpoint: Checkpoint) -> Family:
     return cast(Family, _discover.load(exporter.families, "family", kind).FAMILY)
 
 
-def _check_limits(geometry: Geometry, request: Request, profile: Profile) -> None:
+def _check_limits(request: Request, profile: Profile) -> None:
     if request.frames < 1:
         raise UsageError(f"--frames {request.frames}: at least one frame is needed.")
     if request.frames > profile.limits.frames:

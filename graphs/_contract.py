@@ -99,6 +99,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeVar, get_type_hints
 
 from graphs._knobs import accepts, expected
@@ -199,7 +200,7 @@ class Reduction(ABC):
         Raises:
             ReductionError: names the knob, what was found and what it takes.
         """
-        hints = get_type_hints(type(self))
+        hints = _hints(type(self))
         for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
             if not accepts(hints[name], value):
                 raise ReductionError(f"`{name}` takes {expected(hints[name])}; found {value!r}")
@@ -222,6 +223,11 @@ class Reduction(ABC):
     def knobs(self) -> dict[str, object]:
         """Knob names and values, in the order of definition."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@cache
+def _hints(kind: type[Reduction]) -> dict[str, object]:
+    return get_type_hints(kind)
 
 
 def keep_count(keep: int | None, keep_ratio: float | None, tokens: int, *, what: str = "tokens per image") -> int:

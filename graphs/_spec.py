@@ -15,6 +15,7 @@ import pkgutil
 import re
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, fields
+from functools import cache
 from typing import get_type_hints
 
 import graphs
@@ -52,6 +53,7 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(graphs.__path__) if not m.name.startswith("_"))
 
 
+@cache
 def load(name: str) -> type[Reduction]:
     """The method called `name`.
 
@@ -125,6 +127,7 @@ def _name(reduction: Reduction) -> str:
     return type(reduction).__module__.rpartition(".")[2]
 
 
+@cache
 def _wrapped(method: type[Reduction]) -> str | None:
     """The field that holds another reduction."""
     hints = get_type_hints(method)

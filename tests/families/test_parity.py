@@ -65,8 +65,10 @@ def compare(theirs: PreTrainedModel, generator: Generator) -> None:
 
 def vision_features(theirs: PreTrainedModel, arguments: dict[str, Any]) -> list[torch.Tensor]:
     """[tokens, hidden] at the language model's width; then what the first layers get, if they get anything."""
-    if "pixel_values_videos" in arguments:
+    if "video_grid_thw" in arguments:
         found = theirs.model.get_video_features(arguments["pixel_values_videos"], arguments["video_grid_thw"])
+    elif "pixel_values_videos" in arguments:
+        found = theirs.model.get_video_features(arguments["pixel_values_videos"])
     elif "image_grid_thw" in arguments:
         found = theirs.model.get_image_features(arguments["pixel_values"], arguments["image_grid_thw"])
     else:
@@ -141,6 +143,8 @@ def test_a_head_with_a_cap(theirs: type[PreTrainedModel], tmp_path: Path) -> Non
         pytest.param(tiny.paligemma, 1, None, id="paligemma"),
         pytest.param(partial(tiny.paligemma, decoder="gemma2", sliding_window=64), 2, None, id="paligemma 2 of two images"),
         pytest.param(tiny.llava_next, 2, (112, 56), id="llava_next of two images"),
+        pytest.param(tiny.llava_next_video, 1, (112, 56), id="llava_next_video of an image"),
+        pytest.param(tiny.llava_next_video, 4, None, id="llava_next_video"),
         pytest.param(tiny.llava_onevision, 1, (56, 112), id="llava_onevision of tiles"),
         pytest.param(tiny.llava_onevision, 3, None, id="llava_onevision of three images"),
     ],

@@ -28,6 +28,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     Mistral3Config,
@@ -161,14 +163,25 @@ def _qwen(
     return saved(model(made), folder)
 
 
+CLIP = dict(
+    model_type="clip_vision_model", hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+    image_size=56, patch_size=PATCH,
+)  # fmt: skip
+
+
+def llava_next_video(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """As `llava_next`; 4 visual tokens per frame of a clip."""
+    config = LlavaNextVideoConfig(
+        vision_config=CLIP, text_config=text_config("llama", tied), image_token_index=IMAGE, video_token_index=VIDEO,
+        image_grid_pinpoints=PINPOINTS, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(LlavaNextVideoForConditionalGeneration(config), folder)
+
+
 def llava_next(folder: Path, tied: bool = False) -> PreTrainedModel:
     """16 visual tokens per picture, tiles of 56 pixels."""
-    vision = dict(
-        model_type="clip_vision_model", hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        image_size=56, patch_size=PATCH,
-    )  # fmt: skip
     config = LlavaNextConfig(
-        vision_config=vision, text_config=text_config("mistral", tied) | dict(sliding_window=None),
+        vision_config=CLIP, text_config=text_config("mistral", tied) | dict(sliding_window=None),
         image_token_index=IMAGE, image_grid_pinpoints=PINPOINTS, tie_word_embeddings=tied,
     )  # fmt: skip
     return saved(LlavaNextForConditionalGeneration(config), folder)
@@ -336,7 +349,9 @@ def of_samples(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str,
 
 
 def of_tiles(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
-    """[images, tiles, 3, height, width], and how large the images were."""
+    """[images, tiles, 3, height, width], and how large the images were; or a clip [1, frames, 3, height, width]."""
+    if graphs.visual.media == "video":
+        return {"pixel_values_videos": torch.from_numpy(pixels)}
     parts, (rows, cols) = graphs.image.parts, graphs.image.tiles
     size = torch.tensor([[rows * graphs.image.height, cols * graphs.image.width]] * graphs.images)
     found = {"pixel_values": torch.from_numpy(pixels[0]).unflatten(0, (-1, parts)), "image_sizes": size}
@@ -370,6 +385,7 @@ VISUAL: dict[str, Callable[[Pixels, torch.Tensor, GraphSet], dict[str, Any]]] = 
     "gemma3": of_gemma,
     "idefics3": of_samples,
     "llava_next": of_tiles,
+    "llava_next_video": of_tiles,
     "llava_onevision": of_tiles,
     "mistral3": of_sizes,
     "paligemma": of_gemma,

@@ -1,5 +1,5 @@
 """Every family's graphs in ONNX Runtime: the same tokens kept, the same answers as in PyTorch, with tokens dropped before the
-language model and inside it."""
+language model, and inside it where its tokens bring more than a vector or see what is behind them."""
 
 from __future__ import annotations
 
@@ -15,31 +15,33 @@ from exporter.stages.export import export
 from tests.families import tiny
 from tests.stages.conftest import Engine, Exported, plain
 
-REQUESTS: dict[str, Request] = {
-    "gemma3": Request(2),
-    "idefics3": Request(1, (56, 112)),
-    "internvl": Request(2),
-    "llava_next": Request(2, (112, 56)),
-    "llava_onevision": Request(1, (56, 112)),
-    "mistral3": Request(1, (84, 140)),
-    "paligemma": Request(1),
-    "qwen2_vl": Request(4, (112, 112)),
-    "qwen3_vl": Request(4, (112, 84)),
-    "smolvlm": Request(2),
+BEFORE, INSIDE = "uniform:keep_ratio=0.75", "fastv:layer=1,keep_ratio=0.5"
+CASES: dict[str, tuple[Request, tuple[str, ...]]] = {
+    "gemma3": (Request(2), (BEFORE, INSIDE)),
+    "idefics3": (Request(1, (56, 112)), (BEFORE,)),
+    "internvl": (Request(2), (BEFORE,)),
+    "llava_next": (Request(2, (112, 56)), (BEFORE,)),
+    "llava_next_video": (Request(2), (BEFORE,)),
+    "llava_onevision": (Request(1, (56, 112)), (BEFORE,)),
+    "mistral3": (Request(1, (84, 140)), ("visionzip:keep_ratio=0.75",)),
+    "paligemma": (Request(1), (BEFORE,)),
+    "qwen2_vl": (Request(4, (112, 112)), (BEFORE,)),
+    "qwen3_vl": (Request(4, (112, 84)), (BEFORE, INSIDE)),
+    "smolvlm": (Request(2), ("visionzip:keep_ratio=0.75",)),
 }
-"""What a family is asked for; those that other tests of this folder export are not here."""
+"""What a family is asked for, and what reduces it; those that other tests of this folder export are not here."""
+SPLIT = "family"
 ELSEWHERE = {"llava", "qwen2_5_vl"}
-REDUCTIONS = ("divprune:keep_ratio=0.75", "fastv:layer=1,keep_ratio=0.5")
 
 
 def test_no_family_is_forgotten() -> None:
-    assert set(REQUESTS) | ELSEWHERE == set(_discover.names(exporter.families))
+    assert set(CASES) | ELSEWHERE == set(_discover.names(exporter.families))
 
 
-@pytest.mark.parametrize("family", REQUESTS)
+@pytest.mark.parametrize("family", CASES)
 def test_onnx_runtime_answers_as_pytorch(family: str, tmp_path: Path, engine: Engine) -> None:
     getattr(tiny, family)(tmp_path)
-    plan = plain(tiny.plan(tmp_path, REDUCTIONS, REQUESTS[family]))
+    plan = plain(tiny.plan(tmp_path, CASES[family][1], CASES[family][0]))
     folder = tmp_path / "graphs"
     folder.mkdir()
     found = Exported(plan, folder, export(plan, folder))
