@@ -540,13 +540,13 @@ class WhileDecoding(InLLM):
             attention_row: float32 [batch, present].
         """
 
+    @abstractmethod
     def wanted(self, signals: Signals, visual: int) -> tuple[Tensor, Tensor | None]:
-        """What the next token needs: visual tokens int64 [batch], and the new state [batch, state] if there is one.
+        """What the next token needs, asked of methods that predict: visual tokens int64 [batch], and the new state if any.
 
         Args:
             signals: shares, state if there is one, and the trained tensors, all float32. visual: tokens before the layer.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

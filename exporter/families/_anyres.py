@@ -14,11 +14,10 @@ from typing import Any, ClassVar
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import UsageError
-from exporter.families._contract import PROMPT, Geometry, Request, counted, image_spec, renamed, tile_grid
+from exporter.families._contract import Geometry, Request, counted, image_spec, image_token, renamed, site_of, tile_grid
 from exporter.families.llava import Llava
 from exporter.graphset import ImageSpec
 from exporter.nn.specs import VitSpec
-from graphs._contract import Site
 
 RENAMES = ((r"^(?:model\.)?image_newline$", "projector.image_newline"),)
 
@@ -35,29 +34,18 @@ class AnyRes(Llava):
         spec, decoder = self.tower(config), self.decoder(checkpoint)
         image = self.image(checkpoint, spec, request)
         rows, cols = spec.grid
-        tower = Site(
-            rows * cols, request.frames * image.parts, spec.grid, spec.signals | PROMPT, spec.blocks,
-            dim=spec.hidden, llm_dim=decoder.hidden,
-        )  # fmt: skip
+        tower = site_of(spec, decoder, request.frames * image.parts)
         ids = row_by_row(spec.grid, image.tiles) if image.parts > 1 else range(rows * cols + 1)
         return counted(
             checkpoint, decoder, image, tower, replace(tower, signals=spec.in_tower_signals),
-            int(config.get("image_token_index", config.get("image_token_id", self.image_token))),
+            image_token(config, self.image_token),
             placeholders=request.frames, row_ends=len(ids) - rows * cols * image.parts, ids=ids,
         )  # fmt: skip
 
     def image(self, checkpoint: Checkpoint, spec: VitSpec, request: Request) -> ImageSpec:
         side = spec.image
         if request.image_size is None:
-            return image_spec(
-                checkpoint,
-                *self.normal,
-                height=side,
-                width=side,
-                resize="padded",
-                resize_height=side,
-                resize_width=side,
-            )
+            return image_spec(checkpoint, *self.normal, height=side, width=side, resize="padded")
         tiles = tile_grid(request.image_size, side)
         known = [tuple(size) for size in checkpoint.config.get("image_grid_pinpoints") or ()]
         if known and request.image_size not in known:

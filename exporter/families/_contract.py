@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError, UsageError
 from exporter.graphset import ImageSpec
-from exporter.nn.specs import DecoderSpec
+from exporter.nn.specs import DecoderSpec, PixtralSpec, VitSpec
 from graphs._contract import InTower, Site
 
 if TYPE_CHECKING:
@@ -107,6 +107,25 @@ class Family(ABC):
 
     @abstractmethod
     def decoder(self, checkpoint: Checkpoint) -> DecoderSpec: ...
+
+
+def site_of(spec: VitSpec | PixtralSpec, decoder: DecoderSpec, pictures: int) -> Site:
+    """Where a tower's tokens are: of so many pictures, the decoder behind it."""
+    rows, cols = spec.grid
+    return Site(
+        rows * cols, pictures, spec.grid, spec.signals | PROMPT, spec.blocks, dim=spec.dim, llm_dim=decoder.hidden
+    )
+
+
+def only_size(request: Request, side: int) -> None:
+    """Raises UsageError if the request asks for another image size than the tower's own."""
+    if request.image_size not in (None, (side, side)):
+        raise UsageError(f"This tower takes {side}×{side} images only (learned positions); leave --image-size out.")
+
+
+def image_token(config: dict[str, Any], default: int) -> int:
+    """Id of the token that stands for an image, under either of its names; `default` as transformers takes it."""
+    return int(config.get("image_token_index", config.get("image_token_id", default)))
 
 
 def counted(
@@ -347,8 +366,10 @@ def normalization(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def image_spec(checkpoint: Checkpoint, mean: Sequence[float], std: Sequence[float], **shape: Any) -> ImageSpec:
-    """Of a family's images; mean, std and `resample` are those of the checkpoint's processor, where it says them."""
+    """Of a family's images; mean, std and `resample` are those of the checkpoint's processor, where it says them. What is resized
+    is what is seen, unless `resize_height` and `resize_width` say otherwise."""
     found = normalization(checkpoint)
+    shape = {"resize_height": shape["height"], "resize_width": shape["width"]} | shape
     resample = int(found.get("resample", shape.pop("resample", 3)))
     red, green, blue = zip(found.get("image_mean", mean), found.get("image_std", std), strict=True)
     channels = list(zip(red, green, blue, strict=True))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
-from exporter.families._contract import PROMPT, Geometry, Request, counted
+from exporter.families._contract import Geometry, Request, counted, site_of
 from exporter.graphset import ImageSpec
 from exporter.nn.specs import DecoderSpec, VitSpec
 from graphs._contract import Site
@@ -27,11 +27,7 @@ def geometry(
     mark: str, written: str,
 ) -> Geometry:  # fmt: skip
     """One placeholder per tile; `hidden` is what the projector takes, so that reductions act before it."""
-    rows, cols = spec.grid
-    tower = Site(
-        rows * cols, request.frames * image.parts, spec.grid, spec.signals | PROMPT, spec.blocks,
-        dim=spec.dim, llm_dim=decoder.hidden,
-    )  # fmt: skip
+    tower = site_of(spec, decoder, request.frames * image.parts)
     inside: Site | str = replace(tower, signals=spec.in_tower_signals)
     if spec.merge > 1:
         inside = f"its projector joins {spec.merge}×{spec.merge} patches, so the tower cannot be shortened"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter import clip
 from exporter.checkpoint import Checkpoint
-from exporter.errors import UsageError
 from exporter.families._contract import (
     ALIGNED,
     PROMPT,
@@ -19,13 +18,16 @@ from exporter.families._contract import (
     Request,
     counted,
     decoder_spec,
+    image_token,
     normalization,
+    only_size,
     renamed,
+    site_of,
 )
 from exporter.families._towers import llava_tower
 from exporter.graphset import ImageSpec
 from exporter.nn.specs import DecoderSpec, VitSpec
-from graphs._contract import InTower, Site
+from graphs._contract import InTower
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,21 +62,13 @@ class Llava(Family):
     def geometry(self, checkpoint: Checkpoint, request: Request) -> Geometry:
         config = checkpoint.config
         spec = self.tower(config)
-        if request.image_size not in (None, (spec.image, spec.image)):
-            raise UsageError(
-                f"This tower takes {spec.image}×{spec.image} images only (learned positions); leave --image-size out."
-            )
+        only_size(request, spec.image)
         decoder = self.decoder(checkpoint)
-        rows, cols = spec.grid
-        tokens = rows * cols
         signals, shared = spec.signals | PROMPT, 0
         if request.clip is not None and spec.cls:
             signals, shared = signals | ALIGNED, clip.shared_width(request.clip, spec.hidden, spec.blocks)
-        tower = Site(
-            tokens, request.frames, spec.grid, signals, spec.blocks,
-            dim=spec.hidden, patch_dim=spec.hidden, llm_dim=decoder.hidden,
-        )  # fmt: skip
-        token = int(config.get("image_token_index", config.get("image_token_id", 32000)))
+        tower = replace(site_of(spec, decoder, request.frames), signals=signals, patch_dim=spec.hidden)
+        token = image_token(config, 32000)
         inside = replace(tower, signals=spec.in_tower_signals)
         return counted(checkpoint, decoder, self._image(checkpoint, spec.image), tower, inside, token, shared=shared)
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError, UsageError
-from exporter.families._contract import PROMPT, Geometry, Request, counted, image_spec
+from exporter.families._contract import Geometry, Request, counted, image_spec, site_of
 from exporter.families._shuffled import checked
 from exporter.families.llava_next import LlavaNext
 from exporter.nn.specs import VitSpec
-from graphs._contract import InTower, Site
+from graphs._contract import InTower
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,25 +43,8 @@ class LlavaNextVideo(LlavaNext):
         side = spec.image
         if request.image_size not in (None, (side, side)):
             raise UsageError(f"The frames of a clip are {side}×{side} and have no tiles; leave --image-size out.")
-        rows, cols = spec.grid
-        tower = Site(
-            rows * cols,
-            request.frames,
-            spec.grid,
-            spec.signals | PROMPT,
-            spec.blocks,
-            dim=spec.dim,
-            llm_dim=decoder.hidden,
-        )
-        image = image_spec(
-            checkpoint,
-            *self.normal,
-            height=side,
-            width=side,
-            resize="shortest_edge",
-            resize_height=side,
-            resize_width=side,
-        )
+        tower = site_of(spec, decoder, request.frames)
+        image = image_spec(checkpoint, *self.normal, height=side, width=side, resize="shortest_edge")
         found = counted(
             checkpoint, decoder, image, tower,
             f"it averages {spec.merge}×{spec.merge} patches of a frame, so the tower cannot be shortened",

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.families._contract import (
-    PROMPT,
     Family,
     Geometry,
     Request,
@@ -18,12 +17,14 @@ from exporter.families._contract import (
     counted,
     decoder_spec,
     image_spec,
+    image_token,
     renamed,
+    site_of,
 )
 from exporter.families._towers import feature_blocks
 from exporter.families.llava import RENAMES as LLAVA
 from exporter.nn.specs import DecoderSpec, PixtralSpec
-from graphs._contract import InTower, Site
+from graphs._contract import InTower
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,23 +68,13 @@ class Mistral3(Family):
     def geometry(self, checkpoint: Checkpoint, request: Request) -> Geometry:
         height, width = request.image_size or DEFAULT_SIZE
         spec, decoder = self._tower(checkpoint.config, (height, width)), self.decoder(checkpoint)
-        rows, cols = spec.grid
-        tower = Site(
-            rows * cols,
-            request.frames,
-            spec.grid,
-            spec.signals | PROMPT,
-            spec.blocks,
-            dim=spec.dim,
-            llm_dim=decoder.hidden,
-        )
-        image = image_spec(
-            checkpoint, MEAN, STD, height=height, width=width, resize="exact", resize_height=height, resize_width=width
-        )
+        rows, _ = spec.grid
+        tower = site_of(spec, decoder, request.frames)
+        image = image_spec(checkpoint, MEAN, STD, height=height, width=width, resize="exact")
         return counted(
             checkpoint, decoder, image, tower,
             f"its projector joins {spec.merge}×{spec.merge} patches, so the tower cannot be shortened",
-            int(checkpoint.config.get("image_token_index", checkpoint.config.get("image_token_id", 10))),
+            image_token(checkpoint.config, 10),
             placeholders=request.frames * rows, mark=TOKEN, written=BREAK.join([TOKEN] * rows) + END,
         )  # fmt: skip
 

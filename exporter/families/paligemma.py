@@ -7,22 +7,23 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from exporter.checkpoint import Checkpoint
-from exporter.errors import UsageError
 from exporter.families._contract import (
-    PROMPT,
     Family,
     Geometry,
     Request,
     counted,
     decoder_spec,
     image_spec,
+    image_token,
+    only_size,
     renamed,
+    site_of,
     text_config,
 )
 from exporter.families._towers import siglip
 from exporter.families.llava import RENAMES
 from exporter.nn.specs import DecoderSpec
-from graphs._contract import InTower, Site
+from graphs._contract import InTower
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,31 +59,12 @@ class PaliGemma(Family):
     def geometry(self, checkpoint: Checkpoint, request: Request) -> Geometry:
         spec, decoder = siglip(checkpoint.config), self.decoder(checkpoint)
         side = spec.image
-        if request.image_size not in (None, (side, side)):
-            raise UsageError(f"This tower takes {side}×{side} images only (learned positions); leave --image-size out.")
-        rows, cols = spec.grid
-        tower = Site(
-            rows * cols,
-            request.frames,
-            spec.grid,
-            spec.signals | PROMPT,
-            spec.blocks,
-            dim=spec.dim,
-            llm_dim=decoder.hidden,
-        )
-        image = image_spec(
-            checkpoint,
-            (0.5,) * 3,
-            (0.5,) * 3,
-            height=side,
-            width=side,
-            resize="exact",
-            resize_height=side,
-            resize_width=side,
-        )
+        only_size(request, side)
+        tower = site_of(spec, decoder, request.frames)
+        image = image_spec(checkpoint, (0.5,) * 3, (0.5,) * 3, height=side, width=side, resize="exact")
         return counted(
             checkpoint, decoder, image, tower, replace(tower, signals=spec.in_tower_signals),
-            int(checkpoint.config.get("image_token_index", checkpoint.config.get("image_token_id", 257152))),
+            image_token(checkpoint.config, 257152),
             template=TEMPLATE, sees="prompt",
         )  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +16,11 @@ from exporter.backends import trt
 from exporter.backends._contract import EngineRecord, Range, ShapeProfile
 from exporter.backends._trt_worker import _version
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError
+from tests.conftest import needs_rtx
 
 FP16, INT64 = TensorProto.FLOAT16, TensorProto.INT64
 DIM, HEADS = 32, 2
 RTX = {"module": "tensorrt_rtx", "compute_capabilities": [80, 120]}
-
-needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 
 
 def save(
