@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from exporter.errors import CheckpointError, EnvironmentMismatch, UsageError
 
@@ -49,6 +49,14 @@ def resolve(name: str, revision: str | None = None) -> Path:
         raise EnvironmentMismatch(
             f"Checkpoint '{name}' is no folder here and could not be downloaded ({reason}). Check the name and the network."
         ) from e
+
+
+class Stored(NamedTuple):
+    """Where a tensor is: its file, its name there, and its shape there."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
 
 
 class Checkpoint:
@@ -164,24 +172,36 @@ class Checkpoint:
         found: Tensor = self._open(path).get_tensor(key)
         return found
 
+    def stored(self) -> dict[str, Stored]:
+        """Canonical name → where the tensor is."""
+        return {self._canonical(key): found for path in self.shards for key, found in _stored(path).items()}
+
     @property
     def bytes(self) -> int:
         return sum(p.stat().st_size for p in self.shards)
 
 
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name → shape of what a safetensors file holds, read from its header.
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """Name → what a safetensors file, or the shards of a checkpoint folder, hold under it.
 
     Raises:
         CheckpointError: it cannot be read, or is shorter than its header says.
     """
+    if path.is_dir():
+        return Checkpoint(path).stored()
     try:
-        header = _check_shard(path)
-        return {name: tuple(int(n) for n in entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        return _stored(path)
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e.strerror}.") from e
+
+
+def _stored(path: Path) -> dict[str, Stored]:
+    header = _check_shard(path)
+    try:
+        shapes = {k: tuple(int(n) for n in entry["shape"]) for k, entry in header.items() if k != "__metadata__"}
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} is damaged: its header gives no shapes.") from e
+    return {key: Stored(path, key, shape) for key, shape in shapes.items()}
 
 
 def _check_shard(path: Path) -> dict[str, Any]:

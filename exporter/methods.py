@@ -31,6 +31,7 @@ CLIP = 4
 PLACES = {
     "in_tower": "in the tower",
     "before_llm": "before the LLM",
+    "projector": "as projector",
     "in_llm": "in the LLM",
     "in_cache": "in the cache",
 }

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import exporter.families
 from exporter import _discover, clip
-from exporter.checkpoint import Checkpoint, tensor_shapes
+from exporter.checkpoint import Checkpoint, Stored, stored_tensors
 from exporter.errors import CheckpointError, UsageError
 from exporter.families._contract import ALIGNED, Family, Geometry, Request
 from exporter.graphset import tokens_in_words
 from exporter.kv import KvLayout
 from exporter.nn.specs import IN_CACHE_SIGNALS, IN_LLM_SIGNALS
 from graphs import _spec
+from graphs._compressor import Compressor
 from graphs._contract import (
     OF_PROMPT,
     BeforeLLM,
@@ -98,8 +99,14 @@ class Plan:
         return (found[0].name, cast(InTower, found[0].method)) if found else None
 
     @property
-    def before_llm(self) -> list[tuple[str, BeforeLLM, Site]]:
-        return [(s.name, cast(BeforeLLM, s.method), s.site) for s in self.at("before_llm")]
+    def before_llm(self) -> list[tuple[str, BeforeLLM | Compressor, Site]]:
+        """What `reduce` holds, in order."""
+        return [(s.name, s.method, s.site) for s in self.steps if isinstance(s.method, BeforeLLM | Compressor)]
+
+    @property
+    def compressed(self) -> bool:
+        """Whether a compressor takes the place of the family's projector."""
+        return bool(self.at("projector"))
 
     @property
     def in_llm(self) -> list[tuple[str, InLLM]]:
@@ -177,20 +184,36 @@ class Plan:
 
 
 def check_weights(plan: Plan) -> None:
-    """Raise UsageError if a reduction's file lacks a tensor that it needs, or has it in another shape; CheckpointError if it
-    cannot be read."""
+    """Raise UsageError if a reduction's weights lack a tensor that it needs, or have it in another shape; CheckpointError if
+    they cannot be read."""
     for step in plan.steps:
         wanted = step.method.trained(step.site)
-        found = tensor_shapes(Path(step.weights)) if wanted else {}
+        found = trained_tensors(plan, step) if wanted else {}
         wrong = [
-            f"`{n}` {list(s)} (found {list(found[n]) if n in found else 'none'})"
+            f"`{n}` {list(s)} (found {list(found[n].shape) if n in found else 'none'})"
             for n, s in wanted.items()
-            if found.get(n) != s
+            if n not in found or found[n].shape != s
         ]
         if wrong:
+            where = step.weights or f"{plan.checkpoint.folder}, the model's own checkpoint,"
+            more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+            hint = "" if step.weights else f" Name its weights: {step.name}:weights=FILE."
             raise UsageError(
-                f"--reduce {_spec.format(step.method)}: {step.weights} does not fit this model. Expected {', '.join(wrong)}."
+                f"--reduce {_spec.format(step.method)}: {where} does not fit. Expected {', '.join(wrong[:4])}{more}.{hint}"
             )
+
+
+def trained_tensors(plan: Plan, step: Step) -> dict[str, Stored]:
+    """A reduction's own trained tensors, by the names it has for them, as far as they are there."""
+    own = isinstance(step.method, Compressor) and not step.weights
+    found = plan.checkpoint.stored() if own else stored_tensors(Path(step.weights))
+    prefixes = ("projector.",) if own else step.method.prefixes
+    return {
+        name: found[prefix + name]
+        for name in step.method.trained(step.site)
+        for prefix in prefixes
+        if prefix + name in found
+    }
 
 
 def make_plan(
@@ -226,9 +249,19 @@ def make_plan(
             methods.append((text, _spec.parse(text)))
         except ReductionError as e:
             raise UsageError(f"--reduce {text}: {e}") from e
-    places = ("in_tower", "before_llm", "in_llm", "in_cache")
-    methods.sort(key=lambda item: places.index(item[1].place))
+    methods.sort(key=lambda item: ORDER[item[1].place])
+    if geometry.compressor and not any(isinstance(method, Compressor) for _, method in methods):
+        own = geometry.compressor, _spec.parse(geometry.compressor)
+        methods.insert(sum(_before_projector(method) for _, method in methods), own)
     return _Fitting(checkpoint, family, geometry, request, profile).run(methods)
+
+
+ORDER = {"in_tower": 0, "before_llm": 1, "projector": 1, "in_llm": 2, "in_cache": 3}
+"""Which reduction comes before which; at equal places, as they were given."""
+
+
+def _before_projector(method: Reduction) -> bool:
+    return isinstance(method, InTower) or (isinstance(method, BeforeLLM) and method.space == "tower")
 
 
 def find_family(checkpoint: Checkpoint) -> Family:
@@ -302,6 +335,10 @@ class _Fitting:
                 self._add(fitted, site, site.total, after.total)
                 self.policies.append(fitted.resolved_position(site))
                 site = after
+            elif isinstance(method, Compressor):
+                site = self._compressor(text, method, site, projected)
+                taps += [n for n in self.steps[-1].method.needs if n not in SIDE and n not in taps]
+                projected = True
             elif isinstance(method, InCache):
                 self._alone(text, method)
                 self._in_cache(text, method, site)
@@ -331,6 +368,32 @@ class _Fitting:
             self.checkpoint, self.family, self.geometry, self.request, self.profile, tuple(self.steps), tuple(taps),
             self._with_row_ends(site).total, "compact" if "compact" in self.policies else "keep",
         )  # fmt: skip
+
+    def _compressor(self, text: str, method: Compressor, site: Site, projected: bool) -> Site:
+        """What it yields is what the language model's positions count."""
+        g = self.geometry
+        if projected:
+            raise UsageError(
+                f"--reduce {text} works on tower features, but a reduction before it already works behind the projector. "
+                "Put it first, and give no other compressor."
+            )
+        if g.row_ends or g.planes:
+            what = "vectors that end rows of tokens" if g.row_ends else "vectors of its tower for the first layers"
+            raise UsageError(
+                f"--reduce {text} does not fit {self.family.model_type}: this model's projector gives {what}, which a "
+                "compressor does not have."
+            )
+        fitted = self.fit(text, method, site)
+        assert isinstance(fitted, Compressor)
+        after = fitted.after(site)
+        self._add(fitted, site, site.total, after.total)
+        each = after.total // g.placeholders
+        if after.frames != site.frames or after.total % g.placeholders or g.position_axes > 1:
+            self.policies.append("compact")  # they cannot be dealt out among the placeholders
+        else:
+            self.geometry = replace(g, ids=tuple((i,) for i in range(each)), span=each)
+        self.geometry = replace(self.geometry, numbered=after, grid=after.grid)
+        return after
 
     def _with_row_ends(self, site: Site) -> Site:
         """The visual tokens as the language model gets them."""

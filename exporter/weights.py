@@ -84,10 +84,13 @@ def elsewhere(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> dict[st
 
 def trained(plan: Plan, place: str, module: str) -> dict[str, Source]:
     """Parameter → source, for reductions with weights of their own at `place`; `module` names theirs, {} for the method."""
+    from exporter.plan import trained_tensors
+
     return {
-        f"{module.format(step.name)}.{name}": FileSource(name, shape, False, Path(step.weights))
+        f"{module.format(step.name)}.{name}": FileSource(found.key, found.shape, False, found.file)
         for step in plan.at(place)
-        for name, shape in step.method.trained(step.site).items()
+        if step.method.trained(step.site)
+        for name, found in trained_tensors(plan, step).items()
     }
 
 

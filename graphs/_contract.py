@@ -1,10 +1,11 @@
 """What a reduction is.
 
-A reduction is a frozen dataclass whose fields are its knobs. It acts at one of four places:
+A reduction is a frozen dataclass whose fields are its knobs. It acts at one of five places:
 
 * `BeforeLLM`: once, on the visual tokens between tower and language model (`PerFrame` when frames are
   independent, `PerClip` when they share one budget).
 * `InTower`: in tower blocks, between attention and MLP (`PerFrameInTower` when frames are independent).
+* `Compressor` (`graphs._compressor`): instead of the projector between tower and language model.
 * `InLLM`: before chosen decoder layers, during prefill; while decoding too, if it says when.
 * `InCache`: on the keys and values that chosen decoder layers leave in the cache, at the end of prefill.
 
@@ -97,7 +98,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeVar, get_type_hints
@@ -167,7 +168,7 @@ class Reduced(NamedTuple):
 
 @dataclass(frozen=True)
 class Reduction(ABC):
-    """Base of all three places. Subclasses are frozen dataclasses; fields are knobs, as in the paper."""
+    """Base of all places. Subclasses are frozen dataclasses; fields are knobs, as in the paper."""
 
     place: ClassVar[str]
     tier: ClassVar[Tier] = "control"
@@ -175,6 +176,8 @@ class Reduction(ABC):
     depends on the data, ours is fixed. "trained": it needs weights of its own. "control": nothing is published."""
     paper: ClassVar[str]
     """Where the method comes from: authors, year, arXiv id. Shown by `edgetrim list reductions`."""
+    prefixes: ClassVar[tuple[str, ...]] = ("",)
+    """What may stand before the names of `trained` in a file with weights."""
 
     @property
     @abstractmethod
@@ -217,7 +220,7 @@ class Reduction(ABC):
 
     def trained(self, site: Site) -> dict[str, tuple[int, ...]]:
         """Trained tensors, name (identifiers, joined by dots) → shape: `forward` finds them among its signals. They come
-        from the safetensors file that the method's knob `weights` names; matrices are [in, out] there too."""
+        from the safetensors file or checkpoint folder that the method's knob `weights` names, and lie there as here."""
         return {}
 
     def knobs(self) -> dict[str, object]:
@@ -334,9 +337,7 @@ class PerFrame(BeforeLLM):
     def forward(self, signals: Signals) -> Reduced:
         hidden = signals["hidden"]
         frames, tokens = hidden.shape[1:3]
-        per_frame = set(self.needs) - OF_PROMPT
-        folded = {k: v.flatten(0, 1) if k in per_frame else _repeated(v, frames, k) for k, v in signals.items()}
-        out = self.reduce_frame(folded)
+        out = self.reduce_frame(by_frame(signals, self.needs, frames))
         kept = out.index.shape[1]
         index = out.index.reshape(-1, frames, kept)
         offset = (_arange(frames) * tokens)[None, :, None]
@@ -615,11 +616,11 @@ def _arange(n: int) -> Tensor:
     return torch.arange(n)
 
 
-def _repeated(x: Tensor, frames: int, name: str) -> Tensor:
-    """A signal of the prompt [batch, ...] → [batch * frames, ...]; trained weights as they are."""
-    if name not in OF_PROMPT:
-        return x
-    return x.unsqueeze(1).expand(-1, frames, *x.shape[1:]).flatten(0, 1)
+def by_frame(signals: Signals, needs: Collection[str], frames: int) -> dict[str, Tensor]:
+    """Signals [batch, frames, ...] → [batch * frames, ...]. Those of the prompt are repeated for each frame; what is not
+    among `needs`, trained tensors, stays as it is."""
+    prompt = {k: v.unsqueeze(1).expand(-1, frames, *v.shape[1:]) for k, v in signals.items() if k in OF_PROMPT}
+    return {k: v.flatten(0, 1) if k in needs else v for k, v in {**signals, **prompt}.items()}
 
 
 def _where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -51,12 +51,14 @@ class Geometry:
     none. sees: see `VisualLayout`. media: what a chat message calls it.
     row_ends: learned vectors that end rows of tokens, per placeholder; they are the projector's `image_newline`, and `ids` has
     them behind the tokens. planes: how many more vectors the tower gives for each token, by the signal `deepstack` [batch, frames, tokens, planes * hidden].
+    compressor: spec of the one that is this model's projector. numbered: whose tokens `ids` and an index count, where that is
+    not `tower`; a compressor sets it.
     """
 
     image: ImageSpec
     frames: int
     placeholders: int
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
     tower: Site
     in_tower: Site | str
     ids: tuple[tuple[int, ...], ...]
@@ -77,6 +79,8 @@ class Geometry:
     row_ends: int = 0
     template: str = ""
     sees: Literal["before", "image", "prompt"] = "before"
+    compressor: str = ""
+    numbered: Site | None = None
 
 
 class Family(ABC):

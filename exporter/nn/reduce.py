@@ -10,26 +10,33 @@ from torch import Tensor, nn
 from exporter.nn.atom import Atom
 from exporter.nn.layers import add_parameters
 from graphs._blocks import take
+from graphs._compressor import Compressor
 from graphs._contract import OF_PROMPT, BeforeLLM, Reduced, Site
 
 
 class _Method(nn.Module):
     """Gives the reduction's nodes its name in the graph."""
 
-    def __init__(self, method: BeforeLLM, site: Site) -> None:
+    def __init__(self, method: BeforeLLM | Compressor, site: Site) -> None:
         super().__init__()
-        self.method, self.trained = method, method.trained(site)
+        self.method, self.site, self.trained = method, site, method.trained(site)
         add_parameters(self, self.trained)
 
     def forward(self, signals: dict[str, Tensor]) -> Reduced:
-        return self.method.forward(signals | {name: self.get_parameter(name) for name in self.trained})
+        signals = signals | {name: self.get_parameter(name) for name in self.trained}
+        if isinstance(self.method, BeforeLLM):
+            return self.method.forward(signals)
+        tokens = self.method.forward(signals, self.site).flatten(1, 2)
+        index = torch.zeros_like(tokens[..., 0], dtype=torch.int64) + torch.arange(tokens.shape[1])
+        return Reduced(tokens, index)
 
 
 class Reduce(Atom):
     """visual signals → what the language model reads.
 
     Args:
-        methods: (name, fitted method, its site), in order; those of space "tower" come before those of space "llm".
+        methods: (name, fitted method, its site), in order; those of space "tower" come before those of space "llm";
+            a compressor between them takes the projector's place.
         projector: tower width → LLM width, or None.
         names: what `forward` gets, in order: the signals of the vision graph, then those from elsewhere.
         sized: whether to return the tokens' sizes too.
@@ -38,7 +45,7 @@ class Reduce(Atom):
 
     def __init__(
         self,
-        methods: Sequence[tuple[str, BeforeLLM, Site]],
+        methods: Sequence[tuple[str, BeforeLLM | Compressor, Site]],
         projector: nn.Module | None,
         names: Sequence[str],
         sized: bool = False,
@@ -57,7 +64,8 @@ class Reduce(Atom):
         return tuple(self.methods), self.names, self.sized, type(self.projector), shapes, self.row_ends
 
     def forward(self, *signals: Tensor) -> tuple[Tensor, ...]:
-        """Returns visual_embeds [batch, kept, hidden], index int64 [batch, kept] into the tokens before any reduction, and
+        """Returns visual_embeds [batch, kept, hidden], index int64 [batch, kept] into the tokens before any reduction (behind a
+        compressor: into what it yields), and
         if `sized` the float32 size [batch, kept] of every token. Where the tower gives `deepstack`, its planes stand behind
         each vector: those of a merged token are its anchor's."""
         found = dict(zip(self.names, signals, strict=True))
@@ -66,13 +74,17 @@ class Reduce(Atom):
         size = torch.ones_like(index, dtype=torch.float32)
         projected = False
         for name, method, frames in self.methods:
-            if method.space == "llm" and not projected:
+            compresses = isinstance(method, Compressor)
+            if isinstance(method, BeforeLLM) and method.space == "llm" and not projected:
                 found, projected = self.project(found), True
             out: Reduced = self.get_submodule(name)({k: found[k] for k in method.needs})
-            came = out.index.clamp_min(0)
-            index = torch.where(out.index >= 0, take(index, came), -1)
-            size = take(size, came) if out.size is None else out.size
-            found = {k: v for k, v in found.items() if k == "cls" or k in OF_PROMPT}
+            if compresses:
+                index, size, projected = out.index, torch.ones_like(out.index, dtype=torch.float32), True
+            else:
+                came = out.index.clamp_min(0)
+                index = torch.where(out.index >= 0, take(index, came), -1)
+                size = take(size, came) if out.size is None else out.size
+            found = {k: v for k, v in found.items() if (k == "cls" and not compresses) or k in OF_PROMPT}
             found["hidden"] = out.tokens.unflatten(1, (frames, -1))
         if not projected:
             found = self.project({"hidden": found["hidden"]})

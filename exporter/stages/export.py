@@ -61,7 +61,7 @@ class Modules:
 def origins(plan: Plan, modules: Modules) -> dict[str, dict[str, Source]]:
     """Weight file → parameter name → where it comes from: the checkpoint, the CLIP checkpoint, a method's own file."""
     found = {"vision": sources(modules.vision, "vision"), "llm": sources(modules.decode, "text")}
-    found["reduce"] = trained(plan, "before_llm", "{}")
+    found["reduce"] = trained(plan, "before_llm", "{}") | trained(plan, "projector", "{}")
     found["llm"] |= trained(plan, "in_llm", "{}_trained")
     if modules.reduce.projector is not None:
         found["reduce"] |= {f"projector.{k}": v for k, v in sources(modules.reduce.projector, "projector").items()}
@@ -79,7 +79,7 @@ def build_modules(plan: Plan) -> Modules:
     with torch.device("meta"):
         vision = plan.family.vision(plan.checkpoint, plan.geometry, plan.taps, plan.in_tower)
         question = None if plan.clip is None else ClipText(text_spec(plan.clip))
-        projector = plan.family.projector(plan.checkpoint)
+        projector = None if plan.compressed else plan.family.projector(plan.checkpoint)
         reduce = Reduce(plan.before_llm, projector, (*plan.for_reduce, *plan.side), plan.sized, plan.row_ends)
         reductions = plan.in_llm, plan.kept
         prefill = decode = Decoder(spec, *reductions, in_cache=plan.in_cache, trained=plan.trained)
@@ -200,7 +200,7 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
         visual=VisualLayout(
             frames=g.frames,
             placeholders=g.placeholders,
-            total=g.tower.total + g.row_ends * g.placeholders,
+            total=(g.numbered or g.tower).total + g.row_ends * g.placeholders,
             kept=plan.kept,
             grid=g.grid,
             ids=[list(i) for i in g.ids],

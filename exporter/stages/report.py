@@ -28,6 +28,7 @@ OTHER_ENGINES = "evidence/engines.json"
 PLACES = {
     "in_tower": "inside the tower",
     "before_llm": "before the language model",
+    "projector": "as the projector",
     "in_llm": "inside the language model",
     "in_cache": "in the cache",
 }

@@ -25,6 +25,7 @@ from exporter.nn.specs import IN_CACHE_SIGNALS, IN_LLM_SIGNALS
 from exporter.stages._trace import trace
 from graphs import _spec
 from graphs._blocks import TOPK_LIMIT, take
+from graphs._compressor import Compressor
 from graphs._contract import (
     BeforeLLM,
     InCache,
@@ -41,11 +42,11 @@ from graphs._contract import (
 from tests.graphs.oracle import KINDS, attention, features
 
 SPLIT = "method"
-DIM, HEAD_DIM, TEXT = 8, 6, 5
+DIM, LLM_DIM, HEAD_DIM, TEXT = 8, 12, 6, 5
 
 ALLOWED = frozenset(
-    "Abs Add And ArgMax ArgMin Cast Ceil Clip Concat Constant Div Equal Exp Expand Floor Gather GatherElements GatherND Greater "
-    "GreaterOrEqual Identity Less LessOrEqual Log MatMul Max Min Mul Neg Not Or Pow Reciprocal ReduceMax ReduceMean "
+    "Abs Add And ArgMax ArgMin Cast Ceil Clip Concat Constant Conv Div Equal Exp Expand Floor Gather GatherElements GatherND Gelu "
+    "Greater GreaterOrEqual HardSigmoid HardSwish Identity LayerNormalization Less LessOrEqual Log MatMul Max Min Mul Neg Not Or Pow Reciprocal ReduceMax ReduceMean "
     "ReduceMin ReduceSum Reshape Round Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh Tile TopK Transpose "
     "Unsqueeze Where".split()
 )
@@ -57,6 +58,7 @@ WITH_CLS = (*PLAIN, "cls", "cls_keys", "cls_attention", "joint_cls_attention")
 NO_CLS = frozenset({*PLAIN, *(f"{s}@{b}" for s in PLAIN for b in range(8)), "text", "text_mask", "warp"})
 ALL = NO_CLS | {*WITH_CLS, *(f"{s}@{b}" for s in WITH_CLS for b in range(24)), "aligned", "aligned_text"}
 PATCHES = frozenset(f"patches@{b}" for b in range(4))
+PATCHES_OF_TOWER = frozenset(f"patches@{b}" for b in range(24))
 IN_TOWER = frozenset({"hidden", "size", "keys", "attention", "column_attention", "value_norm"})
 
 SITES = {
@@ -64,6 +66,11 @@ SITES = {
         Site(576, 1, (24, 24), ALL, 23, dim=DIM, llm_dim=DIM),
         Site(20, 2, (4, 5), NO_CLS, 8, grid_positions=True, dim=DIM, llm_dim=DIM),
         Site(144, 8, (12, 12), ALL, 23, dim=DIM, llm_dim=DIM),
+    ),
+    "projector": (
+        Site(576, 1, (24, 24), ALL | PATCHES_OF_TOWER, 23, dim=DIM, patch_dim=DIM, llm_dim=LLM_DIM),
+        Site(24, 2, (4, 6), NO_CLS, 8, grid_positions=True, dim=DIM, llm_dim=LLM_DIM),
+        Site(144, 8, (12, 12), ALL | PATCHES_OF_TOWER, 23, dim=DIM, patch_dim=DIM, llm_dim=LLM_DIM),
     ),
     "in_tower": (
         Site(576, 1, (24, 24), IN_TOWER | {"cls", "cls_attention"}, 2, dim=DIM),
@@ -130,6 +137,8 @@ class Once(torch.nn.Module):
         if isinstance(self.method, InCache):
             return self.cache(*signals)
         named = dict(zip((*self.method.needs, *self.method.trained(self.site)), signals, strict=True))
+        if isinstance(self.method, Compressor):
+            return [self.method.forward(named, self.site)]
         assert isinstance(self.method, BeforeLLM)
         return [x for x in self.method.forward(named) if x is not None]
 
@@ -237,7 +246,7 @@ def inputs(method: Reduction, site: Site, kind: str, batch: int) -> list[torch.T
         elif signal in ("cls", "cls_keys"):
             value = features(kind, (*lead, 1, DIM if signal == "cls" else HEAD_DIM), seed)[:, :, 0]
         else:
-            value = features(kind, (*lead, site.tokens, DIM if signal == "hidden" else HEAD_DIM), seed)
+            value = features(kind, (*lead, site.tokens, DIM if signal in ("hidden", "patches") else HEAD_DIM), seed)
         made.append(torch.from_numpy(np.ascontiguousarray(value)))
     return made + trained_tensors(method, site)
 
@@ -246,7 +255,9 @@ def trained_tensors(method: Reduction, site: Site) -> list[torch.Tensor]:
     """What comes out of a matrix is as large as what goes in."""
     shapes = enumerate(method.trained(site).values())
     made = [torch.from_numpy(features("random", (1, *shape), seed)[0]) for seed, shape in shapes]
-    return [x * x.shape[0] ** -0.5 if x.ndim == 2 else x for x in made]
+    inputs = 1 if isinstance(method, Compressor) else 0  # a published matrix is [out, in]
+    made = [x * x.shape[inputs] ** -0.5 if x.ndim == 2 else x for x in made]
+    return [x * x[0].numel() ** -0.5 if x.ndim > 2 else x for x in made]
 
 
 def attention_from(text: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -393,7 +404,9 @@ def test_counts_and_indices(method: Reduction, site: Site) -> None:
     after = method.after(site)
     for kind in KINDS:
         out = Once(method, site)(inputs(method, site, kind, 2))
-        if isinstance(method, Skipping):
+        if isinstance(method, Compressor):
+            assert [x.shape for x in out] == [(2, after.frames, after.tokens, LLM_DIM)]
+        elif isinstance(method, Skipping):
             layers = len(method.layers)
             for tokens, weight, index in zip(out[:layers], out[layers:], out[2 * layers :], strict=False):
                 assert tokens.shape == (2, index.shape[1], DIM)

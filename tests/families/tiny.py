@@ -6,6 +6,7 @@ Hugging Face model it was. Beside them: what the tests ask these models, for us 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import save_file
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -50,7 +52,7 @@ from transformers import (
 from exporter.checkpoint import Checkpoint
 from exporter.families._contract import Request
 from exporter.graphset import GraphSet
-from exporter.plan import Plan, check_weights, make_plan
+from exporter.plan import Plan, Step, check_weights, make_plan
 from profiles import _schema
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -306,9 +308,25 @@ def saved(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 def plan(
     folder: Path, reductions: tuple[str, ...] = (), request: Request | None = None, profile: str = "cpu_fp32"
 ) -> Plan:
-    plan = make_plan(Checkpoint(folder), reductions, _schema.load(profile), request)
-    check_weights(plan)
-    return plan
+    found = unchecked(folder, reductions, request, profile)
+    check_weights(found)
+    return found
+
+
+def unchecked(
+    folder: Path, reductions: tuple[str, ...] = (), request: Request | None = None, profile: str = "cpu_fp32"
+) -> Plan:
+    """A plan whose reductions' weights may not be there."""
+    return make_plan(Checkpoint(folder), reductions, _schema.load(profile), request)
+
+
+def weights(step: Step, file: Path, seed: int = 0) -> Path:
+    """Random trained tensors of a reduction, saved as it reads them; what goes through a matrix stays about as large."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = step.method.trained(step.site)
+    made = {n: torch.randn(s, generator=draw) * math.prod(s[1:]) ** -0.5 for n, s in shapes.items()}
+    save_file(made, file)
+    return file
 
 
 def endless(graphs: GraphSet) -> GraphSet:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from graphs._contract import BeforeLLM, Site
+from graphs._contract import BeforeLLM, Reduction, Site
 
 Array = NDArray[np.float32]
 KINDS = ("random", "ties", "equal", "frozen")
@@ -53,6 +53,12 @@ def attention(kind: str, shape: tuple[int, ...], seed: int = 1) -> Array:
     elif kind == "frozen" and len(shape) > 2:
         x = np.broadcast_to(x[:, :1], shape)
     return (x / x.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def trained(method: Reduction, site: Site, seed: int = 0) -> dict[str, Array]:
+    """Random tensors of the names and shapes that a method has for its trained ones."""
+    rng = np.random.default_rng(seed)
+    return {name: 0.5 * rng.standard_normal(s).astype(np.float32) for name, s in method.trained(site).items()}
 
 
 def run(method: BeforeLLM, given: dict[str, Array]) -> tuple[Array, Array]:

@@ -46,6 +46,7 @@ MODELS = ("embedded", "qwen2_5_vl")
 
 REFUSED = {
     ("qwen2_5_vl", "lftr"): "it needs `cls`",
+    ("qwen2_5_vl", "ldpv2"): "both sides must be even",
     **{("qwen2_5_vl", name): "tower cannot be shortened" for name in METHODS if _spec.load(name).place == "in_tower"},
 }
 """(model, method) that cannot be at its defaults: a part of the sentence that says why."""
@@ -92,9 +93,12 @@ class Drawn:
 
 
 @functools.cache
-def planned(model: str, name: str, folder: Path, clip: Checkpoint | None) -> Plan:
-    """The method at half of the tokens, on an image if it can, else on a clip."""
+def planned(model: str, name: str, folder: Path, clip: Checkpoint | None, made: Path) -> Plan:
+    """The method at half of the tokens, on an image if it can, else on a clip; a compressor with weights in `made`."""
     spec = _spec.sweep(name).format(ratio=0.5)
+    if _spec.load(name).place == "projector":
+        (step,) = tiny.unchecked(folder, (spec,), Request(CLIP, SIZES.get(model))).steps
+        spec += f"{',' if ':' in spec else ':'}weights={tiny.weights(step, made / 'weights.safetensors')}"
     for frames in (1, CLIP):
         try:
             return tiny.plan(folder, (spec,), Request(frames, SIZES.get(model), clip))
@@ -135,7 +139,8 @@ def drawn(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
     @functools.cache
     def run(model: str, name: str) -> Drawn:
-        return Drawn.of(planned(model, name, folders[model], clips.get(model)), tmp_path_factory.mktemp(name))
+        made = tmp_path_factory.mktemp(name)
+        return Drawn.of(planned(model, name, folders[model], clips.get(model), made), made)
 
     return run
 

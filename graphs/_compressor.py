@@ -1,0 +1,201 @@
+"""Compressors: trained projectors that shorten, and the layers they are made of.
+
+A compressor's tensors have the names and layouts of its published checkpoint, so that a file of its authors can be given as
+it is. The functions here take `weights`, the signals of a `forward`, and the name of a layer in it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from graphs._contract import OF_PROMPT, Reduction, ReductionError, Signals, Site, Tier, by_frame
+from graphs._torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+C = TypeVar("C", bound="Compressor")
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Compressor(Reduction):
+    """A trained projector that shortens: tokens of the tower's width in, fewer of the language model's width out.
+
+    It takes the place of the family's own projector, and the language model counts positions as if the tower had given
+    what it returns. Reductions of the space "tower" may act before it, those of the space "llm" behind it.
+
+    `weights`: safetensors file or checkpoint folder with its trained tensors. Without it they are where the model's own
+    checkpoint has its projector.
+    """
+
+    place: ClassVar[str] = "projector"
+    tier: ClassVar[Tier] = "trained"
+    prefixes: ClassVar[tuple[str, ...]] = ("", "model.mm_projector.")
+
+    weights: str | None = field(default=None, kw_only=True)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("hidden",)
+
+    @property
+    def merges(self) -> bool:
+        return True
+
+    def fit(self: C, site: Site) -> C:
+        self.check()
+        if not (site.dim and site.llm_dim):
+            raise ReductionError("it needs the widths of tower and language model, which this model does not tell")
+        fitted = self.fitted(site)
+        fitted.require(site)
+        fitted.after(site)
+        return fitted
+
+    def fitted(self: C, site: Site) -> C:
+        """The knobs resolved for a site whose widths are known."""
+        return self
+
+    @abstractmethod
+    def forward(self, signals: Signals, site: Site) -> Tensor:
+        """[batch, frames, tokens, llm_dim], as many frames and tokens as `after` says.
+
+        Args:
+            signals: what `needs` names, with the frames axis, and the trained tensors. site: what it was fitted to.
+        """
+
+
+@dataclass(frozen=True)
+class PerFrameCompressor(Compressor):
+    """A `Compressor` that treats every frame alone. Subclasses write `compress` and say what shape comes out."""
+
+    @abstractmethod
+    def shape(self, site: Site) -> tuple[int, int] | int:
+        """Rows and columns of the tokens that a frame yields, or their number where there is no raster."""
+
+    def after(self, site: Site) -> Site:
+        return compressed(site, self.shape(site))
+
+    def forward(self, signals: Signals, site: Site) -> Tensor:
+        out: Tensor = self.compress(by_frame(signals, self.needs, site.frames), site).unflatten(0, (-1, site.frames))
+        return out
+
+    @abstractmethod
+    def compress(self, signals: Signals, site: Site) -> Tensor:
+        """[n, kept, llm_dim], of signals with leading axes [n, tokens], n being batch * frames."""
+
+
+def compressed(site: Site, shape: tuple[int, int] | int, frames: int | None = None) -> Site:
+    """The site behind a compressor: rows and columns, or tokens, of a frame."""
+    grid = shape if isinstance(shape, tuple) else None
+    tokens = shape[0] * shape[1] if isinstance(shape, tuple) else shape
+    return replace(
+        site,
+        tokens=tokens,
+        frames=site.frames if frames is None else frames,
+        grid=grid,
+        signals=site.signals & {"hidden", *OF_PROMPT},
+        dim=site.llm_dim,
+        patch_dim=0,
+    )
+
+
+def raster(site: Site) -> tuple[int, int]:
+    """Rows and columns of a frame's tokens. Raises ReductionError where they lie in none."""
+    if site.grid is None:
+        raise ReductionError("it needs the whole raster of every frame: nothing may act before it")
+    return site.grid
+
+
+def halved(site: Site) -> tuple[int, int]:
+    """Rows and columns of the raster's 2 × 2 cells. Raises ReductionError where a side is odd."""
+    rows, cols = raster(site)
+    if rows % 2 or cols % 2:
+        raise ReductionError(f"it takes cells of 2 × 2 tokens, so both sides must be even; found {rows} × {cols}")
+    return rows // 2, cols // 2
+
+
+# What layers hold
+
+
+def linear_shapes(name: str, inputs: int, outputs: int, bias: bool = True) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if bias else {})
+
+
+def norm_shapes(name: str, dim: int, bias: bool = True) -> Shapes:
+    return {f"{name}.{part}": (dim,) for part in (("weight", "bias") if bias else ("weight",))}
+
+
+def conv_shapes(
+    name: str, inputs: int, outputs: int, kernel: tuple[int, ...], *, groups: int = 1, bias: bool = True
+) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs // groups, *kernel)} | ({f"{name}.bias": (outputs,)} if bias else {})
+
+
+def stacked(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
+    """The same names behind a prefix."""
+    return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
+
+
+# What they do
+
+
+def linear(weights: Signals, name: str, x: Tensor) -> Tensor:
+    """[..., in] → [..., out], the weight [out, in]."""
+    x = x @ weights[f"{name}.weight"].t()
+    return x + weights[f"{name}.bias"] if f"{name}.bias" in weights else x
+
+
+def layer_norm(weights: Signals, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Over the last axis, in float32."""
+    weight, bias = weights[f"{name}.weight"].float(), weights.get(f"{name}.bias")
+    bias = None if bias is None else bias.float()
+    return torch.nn.functional.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
+def mlp(weights: Signals, first: str, second: str, x: Tensor) -> Tensor:
+    """Linear, GELU, Linear: the projector of LLaVA-1.5."""
+    return linear(weights, second, torch.nn.functional.gelu(linear(weights, first, x)))
+
+
+def to_planes(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[n, tokens, dim] → [n, dim, rows, cols]"""
+    planes: Tensor = x.transpose(1, 2).unflatten(2, grid)
+    return planes
+
+
+def to_tokens(planes: Tensor) -> Tensor:
+    """[n, dim, rows, cols] → [n, tokens, dim]"""
+    return planes.flatten(2).transpose(1, 2)
+
+
+def conv(weights: Signals, name: str, planes: Tensor, *, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
+    """A 2-D convolution of [n, dim, rows, cols]."""
+    f = torch.nn.functional.conv2d
+    out: Tensor = f(planes, weights[f"{name}.weight"], weights.get(f"{name}.bias"), stride, padding, 1, groups)
+    return out
+
+
+def cells(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """[n, tokens, dim] → [n, cells, side * side, dim]: square cells of the raster, the tokens of each in raster order."""
+    rows, cols = grid
+    apart = x.unflatten(1, (rows // side, side, cols // side, side)).transpose(2, 3)
+    found: Tensor = apart.flatten(3, 4).flatten(1, 2)
+    return found
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """Multi-head attention of projected q [n, queries, dim], k and v [n, tokens, dim], softmax in float32 → [n, queries, dim].
+
+    Args:
+        mask: float32, added to the scores [n, heads, queries, tokens].
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float()
+    if mask is not None:
+        scores = scores + mask
+    out: Tensor = (torch.softmax(scores, -1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    return out
