@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
-from exporter.nn.layers import Linear, RMSNorm
+from exporter.nn.layers import Linear, PackedLinear, RMSNorm
 
 if TYPE_CHECKING:
     from exporter.nn.specs import DecoderSpec
@@ -50,6 +50,16 @@ class Source:
                 "Config and weights do not belong together."
             )
         return tensor.float() + self.offset if self.offset else tensor
+
+
+@dataclass(frozen=True)
+class PackedSource(Source):
+    """Tensors of the checkpoint side by side, along the last axis."""
+
+    parts: tuple[Source, ...]
+
+    def read(self, checkpoint: Checkpoint) -> Tensor:
+        return torch.cat([part.read(checkpoint) for part in self.parts], -1)
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,18 @@ def sources(module: nn.Module, prefix: str) -> dict[str, Source]:
             transposed = isinstance(owner, Linear) and leaf == "weight"
             offset = owner.offset if isinstance(owner, RMSNorm) else 0.0
             found[name] = Source(where, tuple(parameter.shape), transposed, offset=offset)
+            if isinstance(owner, PackedLinear):
+                found[name] = packed(found[name], owner.parts)
     return found
+
+
+def packed(whole: Source, parts: Mapping[str, int]) -> PackedSource:
+    """`…self_attn.qkv_proj.weight` from `…self_attn.q_proj.weight` and those beside it."""
+    path, _, leaf = whole.name.rpartition(".")
+    beside = path.rpartition(".")[0]
+    lead = whole.shape[:-1]
+    own = tuple(Source(f"{beside}.{n}.{leaf}", (*lead, width), whole.transposed) for n, width in parts.items())
+    return PackedSource(whole.name, whole.shape, whole.transposed, own)
 
 
 def text_embeddings(rows: Tensor, spec: DecoderSpec) -> Tensor:

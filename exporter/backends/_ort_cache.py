@@ -25,7 +25,7 @@ class _Memory:
     """Tokens that somebody has written."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Held:
     """The first `length` tokens in a memory: what a runner gives for a key or value that it appends to in place.
 

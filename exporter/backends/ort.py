@@ -196,18 +196,23 @@ class OnnxRuntimeRunner(Runner):
         given = {name: self._value(name, value) for name, value in feeds.items() if name not in room}
         for name, value in given.items():
             binding.bind_ortvalue_input(name, value)
-        past_of = {present: name for name, present in cache.items()}
-        for name in self._outputs:  # in this order `get_outputs` returns them, if all are bound so the first time
+        past_of, new = {present: name for name, present in cache.items()}, []
+        for place, name in enumerate(
+            self._outputs
+        ):  # in this order a binding returns them, if all are bound so the first time
             past = past_of.get(name)
             if past is None:
                 binding.bind_output(name, self._backend.provider)
+                new.append((place, name))
             elif self._memories.get(past) is not room[past].value:
                 self._memories[past] = room[past].value
                 binding.bind_ortvalue_input(past, room[past].value)
                 binding.bind_ortvalue_output(name, room[past].value)
         self._session.run_with_iobinding(binding)
-        found = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-        return found | {name: room[past].grown(tokens) for name, past in past_of.items()}
+        found: dict[str, Any] = {name: room[past].grown(tokens) for name, past in past_of.items()}
+        values = binding.get_outputs_as_ortvaluevector()
+        found.update((name, self._value_type(values[place])) for place, name in new)
+        return found
 
     def _token_by_token(self, feeds: Mapping[str, Any], cache: Mapping[str, str], tokens: int) -> dict[str, Any]:
         """GroupQueryAttention does not append several tokens to several rows."""

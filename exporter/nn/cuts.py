@@ -32,7 +32,7 @@ class Ahead(Atom):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """Queries and keys with the rotation, then before it, as `Attention` makes them."""
-        q, k = self.self_attn.plain(self.input_layernorm(x))
+        q, k, _ = self.self_attn.plain(self.input_layernorm(x))
         return rotate(q, cos, sin), rotate(k, cos, sin), q, k
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
-from exporter.nn.layers import ACTIVATIONS, MASKED, Linear, RMSNorm, merge_heads, rotate, split_heads
+from exporter.nn.layers import ACTIVATIONS, MASKED, Linear, PackedLinear, RMSNorm, merge_heads, rotate
 from exporter.nn.seen import scores
 from exporter.nn.specs import DecoderSpec
 
@@ -24,9 +24,8 @@ class Attention(nn.Module):
         super().__init__()
         self.spec = spec
         kv = spec.kv_heads * spec.head_dim
-        self.q_proj = Linear(spec.hidden, spec.heads * spec.head_dim, spec.qkv_bias)
-        self.k_proj = Linear(spec.hidden, kv, spec.qkv_bias)
-        self.v_proj = Linear(spec.hidden, kv, spec.qkv_bias)
+        parts = {"q_proj": spec.heads * spec.head_dim, "k_proj": kv, "v_proj": kv}
+        self.qkv_proj = PackedLinear(spec.hidden, parts, spec.qkv_bias)
         self.o_proj = Linear(spec.heads * spec.head_dim, spec.hidden, spec.output_bias)
         if spec.qk_norm:
             self.q_norm = RMSNorm(spec.head_dim, spec.eps, spec.norm_offset)
@@ -40,9 +39,8 @@ class Attention(nn.Module):
         Returns the output, present key and value, and what a reduction may look at: the rotated queries [batch, heads, seq,
         head_dim], and queries and keys before the rotation."""
         s = self.spec
-        plain_q, plain_k = self.plain(x)
+        plain_q, plain_k, v = self.plain(x)
         q, k = rotate(plain_q, cos, sin), rotate(plain_k, cos, sin)
-        v = split_heads(self.v_proj(x), s.kv_heads)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         seq = x.shape[1]
@@ -50,14 +48,14 @@ class Attention(nn.Module):
         out = torch.softmax(scores(s, folded, k, bias).float(), -1).to(v.dtype) @ v
         return self.o_proj(merge_heads(out.reshape(-1, s.heads, seq, s.head_dim))), k, v, q, plain_q, plain_k
 
-    def plain(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [batch, heads, seq, head_dim] and keys [batch, kv_heads, seq, head_dim] before the rotation, normed
+    def plain(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [batch, heads, seq, head_dim], keys and values [batch, kv_heads, seq, head_dim] before the rotation, normed
         where the decoder norms them."""
         s = self.spec
-        q, k = self.q_proj(x).unflatten(-1, (s.heads, -1)), self.k_proj(x).unflatten(-1, (s.kv_heads, -1))
+        q, k, v = (part.unflatten(-1, (-1, s.head_dim)) for part in self.qkv_proj.split(x))
         if s.qk_norm:  # behind the transposition ONNX Runtime would move that through the norm, and not fuse it
             q, k = self.q_norm(q), self.k_norm(k)
-        return q.transpose(1, 2), k.transpose(1, 2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class Mlp(nn.Module):
