@@ -144,8 +144,8 @@ def stacked(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
 
 
 def linear(weights: Signals, name: str, x: Tensor) -> Tensor:
-    """[..., in] → [..., out], the weight [out, in]."""
-    x = x @ weights[f"{name}.weight"].t()
+    """[..., in] → [..., out], the weight [out, in], or that of a convolution of single tokens [out, in, 1, …]."""
+    x = x @ weights[f"{name}.weight"].flatten(1).t()
     return x + weights[f"{name}.bias"] if f"{name}.bias" in weights else x
 
 
@@ -172,11 +172,30 @@ def to_tokens(planes: Tensor) -> Tensor:
     return planes.flatten(2).transpose(1, 2)
 
 
-def conv(weights: Signals, name: str, planes: Tensor, *, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
-    """A 2-D convolution of [n, dim, rows, cols]."""
-    f = torch.nn.functional.conv2d
+def conv(
+    weights: Signals,
+    name: str,
+    planes: Tensor,
+    *,
+    stride: int | tuple[int, int, int] = 1,
+    padding: int = 0,
+    groups: int = 1,
+) -> Tensor:
+    """A convolution of [n, dim, rows, cols], or of clips [n, dim, frames, rows, cols]."""
+    f = torch.nn.functional.conv2d if planes.ndim == 4 else torch.nn.functional.conv3d
     out: Tensor = f(planes, weights[f"{name}.weight"], weights.get(f"{name}.bias"), stride, padding, 1, groups)
     return out
+
+
+def to_clip(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[n, frames, tokens, dim] → [n, dim, frames, rows, cols]"""
+    clip: Tensor = x.permute(0, 3, 1, 2).unflatten(3, grid)
+    return clip
+
+
+def from_clip(clip: Tensor) -> Tensor:
+    """[n, dim, frames, rows, cols] → [n, frames, tokens, dim]"""
+    return clip.flatten(3).permute(0, 2, 3, 1)
 
 
 def cells(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
@@ -199,3 +218,41 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
         scores = scores + mask
     out: Tensor = (torch.softmax(scores, -1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
     return out
+
+
+def regnet_shapes(name: str, inputs: int, outputs: int, depth: int) -> Shapes:
+    """A stage of `depth` RegNet blocks, as timm names them: depthwise, norms over the channels, squeeze to a quarter."""
+    made: Shapes = {}
+    for number in range(1, depth + 1):
+        block, squeezed = f"{name}.b{number}", round(inputs / 4)
+        layers = {"conv1": (inputs, 1), "conv2": (1, 3), "conv3": (outputs, 1)}
+        if inputs != outputs:
+            layers["downsample"] = (inputs, 1)
+        for layer, (each, side) in layers.items():
+            made[f"{block}.{layer}.conv.weight"] = (outputs, each, side, side)
+            made |= norm_shapes(f"{block}.{layer}.bn", outputs)
+        made |= conv_shapes(f"{block}.se.fc1", outputs, squeezed, (1, 1))
+        made |= conv_shapes(f"{block}.se.fc2", squeezed, outputs, (1, 1))
+        inputs = outputs
+    return made
+
+
+def regnet(weights: Signals, name: str, depth: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """That stage: [n, tokens, inputs] → [n, tokens, outputs]."""
+    silu = torch.nn.functional.silu
+    for number in range(1, depth + 1):
+        block = f"{name}.b{number}"
+        shortcut = x
+        x = silu(_pointwise(weights, f"{block}.conv1", x))
+        planes = conv(weights, f"{block}.conv2.conv", to_planes(x, grid), padding=1, groups=x.shape[-1])
+        x = silu(layer_norm(weights, f"{block}.conv2.bn", to_tokens(planes)))
+        squeezed = silu(linear(weights, f"{block}.se.fc1", x.mean(1, keepdim=True)))
+        x = x * torch.sigmoid(linear(weights, f"{block}.se.fc2", squeezed))
+        if f"{block}.downsample.conv.weight" in weights:
+            shortcut = _pointwise(weights, f"{block}.downsample", shortcut)
+        x = silu(_pointwise(weights, f"{block}.conv3", x) + shortcut)
+    return x
+
+
+def _pointwise(weights: Signals, name: str, x: Tensor) -> Tensor:
+    return layer_norm(weights, f"{name}.bn", linear(weights, f"{name}.conv", x))
