@@ -7,7 +7,7 @@ it is. The functions here take `weights`, the signals of a `forward`, and the na
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -52,7 +52,9 @@ class Compressor(Reduction):
             raise ReductionError("it needs the widths of tower and language model, which this model does not tell")
         fitted = self.fitted(site)
         fitted.require(site)
-        fitted.after(site)
+        count = fitted.after(site).total
+        if count > site.total:
+            raise ReductionError(f"it shortens, and would yield {count} tokens where there are {site.total}")
         return fitted
 
     def fitted(self: C, site: Site) -> C:
@@ -110,12 +112,28 @@ def raster(site: Site) -> tuple[int, int]:
     return site.grid
 
 
+def divided(site: Site, side: int, knob: str) -> tuple[int, int]:
+    """Rows and columns of the raster's cells of side × side, as `knob` says. Raises ReductionError where they do not fit."""
+    rows, cols = raster(site)
+    if side < 1 or rows % side or cols % side:
+        raise ReductionError(f"`{knob}` must divide both sides of {rows} × {cols} tokens; found {side}")
+    return rows // side, cols // side
+
+
 def halved(site: Site) -> tuple[int, int]:
     """Rows and columns of the raster's 2 × 2 cells. Raises ReductionError where a side is odd."""
     rows, cols = raster(site)
     if rows % 2 or cols % 2:
         raise ReductionError(f"it takes cells of 2 × 2 tokens, so both sides must be even; found {rows} × {cols}")
     return rows // 2, cols // 2
+
+
+def heads_of(heads: int | None, dim: int, head_dim: int) -> int:
+    """Attention heads as given, or as many of `head_dim` as `dim` holds, at least one. Raises ReductionError."""
+    found = max(1, dim // head_dim) if heads is None else heads
+    if found < 1 or dim % found:
+        raise ReductionError(f"`heads` must divide the width {dim} of what attends; found {found}")
+    return found
 
 
 # What layers hold
@@ -133,6 +151,15 @@ def conv_shapes(
     name: str, inputs: int, outputs: int, kernel: tuple[int, ...], *, groups: int = 1, bias: bool = True
 ) -> Shapes:
     return {f"{name}.weight": (outputs, inputs // groups, *kernel)} | ({f"{name}.bias": (outputs,)} if bias else {})
+
+
+def multihead_shapes(name: str, dim: int) -> Shapes:
+    """Of a torch.nn.MultiheadAttention."""
+    return {
+        f"{name}.in_proj_weight": (3 * dim, dim),
+        f"{name}.in_proj_bias": (3 * dim,),
+        **linear_shapes(f"{name}.out_proj", dim, dim),
+    }
 
 
 def stacked(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
@@ -157,7 +184,7 @@ def layer_norm(weights: Signals, name: str, x: Tensor, eps: float = 1e-5) -> Ten
 
 
 def mlp(weights: Signals, first: str, second: str, x: Tensor) -> Tensor:
-    """Linear, GELU, Linear: the projector of LLaVA-1.5."""
+    """Linear, GELU, Linear: the projector that most models have."""
     return linear(weights, second, torch.nn.functional.gelu(linear(weights, first, x)))
 
 
@@ -218,6 +245,27 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
         scores = scores + mask
     out: Tensor = (torch.softmax(scores, -1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
     return out
+
+
+def multihead(weights: Signals, name: str, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """torch.nn.MultiheadAttention of q [n, queries, dim], k and v [n, tokens, dim] → [n, queries, dim]. Where n is 1 the
+    tensor counts for all, so that attention that does not see the image is made of weights alone, which runtimes fold."""
+    parts = zip(
+        (q, k, v), weights[f"{name}.in_proj_weight"].chunk(3), weights[f"{name}.in_proj_bias"].chunk(3), strict=True
+    )
+    q, k, v = (x @ weight.t() + bias for x, weight, bias in parts)
+    return linear(weights, f"{name}.out_proj", attention(q, k, v, heads))
+
+
+def channel_norm(weights: Signals, name: str, planes: Tensor, eps: float) -> Tensor:
+    """Layer norm of [n, dim, rows, cols] over dim."""
+    return layer_norm(weights, name, planes.permute(0, 2, 3, 1), eps).permute(0, 3, 1, 2)
+
+
+def squeeze_excite(weights: Signals, name: str, planes: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
+    """Planes [n, dim, rows, cols], each times a gate that two layers (`fc1`, ReLU, `fc2`) open by the mean of all."""
+    squeezed = torch.relu(conv(weights, f"{name}.fc1", planes.mean((2, 3), keepdim=True)))
+    return planes * gate(conv(weights, f"{name}.fc2", squeezed))
 
 
 def regnet_shapes(name: str, inputs: int, outputs: int, depth: int) -> Shapes:

@@ -26,6 +26,11 @@ def bilinear(grid: Grid, out: Grid) -> Tensor:
     return _separable(_bilinear(grid[0], out[0]), _bilinear(grid[1], out[1]))
 
 
+def bicubic(grid: Grid, out: Grid) -> Tensor:
+    """Bicubic resize as PyTorch's (a = -0.75, half-pixel centres, no antialias): float32 [out tokens, in tokens]."""
+    return _separable(_bicubic(grid[0], out[0]), _bicubic(grid[1], out[1]))
+
+
 def pool(matrix: Tensor, x: Tensor) -> Tensor:
     """[..., in, dim] → [..., out, dim], in float32, then cast back."""
     return (matrix @ x.float()).to(x.dtype)
@@ -70,6 +75,25 @@ def _bilinear(n: int, m: int) -> Rows:
         row[high] += part
         rows.append(row)
     return rows
+
+
+def _bicubic(n: int, m: int) -> Rows:
+    rows = []
+    for i in range(m):
+        at = (i + 0.5) * n / m - 0.5
+        low = math.floor(at)
+        row = [0.0] * n
+        for tap in range(low - 1, low + 3):
+            row[min(max(tap, 0), n - 1)] += _cubic(abs(at - tap))
+        rows.append(row)
+    return rows
+
+
+def _cubic(x: float, a: float = -0.75) -> float:
+    """Keys's kernel at a distance of at most 2."""
+    if x <= 1:
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+    return ((x - 5) * x + 8) * x * a - 4 * a
 
 
 def _separable(rows: Rows, cols: Rows) -> Tensor:
