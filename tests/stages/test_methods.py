@@ -48,6 +48,8 @@ REFUSED = {
     ("qwen2_5_vl", "lftr"): "it needs `cls`",
     ("qwen2_5_vl", "ldpv2"): "both sides must be even",
     ("qwen2_5_vl", "llava_stf"): "both sides must be even",
+    ("qwen2_5_vl", "videoxl"): "must be even for clips",
+    ("qwen2_5_vl", "hires"): "must divide both sides",
     ("qwen2_5_vl", "tokenpacker"): "must divide both sides",
     **{("qwen2_5_vl", name): "tower cannot be shortened" for name in METHODS if _spec.load(name).place == "in_tower"},
 }
