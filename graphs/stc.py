@@ -6,16 +6,14 @@ hidden [batch, frames, tokens, dim] → tokens [batch, about frames / 2, about t
 2. A convolution over cells of 2 × 2 × 2 tokens (frames, rows, columns), SiLU.
 3. Four RegNet blocks per frame again, then Linear, GELU, Linear.
 
-An image is taken for a clip that stands still, as its authors do.
-
 Source: Cheng et al. 2024, "VideoLLaMA 2: Advancing Spatial-Temporal Modeling and Audio Understanding in Video-LLMs",
 arXiv:2406.07476.
 Knobs:
     padding: zeros around the clip before step 2, on every side of all three axes: an axis of n becomes n / 2 + padding, rounded
         down. 1 in VideoLLaMA2 (8 frames of 24 × 24: 5 × 13 × 13 = 845 tokens), 0 in VideoLLaMA2.1 (4 × 12 × 12 = 576).
-    still: frames an image is taken for: 8, or 16 for the models trained with so many.
     weights: the published checkpoint, or its tensors `model.mm_projector.…` alone.
-Differs: nothing.
+Differs: nothing for clips. An image its authors repeat, as often as the model was trained with frames (8 or 16), which makes
+more tokens of it than there were: give it as such a clip.
 Position: counted anew: its frames are not those of the tower.
 """
 
@@ -24,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from graphs._clip import require_frames
 from graphs._compressor import (
     Compressor,
     Shapes,
@@ -56,24 +55,18 @@ class Stc(Compressor):
     paper: ClassVar[str] = "Cheng et al. 2024, arXiv:2406.07476"
 
     padding: int = 1
-    still: int = 8
 
     def fitted(self, site: Site) -> Stc:
         if self.padding not in (0, 1):
             raise ReductionError(f"`padding` must be 0 or 1; found {self.padding}")
-        if min(self._clip(site)) < 2 - self.padding:
-            raise ReductionError(
-                f"it takes cells of 2 × 2 × 2 tokens, so `still`, frames, rows and columns must be {2 - self.padding} or "
-                f"more; found {' × '.join(map(str, self._clip(site)))} frames, rows and columns"
-            )
+        require_frames(site)
+        rows, cols = raster(site)
+        if min(rows, cols) < 2:
+            raise ReductionError(f"it takes cells of 2 × 2 tokens of 2 frames; found {rows} × {cols} tokens")
         return self
 
-    def _clip(self, site: Site) -> tuple[int, int, int]:
-        """Frames, rows and columns that step 2 meets."""
-        return (self.still if site.frames == 1 else site.frames, *raster(site))
-
     def after(self, site: Site) -> Site:
-        frames, rows, cols = (n // 2 + self.padding for n in self._clip(site))
+        frames, rows, cols = (n // 2 + self.padding for n in (site.frames, *raster(site)))
         return compressed(site, (rows, cols), frames)
 
     def trained(self, site: Site) -> Shapes:
@@ -86,11 +79,11 @@ class Stc(Compressor):
         }
 
     def forward(self, signals: Signals, site: Site) -> Tensor:
-        (frames, *_), after = self._clip(site), self.after(site)
+        after = self.after(site)
         assert after.grid is not None
         x = regnet(signals, "s1", DEPTH, signals["hidden"].flatten(0, 1), raster(site))
-        x = x.unflatten(0, (-1, site.frames)).expand(-1, frames, -1, -1)
-        x = from_clip(conv(signals, "sampler.0", to_clip(x, raster(site)), stride=2, padding=self.padding))
+        clip = to_clip(x.unflatten(0, (-1, site.frames)), raster(site))
+        x = from_clip(conv(signals, "sampler.0", clip, stride=2, padding=self.padding))
         x = regnet(signals, "s2", DEPTH, torch.nn.functional.silu(x).flatten(0, 1), after.grid)
         out: Tensor = mlp(signals, "readout.0", "readout.2", x).unflatten(0, (-1, after.frames))
         return out

@@ -57,9 +57,7 @@ def test_tensors_are_those_of_the_published_checkpoint() -> None:
     [
         (8, 24, Stc(), (5, (13, 13), 845)),
         (8, 24, Stc(padding=0), (4, (12, 12), 576)),
-        (1, 24, Stc(), (5, (13, 13), 845)),
         (16, 27, Stc(padding=0), (8, (13, 13), 1352)),
-        (1, 27, Stc(padding=0, still=16), (8, (13, 13), 1352)),
     ],
 )
 def test_published_counts(frames: int, side: int, method: Stc, expected: tuple[int, tuple[int, int], int]) -> None:
@@ -137,23 +135,12 @@ def test_against_modules_of_the_paper(frames: int, padding: int) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * float(np.abs(expected).max()))
 
 
-def test_an_image_is_a_clip_that_stands_still() -> None:
-    image, clip = dataclasses.replace(SITE, frames=1), dataclasses.replace(SITE, frames=6)
-    method = Stc(still=6).fit(image)
-    x = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 1, 24, 8)).astype(np.float32))
-    named = {name: torch.from_numpy(w) for name, w in trained(method, image).items()}
-    one = method.forward({"hidden": x} | named, image)
-    other = method.fit(clip).forward({"hidden": x.repeat(1, 6, 1, 1)} | named, clip)
-    assert one.shape == (2, 4, 12, 12)
-    np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("site", "method", "words"),
     [
         (dataclasses.replace(SITE, grid=None), Stc(), "whole raster"),
-        (dataclasses.replace(SITE, frames=1), Stc(still=0), "must be 1 or more; found 0 × 4 × 6"),
-        (dataclasses.replace(SITE, grid=(1, 24)), Stc(padding=0), "must be 2 or more; found 3 × 1 × 24"),
+        (dataclasses.replace(SITE, frames=1), Stc(), "at least 2 frames; found 1"),
+        (dataclasses.replace(SITE, grid=(1, 24)), Stc(), "found 1 × 24 tokens"),
         (SITE, Stc(padding=2), "`padding` must be 0 or 1; found 2"),
         (dataclasses.replace(SITE, llm_dim=0), Stc(), "widths"),
     ],

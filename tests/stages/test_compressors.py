@@ -103,3 +103,18 @@ def test_what_does_not_fit_is_refused_in_words(checkpoints: dict[str, Path], tmp
     tiny.llava_next(folder)
     with pytest.raises(UsageError, match="gives vectors that end rows"):
         tiny.plan(folder, ("ldpv2",))
+
+
+@pytest.mark.parametrize(
+    ("family", "spec", "frames", "kept"),
+    [("llava", "stc", 4, 27), ("llava", "videoxl", 5, 8), ("qwen2_5_vl", "stc", 4, 18)],
+)
+def test_a_clip_becomes_other_frames(
+    family: str, spec: str, frames: int, kept: int, with_weights: Any, exported: Export, engine: Engine
+) -> None:
+    """Fewer frames than the tower's: not a number per placeholder any more, so they are counted anew."""
+    case = exported(family, (with_weights(family, spec, frames),), frames)
+    assert (case.graphs.visual.kept, case.plan.policy) == (kept, "compact")
+    asked = tiny.question(case.graphs)
+    theirs, ours = (g.generate(asked.pixels, [asked.prompt], ANSWER) for g in (case.theirs(), engine(case)))
+    assert ours.tokens == theirs.tokens
