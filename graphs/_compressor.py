@@ -183,6 +183,13 @@ def layer_norm(weights: Signals, name: str, x: Tensor, eps: float = 1e-5) -> Ten
     return torch.nn.functional.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
+def rms_norm(weights: Signals, name: str, x: Tensor, eps: float) -> Tensor:
+    """Over the last axis, in float32, without bias."""
+    wide = x.float()
+    wide = wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weights[f"{name}.weight"]
+
+
 def mlp(weights: Signals, first: str, second: str, x: Tensor) -> Tensor:
     """Linear, GELU, Linear: the projector that most models have."""
     return linear(weights, second, torch.nn.functional.gelu(linear(weights, first, x)))
@@ -238,12 +245,18 @@ def multihead(weights: Signals, name: str, q: Tensor, k: Tensor, v: Tensor, head
     return linear(weights, f"{name}.out_proj", attention(q, k, v, heads))
 
 
-def channel_norm(weights: Signals, name: str, planes: Tensor, eps: float) -> Tensor:
+def channel_norm(weights: Signals, name: str, planes: Tensor, eps: float = 1e-5) -> Tensor:
     """Layer norm of [n, dim, rows, cols] over dim."""
     return layer_norm(weights, name, planes.permute(0, 2, 3, 1), eps).permute(0, 3, 1, 2)
 
 
-def squeeze_excite(weights: Signals, name: str, planes: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
-    """Planes [n, dim, rows, cols], each times a gate that two layers (`fc1`, ReLU, `fc2`) open by the mean of all."""
-    squeezed = torch.relu(conv(weights, f"{name}.fc1", planes.mean((2, 3), keepdim=True)))
+def squeeze_excite(
+    weights: Signals,
+    name: str,
+    planes: Tensor,
+    gate: Callable[[Tensor], Tensor],
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Planes [n, dim, rows, cols], each times a gate that two layers, `fc1` and `fc2`, open by the means of all."""
+    squeezed = activation(conv(weights, f"{name}.fc1", planes.mean((2, 3), keepdim=True)))
     return planes * gate(conv(weights, f"{name}.fc2", squeezed))
