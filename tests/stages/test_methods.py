@@ -48,6 +48,7 @@ REFUSED = {
     ("qwen2_5_vl", "lftr"): "it needs `cls`",
     **{("qwen2_5_vl", name): "both sides must be even" for name in ("ldpv2", "pixelshuffle", "qwen_merger")},
     ("qwen2_5_vl", "tokenpacker"): "must divide both sides",
+    ("qwen2_5_vl", "qformer"): "it needs `cls`",
     **{("qwen2_5_vl", name): "tower cannot be shortened" for name in METHODS if _spec.load(name).place == "in_tower"},
 }
 """(model, method) that cannot be at its defaults: a part of the sentence that says why."""
