@@ -36,7 +36,7 @@ NORM = "qformer.layernorm"
 
 
 @dataclass(frozen=True)
-class Blip2(QFormer):
+class PlainQFormer(QFormer):
     """BLIP-2's projector."""
 
     paper: ClassVar[str] = "Li et al. 2023, arXiv:2301.12597"
@@ -49,4 +49,4 @@ class Blip2(QFormer):
         return layer_norm(signals, NORM, signals["query_tokens"], EPS), None
 
 
-METHOD = Blip2
+METHOD = PlainQFormer

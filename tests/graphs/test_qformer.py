@@ -6,7 +6,7 @@ from torch import nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from graphs._contract import ReductionError, Site
-from graphs.qformer import Blip2
+from graphs.qformer import PlainQFormer
 from tests.graphs.compressing import close, normal, weights_of
 
 SITE = Site(20, 2, (4, 5), frozenset({"hidden", "cls"}), dim=10, llm_dim=14)
@@ -46,7 +46,7 @@ def test_tensors_are_those_of_the_published_checkpoint() -> None:
         if i in (0, 2, 4, 6, 8, 10):
             published |= of_attention(f"{layer}.crossattention", 1408)
     site = Site(256, 1, (16, 16), SITE.signals, dim=1408, llm_dim=2560)
-    method = Blip2().fit(site)
+    method = PlainQFormer().fit(site)
     assert method.trained(site) == published
     after = method.after(site)
     assert (after.tokens, after.grid, after.dim, method.heads) == (32, None, 2560, 12)
@@ -55,7 +55,7 @@ def test_tensors_are_those_of_the_published_checkpoint() -> None:
 @pytest.mark.parametrize(("layers", "every"), [(3, 2), (4, 3), (1, 1)])
 @torch.no_grad()
 def test_against_hugging_face(layers: int, every: int) -> None:
-    method = Blip2(queries=5, layers=layers, width=12, heads=3, inner=20, every=every).fit(SITE)
+    method = PlainQFormer(queries=5, layers=layers, width=12, heads=3, inner=20, every=every).fit(SITE)
     weights, x, cls = weights_of(method, SITE), normal(2, 2, 20, 10), normal(2, 2, 10, seed=2)
     config = Blip2QFormerConfig(
         hidden_size=12, num_hidden_layers=layers, num_attention_heads=3, intermediate_size=20, encoder_hidden_size=10,
@@ -74,13 +74,13 @@ def test_against_hugging_face(layers: int, every: int) -> None:
 @pytest.mark.parametrize(
     ("method", "site", "words"),
     [
-        (Blip2(), SITE, "would yield 64 tokens where there are 40"),
-        (Blip2(queries=4), Site(20, 1, (4, 5), frozenset({"hidden"}), dim=8, llm_dim=12), "it needs `cls`"),
-        (Blip2(queries=4, heads=5), SITE, "must divide the width 768"),
-        (Blip2(queries=0), SITE, "`queries` must be at least 1; found 0"),
-        (Blip2(queries=4, every=0), SITE, "`every` must be at least 1; found 0"),
+        (PlainQFormer(), SITE, "would yield 64 tokens where there are 40"),
+        (PlainQFormer(queries=4), Site(20, 1, (4, 5), frozenset({"hidden"}), dim=8, llm_dim=12), "it needs `cls`"),
+        (PlainQFormer(queries=4, heads=5), SITE, "must divide the width 768"),
+        (PlainQFormer(queries=0), SITE, "`queries` must be at least 1; found 0"),
+        (PlainQFormer(queries=4, every=0), SITE, "`every` must be at least 1; found 0"),
     ],
 )
-def test_what_does_not_fit(method: Blip2, site: Site, words: str) -> None:
+def test_what_does_not_fit(method: PlainQFormer, site: Site, words: str) -> None:
     with pytest.raises(ReductionError, match=words):
         method.fit(site)
