@@ -52,9 +52,7 @@ class Compressor(Reduction):
             raise ReductionError("it needs the widths of tower and language model, which this model does not tell")
         fitted = self.fitted(site)
         fitted.require(site)
-        count = fitted.after(site).total
-        if count > site.total:
-            raise ReductionError(f"it shortens, and would yield {count} tokens where there are {site.total}")
+        fitted.after(site)
         return fitted
 
     def fitted(self: C, site: Site) -> C:
@@ -73,6 +71,11 @@ class Compressor(Reduction):
 @dataclass(frozen=True)
 class PerFrameCompressor(Compressor):
     """A `Compressor` that treats every frame alone. Subclasses write `compress` and say what shape comes out."""
+
+    def fit(self: C, site: Site) -> C:
+        fitted = Compressor.fit(self, site)
+        shortens(site, fitted.after(site))
+        return fitted
 
     @abstractmethod
     def shape(self, site: Site) -> tuple[int, int] | int:
@@ -103,6 +106,12 @@ def compressed(site: Site, shape: tuple[int, int] | int, frames: int | None = No
         dim=site.llm_dim,
         patch_dim=0,
     )
+
+
+def shortens(site: Site, after: Site) -> None:
+    """Raises ReductionError where more tokens would leave than come."""
+    if after.total > site.total:
+        raise ReductionError(f"it shortens, and would yield {after.total} tokens where there are {site.total}")
 
 
 def raster(site: Site) -> tuple[int, int]:
@@ -171,8 +180,8 @@ def stacked(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
 
 
 def linear(weights: Signals, name: str, x: Tensor) -> Tensor:
-    """[..., in] → [..., out], the weight [out, in]."""
-    x = x @ weights[f"{name}.weight"].t()
+    """[..., in] → [..., out], the weight [out, in], or that of a convolution of single tokens [out, in, 1, …]."""
+    x = x @ weights[f"{name}.weight"].flatten(1).t()
     return x + weights[f"{name}.bias"] if f"{name}.bias" in weights else x
 
 
@@ -206,11 +215,30 @@ def to_tokens(planes: Tensor) -> Tensor:
     return planes.flatten(2).transpose(1, 2)
 
 
-def conv(weights: Signals, name: str, planes: Tensor, *, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
-    """A 2-D convolution of [n, dim, rows, cols]."""
-    f = torch.nn.functional.conv2d
+def conv(
+    weights: Signals,
+    name: str,
+    planes: Tensor,
+    *,
+    stride: int | tuple[int, int, int] = 1,
+    padding: int = 0,
+    groups: int = 1,
+) -> Tensor:
+    """A convolution of [n, dim, rows, cols], or of clips [n, dim, frames, rows, cols]."""
+    f = torch.nn.functional.conv2d if planes.ndim == 4 else torch.nn.functional.conv3d
     out: Tensor = f(planes, weights[f"{name}.weight"], weights.get(f"{name}.bias"), stride, padding, 1, groups)
     return out
+
+
+def to_clip(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[n, frames, tokens, dim] → [n, dim, frames, rows, cols]"""
+    clip: Tensor = x.permute(0, 3, 1, 2).unflatten(3, grid)
+    return clip
+
+
+def from_clip(clip: Tensor) -> Tensor:
+    """[n, dim, frames, rows, cols] → [n, frames, tokens, dim]"""
+    return clip.flatten(3).permute(0, 2, 3, 1)
 
 
 def cells(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
@@ -245,18 +273,46 @@ def multihead(weights: Signals, name: str, q: Tensor, k: Tensor, v: Tensor, head
     return linear(weights, f"{name}.out_proj", attention(q, k, v, heads))
 
 
-def channel_norm(weights: Signals, name: str, planes: Tensor, eps: float = 1e-5) -> Tensor:
-    """Layer norm of [n, dim, rows, cols] over dim."""
-    return layer_norm(weights, name, planes.permute(0, 2, 3, 1), eps).permute(0, 3, 1, 2)
-
-
 def squeeze_excite(
-    weights: Signals,
-    name: str,
-    planes: Tensor,
-    gate: Callable[[Tensor], Tensor],
-    activation: Callable[[Tensor], Tensor],
+    weights: Signals, name: str, x: Tensor, activation: Callable[[Tensor], Tensor], gate: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Planes [n, dim, rows, cols], each times a gate that two layers, `fc1` and `fc2`, open by the means of all."""
-    squeezed = activation(conv(weights, f"{name}.fc1", planes.mean((2, 3), keepdim=True)))
-    return planes * gate(conv(weights, f"{name}.fc2", squeezed))
+    """x [n, tokens, dim], each channel times a gate that two layers, `fc1` and `fc2`, open by the means of all."""
+    squeezed = activation(linear(weights, f"{name}.fc1", x.mean(1, keepdim=True)))
+    return x * gate(linear(weights, f"{name}.fc2", squeezed))
+
+
+def regnet_shapes(name: str, inputs: int, outputs: int, depth: int) -> Shapes:
+    """A stage of `depth` RegNet blocks, as timm names them: depthwise, norms over the channels, squeeze to a quarter."""
+    made: Shapes = {}
+    for number in range(1, depth + 1):
+        block, squeezed = f"{name}.b{number}", round(inputs / 4)
+        layers = {"conv1": (inputs, 1), "conv2": (1, 3), "conv3": (outputs, 1)}
+        if inputs != outputs:
+            layers["downsample"] = (inputs, 1)
+        for layer, (each, side) in layers.items():
+            made[f"{block}.{layer}.conv.weight"] = (outputs, each, side, side)
+            made |= norm_shapes(f"{block}.{layer}.bn", outputs)
+        made |= conv_shapes(f"{block}.se.fc1", outputs, squeezed, (1, 1))
+        made |= conv_shapes(f"{block}.se.fc2", squeezed, outputs, (1, 1))
+        inputs = outputs
+    return made
+
+
+def regnet(weights: Signals, name: str, depth: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """That stage: [n, tokens, inputs] → [n, tokens, outputs]."""
+    silu = torch.nn.functional.silu
+    for number in range(1, depth + 1):
+        block = f"{name}.b{number}"
+        shortcut = x
+        x = silu(_pointwise(weights, f"{block}.conv1", x))
+        planes = conv(weights, f"{block}.conv2.conv", to_planes(x, grid), padding=1, groups=x.shape[-1])
+        x = silu(layer_norm(weights, f"{block}.conv2.bn", to_tokens(planes)))
+        x = squeeze_excite(weights, f"{block}.se", x, silu, torch.sigmoid)
+        if f"{block}.downsample.conv.weight" in weights:
+            shortcut = _pointwise(weights, f"{block}.downsample", shortcut)
+        x = silu(_pointwise(weights, f"{block}.conv3", x) + shortcut)
+    return x
+
+
+def _pointwise(weights: Signals, name: str, x: Tensor) -> Tensor:
+    return layer_norm(weights, f"{name}.bn", linear(weights, f"{name}.conv", x))

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, ClassVar
 from graphs._compressor import (
     PerFrameCompressor,
     Shapes,
-    channel_norm,
     conv,
     conv_shapes,
+    layer_norm,
+    linear,
     linear_shapes,
     mlp,
     norm_shapes,
@@ -64,9 +65,9 @@ class Ldp(PerFrameCompressor):
         }
 
     def compress(self, signals: Signals, site: Site) -> Tensor:
-        planes = to_planes(mlp(signals, FIRST, SECOND, signals["hidden"]), raster(site))
-        planes = planes + _block(signals, SAME, planes, 1)
-        return to_tokens(_block(signals, HALF, planes, 2))
+        x = mlp(signals, FIRST, SECOND, signals["hidden"])
+        x = x + _block(signals, SAME, x, raster(site), 1)
+        return _block(signals, HALF, x, raster(site), 2)
 
 
 def _block_shapes(name: str, dim: int) -> Shapes:
@@ -81,13 +82,12 @@ def _block_shapes(name: str, dim: int) -> Shapes:
     }
 
 
-def _block(signals: Signals, name: str, planes: Tensor, stride: int) -> Tensor:
+def _block(signals: Signals, name: str, x: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
     f = torch.nn.functional
-    groups = planes.shape[1]
-    x = conv(signals, f"{name}.0.0", planes, stride=stride, padding=1, groups=groups)
-    x = f.hardswish(channel_norm(signals, f"{name}.0.1", x))
-    x = squeeze_excite(signals, f"{name}.1", x, f.hardsigmoid, torch.relu)
-    return channel_norm(signals, f"{name}.2.1", conv(signals, f"{name}.2.0", x))
+    planes = conv(signals, f"{name}.0.0", to_planes(x, grid), stride=stride, padding=1, groups=x.shape[-1])
+    x = f.hardswish(layer_norm(signals, f"{name}.0.1", to_tokens(planes)))
+    x = squeeze_excite(signals, f"{name}.1", x, torch.relu, f.hardsigmoid)
+    return layer_norm(signals, f"{name}.2.1", linear(signals, f"{name}.2.0", x))
 
 
 def _divisible(channels: int) -> int:

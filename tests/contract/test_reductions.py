@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import functools
 import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -334,7 +335,7 @@ def test_no_family_is_named() -> None:
     families = [m.name for m in pkgutil.iter_modules(exporter.families.__path__) if not m.name.startswith("_")]
     for path in Path(graphs.__path__[0]).glob("*.py"):
         code = without_docstrings(path.read_text()).lower()
-        assert not [f for f in families if f in code], path
+        assert not [f for f in families if re.search(rf"\b{f}\b", code)], path
 
 
 def without_docstrings(source: str) -> str:
@@ -413,8 +414,9 @@ def test_runtime_equals_eager(method: Reduction, site: Site, kind: str) -> None:
                 assert (e.numpy() == f).all()
                 assert torch.equal(e, b[:batch]), "a sample depends on its neighbours"
             else:
-                np.testing.assert_allclose(f, e.numpy(), atol=1e-5, rtol=0)
-                np.testing.assert_allclose(b[:batch].numpy(), e.numpy(), atol=1e-5, rtol=0)
+                within = 1e-5 * max(1.0, float(e.abs().max()))
+                np.testing.assert_allclose(f, e.numpy(), atol=within, rtol=0)
+                np.testing.assert_allclose(b[:batch].numpy(), e.numpy(), atol=within, rtol=0)
 
 
 @pytest.mark.parametrize(("method", "site"), CASES)

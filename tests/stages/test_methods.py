@@ -46,7 +46,12 @@ MODELS = ("embedded", "qwen2_5_vl")
 
 REFUSED = {
     ("qwen2_5_vl", "lftr"): "it needs `cls`",
-    **{("qwen2_5_vl", name): "both sides must be even" for name in ("ldpv2", "pixelshuffle", "qwen_merger")},
+    **{
+        ("qwen2_5_vl", name): "both sides must be even"
+        for name in ("ldpv2", "llava_stf", "pixelshuffle", "qwen_merger")
+    },
+    ("qwen2_5_vl", "videoxl"): "must be even for clips",
+    ("qwen2_5_vl", "hires"): "must divide both sides",
     ("qwen2_5_vl", "tokenpacker"): "must divide both sides",
     ("qwen2_5_vl", "qformer"): "it needs `cls`",
     ("qwen2_5_vl", "qformer_text"): "it needs `cls`, `instruction_ids`",
