@@ -52,9 +52,7 @@ class Compressor(Reduction):
             raise ReductionError("it needs the widths of tower and language model, which this model does not tell")
         fitted = self.fitted(site)
         fitted.require(site)
-        count = fitted.after(site).total
-        if count > site.total:
-            raise ReductionError(f"it shortens, and would yield {count} tokens where there are {site.total}")
+        fitted.after(site)
         return fitted
 
     def fitted(self: C, site: Site) -> C:
@@ -73,6 +71,11 @@ class Compressor(Reduction):
 @dataclass(frozen=True)
 class PerFrameCompressor(Compressor):
     """A `Compressor` that treats every frame alone. Subclasses write `compress` and say what shape comes out."""
+
+    def fit(self: C, site: Site) -> C:
+        fitted = Compressor.fit(self, site)
+        shortens(site, fitted.after(site))
+        return fitted
 
     @abstractmethod
     def shape(self, site: Site) -> tuple[int, int] | int:
@@ -103,6 +106,12 @@ def compressed(site: Site, shape: tuple[int, int] | int, frames: int | None = No
         dim=site.llm_dim,
         patch_dim=0,
     )
+
+
+def shortens(site: Site, after: Site) -> None:
+    """Raises ReductionError where more tokens would leave than come."""
+    if after.total > site.total:
+        raise ReductionError(f"it shortens, and would yield {after.total} tokens where there are {site.total}")
 
 
 def raster(site: Site) -> tuple[int, int]:
@@ -183,6 +192,13 @@ def layer_norm(weights: Signals, name: str, x: Tensor, eps: float = 1e-5) -> Ten
     return torch.nn.functional.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
+def rms_norm(weights: Signals, name: str, x: Tensor, eps: float) -> Tensor:
+    """Over the last axis, in float32, without bias."""
+    wide = x.float()
+    wide = wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weights[f"{name}.weight"]
+
+
 def mlp(weights: Signals, first: str, second: str, x: Tensor) -> Tensor:
     """Linear, GELU, Linear: the projector that most models have."""
     return linear(weights, second, torch.nn.functional.gelu(linear(weights, first, x)))
@@ -257,15 +273,12 @@ def multihead(weights: Signals, name: str, q: Tensor, k: Tensor, v: Tensor, head
     return linear(weights, f"{name}.out_proj", attention(q, k, v, heads))
 
 
-def channel_norm(weights: Signals, name: str, planes: Tensor, eps: float) -> Tensor:
-    """Layer norm of [n, dim, rows, cols] over dim."""
-    return layer_norm(weights, name, planes.permute(0, 2, 3, 1), eps).permute(0, 3, 1, 2)
-
-
-def squeeze_excite(weights: Signals, name: str, planes: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
-    """Planes [n, dim, rows, cols], each times a gate that two layers (`fc1`, ReLU, `fc2`) open by the mean of all."""
-    squeezed = torch.relu(conv(weights, f"{name}.fc1", planes.mean((2, 3), keepdim=True)))
-    return planes * gate(conv(weights, f"{name}.fc2", squeezed))
+def squeeze_excite(
+    weights: Signals, name: str, x: Tensor, activation: Callable[[Tensor], Tensor], gate: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """x [n, tokens, dim], each channel times a gate that two layers, `fc1` and `fc2`, open by the means of all."""
+    squeezed = activation(linear(weights, f"{name}.fc1", x.mean(1, keepdim=True)))
+    return x * gate(linear(weights, f"{name}.fc2", squeezed))
 
 
 def regnet_shapes(name: str, inputs: int, outputs: int, depth: int) -> Shapes:
@@ -294,8 +307,7 @@ def regnet(weights: Signals, name: str, depth: int, x: Tensor, grid: tuple[int, 
         x = silu(_pointwise(weights, f"{block}.conv1", x))
         planes = conv(weights, f"{block}.conv2.conv", to_planes(x, grid), padding=1, groups=x.shape[-1])
         x = silu(layer_norm(weights, f"{block}.conv2.bn", to_tokens(planes)))
-        squeezed = silu(linear(weights, f"{block}.se.fc1", x.mean(1, keepdim=True)))
-        x = x * torch.sigmoid(linear(weights, f"{block}.se.fc2", squeezed))
+        x = squeeze_excite(weights, f"{block}.se", x, silu, torch.sigmoid)
         if f"{block}.downsample.conv.weight" in weights:
             shortcut = _pointwise(weights, f"{block}.downsample", shortcut)
         x = silu(_pointwise(weights, f"{block}.conv3", x) + shortcut)

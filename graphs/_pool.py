@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from graphs._blocks import spread
-from graphs._contract import Reduced
+from graphs._contract import PerFrame, Reduced, ReductionError, Signals, Site, keep_count
+from graphs._groups import raster_of
 from graphs._torch import torch
 
 if TYPE_CHECKING:
@@ -14,6 +18,55 @@ if TYPE_CHECKING:
 
 Grid = tuple[int, int]
 Rows = list[list[float]]
+A = TypeVar("A", bound="Averaged")
+
+
+@dataclass(frozen=True)
+class Averaged(PerFrame):
+    """The raster averaged to one of a few coarser ones, which models were trained for. `published`: tokens of a frame, if
+    nothing is said about them."""
+
+    paper_position: ClassVar[Literal["keep", "compact"]] = "compact"
+    published: ClassVar[int | None] = None
+
+    raster: tuple[int, ...] | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("hidden",)
+
+    @property
+    def merges(self) -> bool:
+        return True
+
+    @abstractmethod
+    def coarser(self, grid: Grid) -> Sequence[Grid]:
+        """Rows and columns of the rasters that it makes of one, of different counts."""
+
+    def fit(self: A, site: Site) -> A:
+        self.check()
+        grid = raster_of(site, self.raster)
+        keep = self.published if self.keep is None and self.keep_ratio is None else self.keep
+        wanted = keep_count(keep, self.keep_ratio, site.tokens)
+        counts = sorted(rows * cols for rows, cols in self.coarser(grid))
+        nearest = min(counts, key=lambda count: abs(count - wanted))
+        if keep is not None and nearest != wanted:
+            listed = ", ".join(map(str, counts))
+            raise ReductionError(f"`keep` must be one of {listed} on {grid[0]} × {grid[1]} tokens; found {wanted}")
+        return PerFrame.fit(replace(self, raster=grid, keep=nearest, keep_ratio=None), site)
+
+    @property
+    def grids(self) -> tuple[Grid, Grid]:
+        """The rasters before and after."""
+        assert self.raster is not None
+        grid = self.raster[0], self.raster[1]
+        return grid, next(out for out in self.coarser(grid) if out[0] * out[1] == self.keep)
+
+    def after(self, site: Site) -> Site:
+        return replace(PerFrame.after(self, site), grid=self.grids[1])
+
+    def reduce_frame(self, signals: Signals) -> Reduced:
+        return pooled(average(*self.grids), signals["hidden"], *self.grids)
 
 
 def average(grid: Grid, out: Grid) -> Tensor:
