@@ -24,59 +24,20 @@ Position: one each, as if the tower had given so many; the tokens lie in no rast
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from graphs._compressor import Shapes, layer_norm, norm_shapes
-from graphs._contract import INSTRUCTION_TOKENS, ReductionError, Signals, Site
-from graphs._qformer import EPS, QFormer, text_layer_shapes
-from graphs._torch import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from graphs._qformer import GuidedQFormer
 
 EXAMPLES = ("qformer_text:layers=3,width=16,heads=2,queries=8,vocab=64,positions=128",)
 SWEEP = "qformer_text:layers=3,width=64,queries=8,vocab=64"
-NORM, WORDS = "qformer.embeddings.layernorm", "qformer.embeddings.word_embeddings.weight"
-PLACES = "qformer.embeddings.position_embeddings.weight"
-MASKED = -30000.0
 
 
 @dataclass(frozen=True)
-class GuidedQFormer(QFormer):
+class InstructQFormer(GuidedQFormer):
     """InstructBLIP's projector."""
 
     paper: ClassVar[str] = "Dai et al. 2023, arXiv:2305.06500"
     prefixes: ClassVar[tuple[str, ...]] = ("", "model.")
 
-    vocab: int = 30523
-    positions: int = 512
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return (*super().needs, "instruction_ids", "instruction_mask")
-
-    def fitted(self, site: Site) -> GuidedQFormer:
-        if self.positions < INSTRUCTION_TOKENS:
-            raise ReductionError(
-                f"`positions` must be at least {INSTRUCTION_TOKENS}, a question's length; found {self.positions}"
-            )
-        return super().fitted(site)
-
-    def own_shapes(self) -> Shapes:
-        return {
-            WORDS: (self.vocab, self.width),
-            PLACES: (self.positions, self.width),
-            **norm_shapes(NORM, self.width),
-            **text_layer_shapes(self),
-        }
-
-    def embedded(self, signals: Signals) -> tuple[Tensor, Tensor]:
-        ids, real = signals["instruction_ids"], signals["instruction_mask"]
-        text = torch.nn.functional.embedding(ids, signals[WORDS]) + signals[PLACES][:INSTRUCTION_TOKENS]
-        x = torch.cat([signals["query_tokens"].expand(ids.shape[0], -1, -1), text], 1)
-        seen = torch.cat([torch.ones_like(real[:, :1]).expand(-1, self.queries), real], 1)
-        mask = torch.where(seen > 0, 0.0, MASKED)[:, None, None, :]
-        return layer_norm(signals, NORM, x, EPS), mask
-
-
-METHOD = GuidedQFormer
+METHOD = InstructQFormer

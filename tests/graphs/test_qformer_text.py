@@ -6,7 +6,7 @@ from torch import nn
 from transformers import InstructBlipQFormerConfig, InstructBlipQFormerModel
 
 from graphs._contract import INSTRUCTION_TOKENS, ReductionError, Site
-from graphs.qformer_text import GuidedQFormer
+from graphs.qformer_text import InstructQFormer
 from tests.graphs.compressing import close, normal, weights_of
 from tests.graphs.test_qformer import of_attention, of_mlp
 
@@ -31,7 +31,7 @@ def test_tensors_are_those_of_the_published_checkpoint() -> None:
         if i % 2 == 0:
             published |= of_attention(f"{layer}.crossattention", 1408)
     site = Site(256, 1, (16, 16), SIGNALS, dim=1408, llm_dim=4096)
-    method = GuidedQFormer().fit(site)
+    method = InstructQFormer().fit(site)
     assert method.trained(site) == published
     assert method.after(site).tokens == 32
 
@@ -39,7 +39,7 @@ def test_tensors_are_those_of_the_published_checkpoint() -> None:
 @torch.no_grad()
 def test_against_hugging_face() -> None:
     """Two questions of different lengths; theirs are not padded, and asked alone."""
-    method = GuidedQFormer(queries=5, layers=3, width=12, heads=3, inner=20, vocab=30, positions=130).fit(SITE)
+    method = InstructQFormer(queries=5, layers=3, width=12, heads=3, inner=20, vocab=30, positions=130).fit(SITE)
     weights, x, cls = weights_of(method, SITE), normal(2, 2, 20, 10), normal(2, 2, 10, seed=2)
     config = InstructBlipQFormerConfig(
         vocab_size=30, hidden_size=12, num_hidden_layers=3, num_attention_heads=3, intermediate_size=20,
@@ -69,11 +69,11 @@ def test_against_hugging_face() -> None:
 @pytest.mark.parametrize(
     ("method", "signals", "words"),
     [
-        (GuidedQFormer(queries=4), frozenset({"hidden", "cls"}), "needs `instruction_ids`, `instruction_mask`"),
-        (GuidedQFormer(queries=4, positions=100), SIGNALS, "`positions` must be at least 128"),
-        (GuidedQFormer(), SIGNALS, "would yield 64 tokens where there are 40"),
+        (InstructQFormer(queries=4), frozenset({"hidden", "cls"}), "needs `instruction_ids`, `instruction_mask`"),
+        (InstructQFormer(queries=4, positions=100), SIGNALS, "`positions` must be at least 128"),
+        (InstructQFormer(), SIGNALS, "would yield 64 tokens where there are 40"),
     ],
 )
-def test_what_does_not_fit(method: GuidedQFormer, signals: frozenset[str], words: str) -> None:
+def test_what_does_not_fit(method: InstructQFormer, signals: frozenset[str], words: str) -> None:
     with pytest.raises(ReductionError, match=words):
         method.fit(Site(20, 2, (4, 5), signals, dim=10, llm_dim=14))

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from exporter.checkpoint import INSTRUCTION_FOLDER
 from exporter.errors import CheckpointError, UsageError
+from exporter.families._contract import Request
 from exporter.graphset import GraphSet
 from exporter.pipeline import Job, run_bench, run_build, run_export, run_validate
 from exporter.runtime.question import InstructionTokenizer, readers
@@ -22,6 +23,7 @@ from tests.families import tiny
 from tests.stages.conftest import Engine, Exported
 
 SPEC = "qformer_text:layers=2,width=16,heads=2,queries=4,vocab=32,positions=128"
+OF_CLIPS = "llamavid:layers=2,width=16,heads=2,queries=4,vocab=32,positions=128,content=2"
 TEXTS = ["how?", "a b c " * 60]
 """The second is longer than 128 tokens."""
 
@@ -75,6 +77,25 @@ def test_each_sample_is_reduced_for_its_own_question(case: Exported, engine: Eng
     assert np.abs(embeds[0] - embeds[1]).max() > 1e-2, "the question must matter"
     with pytest.raises(UsageError, match="needs `instruction_ids`; give it to `generate`"):
         ours.generate(pixels, prompts, 1)
+
+
+def test_each_frame_of_a_clip_has_a_token_that_the_question_asks_for(
+    folder: Path, engine: Engine, tmp_path: Path
+) -> None:
+    (step,) = tiny.unchecked(folder, (OF_CLIPS,), Request(3)).steps
+    plan = tiny.plan(folder, (f"{OF_CLIPS},weights={tiny.weights(step, tmp_path / 'w.safetensors')}",), Request(3))
+    case = Exported(plan, tmp_path, export(plan, tmp_path))
+    theirs, ours = case.theirs(), engine(case)
+    (reader,), asked = readers(tmp_path / "processor"), tiny.question(ours.graphs)
+    found = []
+    for text in TEXTS:
+        side = reader.side([text])
+        answer = ours.generate(asked.pixels, [asked.prompt], 32, side=side)
+        assert answer.tokens == theirs.generate(asked.pixels, [asked.prompt], 32, side=side).tokens
+        found.append(ours.reduce(ours.vision(asked.pixels), None, side).embeds.reshape(3, 5, -1))
+    one, other = found
+    assert (one[:, 1:] == other[:, 1:]).all()
+    assert np.abs(one[:, 0] - other[:, 0]).max(-1).min() > 1e-5
 
 
 def test_the_tokenizer_is_asked_for_before_anything_is_written(folder: Path, spec: str, tmp_path: Path) -> None:

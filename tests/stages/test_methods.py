@@ -54,8 +54,8 @@ REFUSED = {
     ("qwen2_5_vl", "hires"): "must divide both sides",
     ("qwen2_5_vl", "tokenpacker"): "must divide both sides",
     ("qwen2_5_vl", "qformer"): "it needs `cls`",
-    ("qwen2_5_vl", "qformer_text"): "it needs `cls`, `instruction_ids`",
-    ("embedded", "qformer_text"): "Checkpoints with a Q-Former's tokenizer in their folder",
+    **{("qwen2_5_vl", name): "it needs `cls`, `instruction_ids`" for name in ("qformer_text", "llamavid")},
+    **{("embedded", name): "with a Q-Former's tokenizer in their folder" for name in ("qformer_text", "llamavid")},
     **{("qwen2_5_vl", name): "tower cannot be shortened" for name in METHODS if _spec.load(name).place == "in_tower"},
 }
 """(model, method) that cannot be at its defaults: a part of the sentence that says why."""
