@@ -20,6 +20,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """Small files that a runtime needs; copied into the output."""
 
+INSTRUCTION_FOLDER = "qformer_tokenizer"
+"""Where a checkpoint has the tokenizer that its Q-Former reads the question with, and where a copy of its small files has it."""
+
 
 def resolve(name: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint: a local path as it is, else a hub id, downloaded (safetensors and JSON only).
@@ -42,7 +45,7 @@ def resolve(name: str, revision: str | None = None) -> Path:
             f"'{name}' is no folder here, and downloading a hub id needs huggingface_hub. Install edgetrim[export]."
         ) from e
     try:
-        patterns = ["*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+        patterns = ["*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES, f"{INSTRUCTION_FOLDER}/*.json"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0]

@@ -8,7 +8,7 @@ role     inputs                                                       outputs
 ======== ============================================================ ==============================================
 vision   pixel_values [batch, frames, 3, height, width]               the signals `reduce` and `prefill` ask for
 question question_ids int64 [batch, question_tokens]                  aligned_text [batch, shared]
-reduce   those signals; text, text_mask, aligned_text if guided, …    visual_embeds [batch, kept, hidden],
+reduce   those signals; text, …, instruction_ids if guided; …         visual_embeds [batch, kept, hidden],
                                                                       index int64 [batch, kept]
 prefill  inputs_embeds [batch, seq, hidden], position_ids, order       logits [batch, vocab], present_key_i,
                                                                       present_value_i, present_order_g, kept_l
@@ -228,7 +228,7 @@ class GraphSet:
     @property
     def reads_text(self) -> bool:
         """Whether `reduce` keeps other tokens for another question."""
-        return bool(self.side.keys() & {"text", "text_mask", "aligned_text"})
+        return bool(self.side.keys() & {"text", "text_mask", "aligned_text", "instruction_ids"})
 
     def roles(self) -> dict[str, tuple[str, ...]]:
         """File name → the roles it plays, both in the order in which they run."""

@@ -242,9 +242,9 @@ def synthetic(
         ids = rng.choice(words, 12).tolist()
         prompts.append([*ids[:2], *[graphs.text.image_token] * graphs.visual.placeholders, *ids[2:]])
     sides: list[dict[str, Any]] = [{} for _ in range(count)]
-    if "question" in graphs.files:
-        tokenizer = question.QuestionTokenizer.load(work.graphs / "processor" / question.FOLDER)
-        sides = [{"question_ids": tokenizer.encode([f"What is in image {n}?"])} for n in range(1, count + 1)]
+    for reader in question.readers(work.graphs / "processor"):
+        for n, side in enumerate(sides, 1):
+            side.update(reader.side([f"What is in image {n}?"]))
     return pixels, prompts, sides
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import exporter.families
 from exporter import _discover, clip
-from exporter.checkpoint import Checkpoint, Stored, stored_tensors
+from exporter.checkpoint import INSTRUCTION_FOLDER, Checkpoint, Stored, stored_tensors
 from exporter.errors import CheckpointError, UsageError
-from exporter.families._contract import ALIGNED, Family, Geometry, Request
+from exporter.families._contract import ALIGNED, INSTRUCTION, Family, Geometry, Request
 from exporter.graphset import tokens_in_words
 from exporter.kv import KvLayout
 from exporter.nn.specs import IN_CACHE_SIGNALS, IN_LLM_SIGNALS
@@ -34,7 +34,7 @@ from graphs._contract import (
 if TYPE_CHECKING:
     from profiles._schema import Profile
 
-SIDE = ("text", "text_mask", "aligned_text", "warp")
+SIDE = ("text", "text_mask", "aligned_text", "instruction_ids", "instruction_mask", "warp")
 """Signals of a reduction before the LLM that do not come from the tower, in the order of the graph's inputs."""
 
 GUIDING = frozenset(
@@ -163,6 +163,11 @@ class Plan:
         return self.request.clip if "aligned_text" in self.side else None
 
     @property
+    def instruction(self) -> Path | None:
+        """The folder of the tokenizer that a reduction reads the question with; None where none does."""
+        return self.checkpoint.folder / INSTRUCTION_FOLDER if "instruction_ids" in self.side else None
+
+    @property
     def sized(self) -> bool:
         """Whether the language model counts a merged token as many times as it has parts."""
         return any(s.method.sized for s in self.steps if isinstance(s.method, BeforeLLM | InLLM))
@@ -243,6 +248,9 @@ def make_plan(
             f"--clip-model {request.clip.folder}: this {family.model_type} model's tower is not CLIP's, so its patches have no "
             "place in the space of CLIP's text. Leave --clip-model out."
         )
+    if (checkpoint.folder / INSTRUCTION_FOLDER / "tokenizer.json").is_file():
+        tower = replace(geometry.tower, signals=geometry.tower.signals | INSTRUCTION)
+        geometry = replace(geometry, tower=tower)
     methods = []
     for text in reductions:
         try:
@@ -306,6 +314,8 @@ class _Fitting:
             hint = ""
             if self.request.clip is None and any(f"needs `{signal}`" in str(e) for signal in ALIGNED):
                 hint = " Models with a CLIP tower give `aligned` and `aligned_text` if --clip-model names their CLIP."
+            if "`instruction_ids`" in str(e).partition(", but")[0]:
+                hint = f" Checkpoints with a Q-Former's tokenizer in their folder `{INSTRUCTION_FOLDER}` give `instruction_ids`."
             raise UsageError(
                 f"--reduce {text} does not fit {self.family.model_type}: {e}.{hint} `edgetrim list reductions` shows what "
                 f"`{name}` needs."

@@ -7,7 +7,7 @@ it is. The functions here take `weights`, the signals of a `forward`, and the na
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -72,6 +72,11 @@ class Compressor(Reduction):
 class PerFrameCompressor(Compressor):
     """A `Compressor` that treats every frame alone. Subclasses write `compress` and say what shape comes out."""
 
+    def fit(self: C, site: Site) -> C:
+        fitted = Compressor.fit(self, site)
+        shortens(site, fitted.after(site))
+        return fitted
+
     @abstractmethod
     def shape(self, site: Site) -> tuple[int, int] | int:
         """Rows and columns of the tokens that a frame yields, or their number where there is no raster."""
@@ -103,11 +108,25 @@ def compressed(site: Site, shape: tuple[int, int] | int, frames: int | None = No
     )
 
 
+def shortens(site: Site, after: Site) -> None:
+    """Raises ReductionError where more tokens would leave than come."""
+    if after.total > site.total:
+        raise ReductionError(f"it shortens, and would yield {after.total} tokens where there are {site.total}")
+
+
 def raster(site: Site) -> tuple[int, int]:
     """Rows and columns of a frame's tokens. Raises ReductionError where they lie in none."""
     if site.grid is None:
         raise ReductionError("it needs the whole raster of every frame: nothing may act before it")
     return site.grid
+
+
+def divided(site: Site, side: int, knob: str) -> tuple[int, int]:
+    """Rows and columns of the raster's cells of side × side, as `knob` says. Raises ReductionError where they do not fit."""
+    rows, cols = raster(site)
+    if side < 1 or rows % side or cols % side:
+        raise ReductionError(f"`{knob}` must divide both sides of {rows} × {cols} tokens; found {side}")
+    return rows // side, cols // side
 
 
 def halved(site: Site) -> tuple[int, int]:
@@ -116,6 +135,14 @@ def halved(site: Site) -> tuple[int, int]:
     if rows % 2 or cols % 2:
         raise ReductionError(f"it takes cells of 2 × 2 tokens, so both sides must be even; found {rows} × {cols}")
     return rows // 2, cols // 2
+
+
+def heads_of(heads: int | None, dim: int, head_dim: int) -> int:
+    """Attention heads as given, or as many of `head_dim` as `dim` holds, at least one. Raises ReductionError."""
+    found = max(1, dim // head_dim) if heads is None else heads
+    if found < 1 or dim % found:
+        raise ReductionError(f"`heads` must divide the width {dim} of what attends; found {found}")
+    return found
 
 
 # What layers hold
@@ -135,6 +162,15 @@ def conv_shapes(
     return {f"{name}.weight": (outputs, inputs // groups, *kernel)} | ({f"{name}.bias": (outputs,)} if bias else {})
 
 
+def multihead_shapes(name: str, dim: int) -> Shapes:
+    """Of a torch.nn.MultiheadAttention."""
+    return {
+        f"{name}.in_proj_weight": (3 * dim, dim),
+        f"{name}.in_proj_bias": (3 * dim,),
+        **linear_shapes(f"{name}.out_proj", dim, dim),
+    }
+
+
 def stacked(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
     """The same names behind a prefix."""
     return {f"{prefix}.{name}": shape for name, shape in shapes.items()}
@@ -144,8 +180,8 @@ def stacked(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
 
 
 def linear(weights: Signals, name: str, x: Tensor) -> Tensor:
-    """[..., in] → [..., out], the weight [out, in]."""
-    x = x @ weights[f"{name}.weight"].t()
+    """[..., in] → [..., out], the weight [out, in], or that of a convolution of single tokens [out, in, 1, …]."""
+    x = x @ weights[f"{name}.weight"].flatten(1).t()
     return x + weights[f"{name}.bias"] if f"{name}.bias" in weights else x
 
 
@@ -156,8 +192,15 @@ def layer_norm(weights: Signals, name: str, x: Tensor, eps: float = 1e-5) -> Ten
     return torch.nn.functional.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
+def rms_norm(weights: Signals, name: str, x: Tensor, eps: float) -> Tensor:
+    """Over the last axis, in float32, without bias."""
+    wide = x.float()
+    wide = wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weights[f"{name}.weight"]
+
+
 def mlp(weights: Signals, first: str, second: str, x: Tensor) -> Tensor:
-    """Linear, GELU, Linear: the projector of LLaVA-1.5."""
+    """Linear, GELU, Linear: the projector that most models have."""
     return linear(weights, second, torch.nn.functional.gelu(linear(weights, first, x)))
 
 
@@ -172,11 +215,30 @@ def to_tokens(planes: Tensor) -> Tensor:
     return planes.flatten(2).transpose(1, 2)
 
 
-def conv(weights: Signals, name: str, planes: Tensor, *, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
-    """A 2-D convolution of [n, dim, rows, cols]."""
-    f = torch.nn.functional.conv2d
+def conv(
+    weights: Signals,
+    name: str,
+    planes: Tensor,
+    *,
+    stride: int | tuple[int, int, int] = 1,
+    padding: int = 0,
+    groups: int = 1,
+) -> Tensor:
+    """A convolution of [n, dim, rows, cols], or of clips [n, dim, frames, rows, cols]."""
+    f = torch.nn.functional.conv2d if planes.ndim == 4 else torch.nn.functional.conv3d
     out: Tensor = f(planes, weights[f"{name}.weight"], weights.get(f"{name}.bias"), stride, padding, 1, groups)
     return out
+
+
+def to_clip(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[n, frames, tokens, dim] → [n, dim, frames, rows, cols]"""
+    clip: Tensor = x.permute(0, 3, 1, 2).unflatten(3, grid)
+    return clip
+
+
+def from_clip(clip: Tensor) -> Tensor:
+    """[n, dim, frames, rows, cols] → [n, frames, tokens, dim]"""
+    return clip.flatten(3).permute(0, 2, 3, 1)
 
 
 def cells(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
@@ -199,3 +261,58 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
         scores = scores + mask
     out: Tensor = (torch.softmax(scores, -1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
     return out
+
+
+def multihead(weights: Signals, name: str, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """torch.nn.MultiheadAttention of q [n, queries, dim], k and v [n, tokens, dim] → [n, queries, dim]. Where n is 1 the
+    tensor counts for all, so that attention that does not see the image is made of weights alone, which runtimes fold."""
+    parts = zip(
+        (q, k, v), weights[f"{name}.in_proj_weight"].chunk(3), weights[f"{name}.in_proj_bias"].chunk(3), strict=True
+    )
+    q, k, v = (x @ weight.t() + bias for x, weight, bias in parts)
+    return linear(weights, f"{name}.out_proj", attention(q, k, v, heads))
+
+
+def squeeze_excite(
+    weights: Signals, name: str, x: Tensor, activation: Callable[[Tensor], Tensor], gate: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """x [n, tokens, dim], each channel times a gate that two layers, `fc1` and `fc2`, open by the means of all."""
+    squeezed = activation(linear(weights, f"{name}.fc1", x.mean(1, keepdim=True)))
+    return x * gate(linear(weights, f"{name}.fc2", squeezed))
+
+
+def regnet_shapes(name: str, inputs: int, outputs: int, depth: int) -> Shapes:
+    """A stage of `depth` RegNet blocks, as timm names them: depthwise, norms over the channels, squeeze to a quarter."""
+    made: Shapes = {}
+    for number in range(1, depth + 1):
+        block, squeezed = f"{name}.b{number}", round(inputs / 4)
+        layers = {"conv1": (inputs, 1), "conv2": (1, 3), "conv3": (outputs, 1)}
+        if inputs != outputs:
+            layers["downsample"] = (inputs, 1)
+        for layer, (each, side) in layers.items():
+            made[f"{block}.{layer}.conv.weight"] = (outputs, each, side, side)
+            made |= norm_shapes(f"{block}.{layer}.bn", outputs)
+        made |= conv_shapes(f"{block}.se.fc1", outputs, squeezed, (1, 1))
+        made |= conv_shapes(f"{block}.se.fc2", squeezed, outputs, (1, 1))
+        inputs = outputs
+    return made
+
+
+def regnet(weights: Signals, name: str, depth: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """That stage: [n, tokens, inputs] → [n, tokens, outputs]."""
+    silu = torch.nn.functional.silu
+    for number in range(1, depth + 1):
+        block = f"{name}.b{number}"
+        shortcut = x
+        x = silu(_pointwise(weights, f"{block}.conv1", x))
+        planes = conv(weights, f"{block}.conv2.conv", to_planes(x, grid), padding=1, groups=x.shape[-1])
+        x = silu(layer_norm(weights, f"{block}.conv2.bn", to_tokens(planes)))
+        x = squeeze_excite(weights, f"{block}.se", x, silu, torch.sigmoid)
+        if f"{block}.downsample.conv.weight" in weights:
+            shortcut = _pointwise(weights, f"{block}.downsample", shortcut)
+        x = silu(_pointwise(weights, f"{block}.conv3", x) + shortcut)
+    return x
+
+
+def _pointwise(weights: Signals, name: str, x: Tensor) -> Tensor:
+    return layer_norm(weights, f"{name}.bn", linear(weights, f"{name}.conv", x))

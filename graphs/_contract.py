@@ -32,6 +32,8 @@ aligned             [batch, frames, tokens, shared]  tokens in the space that a 
 aligned_text        [batch, shared]                  the question in that space
 text                [batch, text, dim]               embeddings of the prompt's text tokens (LLM width)
 text_mask           [batch, text]                    1 for real text tokens, 0 for padding
+instruction_ids     int64 [batch, 128]               the question in the tokens of a Q-Former's own tokenizer, padded
+instruction_mask    int64 [batch, 128]               1 for its real tokens, 0 for padding
 warp                int64 [batch, frames, tokens]    where a token was in the frame before, -1 if out of sight
 =================== ================================ =====================================================
 
@@ -109,8 +111,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Signals = Mapping[str, "Tensor"]
-OF_PROMPT = frozenset({"text", "text_mask", "aligned_text"})
+OF_PROMPT = frozenset({"text", "text_mask", "aligned_text", "instruction_ids", "instruction_mask"})
 """Signals without a frames axis: they come from the prompt, not from the tower."""
+
+INSTRUCTION_TOKENS = 128
+"""Length of `instruction_ids`: a longer question loses its tail, as where InstructBLIP was trained (max_txt_len)."""
 
 Space = Literal["tower", "llm"]
 Tier = Literal["exact", "fixed budget", "trained", "control"]

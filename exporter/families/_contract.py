@@ -23,6 +23,9 @@ PROMPT = frozenset({"text", "text_mask", "warp"})
 """Signals every family has, as they do not come from its tower."""
 
 
+INSTRUCTION = frozenset({"instruction_ids", "instruction_mask"})
+"""Signals of a checkpoint that has a second tokenizer for them, in `exporter.checkpoint.INSTRUCTION_FOLDER`."""
+
 ALIGNED = frozenset({"aligned", "aligned_text"})
 """Signals that need a CLIP checkpoint beside the model's (`Request.clip`); only a CLIP tower has them."""
 

@@ -253,8 +253,9 @@ class Generator:
                 those.
             side: inputs of the reduction that neither the images nor the prompt give; what it does not ask for is not
                 read. `question_ids` int64 [batch, graphs.question_tokens], the question alone in CLIP's tokens, see
-                `exporter.runtime.question` (or `aligned_text`, what `question` made of them). `warp` int64 [batch, frames,
-                tokens], see `exporter.runtime.warp`; without it the camera is taken to be at rest.
+                `exporter.runtime.question` (or `aligned_text`, what `question` made of them). `instruction_ids` and
+                `instruction_mask` int64 [batch, 128], the question alone in a Q-Former's tokens, see there. `warp` int64
+                [batch, frames, tokens], see `exporter.runtime.warp`; without it the camera is taken to be at rest.
         """
         runner = self._reduce
         feeds = self._signals_for(runner, signals, self._signals) | self._side(text, side or {})

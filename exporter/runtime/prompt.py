@@ -28,8 +28,7 @@ from exporter.errors import CheckpointError, UsageError
 from exporter.graphset import GraphSet
 from exporter.runtime import _tokenizer
 from exporter.runtime._tokenizer import content
-from exporter.runtime.question import FOLDER as CLIP_FOLDER
-from exporter.runtime.question import QuestionTokenizer
+from exporter.runtime.question import Reader, readers
 from exporter.runtime.sequence import Ints
 
 Message = Mapping[str, Any]
@@ -64,12 +63,12 @@ class Prompt:
         template: str | None,
         special: Mapping[str, str],
         image_token: str | None,
-        clip: QuestionTokenizer | None = None,
+        readers: Sequence[Reader] = (),
         rewrite: tuple[str, str] = ("", ""),
     ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self.tokenizer, self.special, self.image_token, self._clip = tokenizer, dict(special), image_token, clip
+        self.tokenizer, self.special, self.image_token, self._readers = tokenizer, dict(special), image_token, readers
         self._mark, self._written = rewrite
         self._template = _compile(LLAVA_TEMPLATE if template is None else template)
         self._extra = {"image_token": image_token} if template is None and image_token else {}
@@ -106,11 +105,8 @@ class Prompt:
                 )
             image_token = name
         image_token = image_token or _image_token(tokenizer, config, processor)
-        if clip is None and (folder / CLIP_FOLDER).is_dir():
-            clip = folder / CLIP_FOLDER
-        questions = None if clip is None else QuestionTokenizer.load(clip)
         found = _chat_template(folder, config, processor) or template or None
-        return cls(tokenizer, found, special, image_token, questions, rewrite)
+        return cls(tokenizer, found, special, image_token, readers(folder, clip), rewrite)
 
     @classmethod
     def of(cls, folder: Path, graphs: GraphSet) -> Prompt:
@@ -168,8 +164,8 @@ class Prompt:
         return self.encode(self.question(text, placeholders, kind))
 
     def side(self, texts: Sequence[str]) -> dict[str, Ints]:
-        """What `Generator.generate` wants in `side` for these questions, one per row: `question_ids`, or nothing."""
-        return {} if self._clip is None else {"question_ids": self._clip.encode(texts)}
+        """What `Generator.generate` wants in `side` for these questions, one per row, where a reduction reads them."""
+        return {name: ids for reader in self._readers for name, ids in reader.side(texts).items()}
 
     def follow(self, messages: Sequence[Message], reply: str, text: str) -> tuple[list[Message], list[int]]:
         """The next turn: the conversation with `reply` and a new question, and the token ids that are new in it.

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from exporter.checkpoint import TOKENIZER_FILES, Checkpoint
+from exporter.checkpoint import INSTRUCTION_FOLDER, TOKENIZER_FILES
 from exporter.clip import text_spec, text_tokens
 from exporter.flavours._apply import apply
 from exporter.graphset import GraphSet, TextSpec, VisualLayout, bucket_role
@@ -26,12 +26,13 @@ from exporter.nn.decoder import Decoder
 from exporter.nn.reduce import Reduce
 from exporter.plan import Plan
 from exporter.runtime.question import FOLDER as CLIP_FOLDER
-from exporter.runtime.question import QuestionTokenizer
+from exporter.runtime.question import InstructionTokenizer, QuestionTokenizer
 from exporter.stages._draw import DTYPES as TORCH
 from exporter.stages._draw import Shape, draw
 from exporter.stages._llm import buckets, draw_llm
 from exporter.stages._store import WeightFile, to_dtype
 from exporter.weights import Source, elsewhere, fill, sources, text_embeddings, trained
+from graphs._contract import INSTRUCTION_TOKENS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -117,8 +118,10 @@ def export(
     Raises:
         CheckpointError: weights that are missing, damaged or of another shape; a CLIP checkpoint without its tokenizer.
     """
-    if plan.clip is not None:
-        QuestionTokenizer.load(plan.clip.folder)  # what a runtime will need: refused now, not there
+    if plan.clip is not None:  # what a runtime will need: refused now, not there
+        QuestionTokenizer.load(plan.clip.folder)
+    if plan.instruction is not None:
+        InstructionTokenizer.load(plan.instruction)
     precision = plan.profile.precision
     dtype = DTYPES[precision.compute]
     modules = build_modules(plan)
@@ -167,9 +170,11 @@ def export(
         if data.stat().st_size == 0:
             data.unlink()
     _write_embedding(plan, folder / "embedding.npy", dtype, progress)
-    copy_processor(plan.checkpoint, folder / "processor")
+    copy_processor(plan.checkpoint.folder, folder / "processor")
     if plan.clip is not None:
-        copy_processor(plan.clip, folder / "processor" / CLIP_FOLDER)
+        copy_processor(plan.clip.folder, folder / "processor" / CLIP_FOLDER)
+    if plan.instruction is not None:
+        copy_processor(plan.instruction, folder / "processor" / INSTRUCTION_FOLDER)
     target = plan.profile.stack
     if target.flavour is not None:
         files |= apply(target.flavour, target.backend, folder, files, log)
@@ -178,12 +183,12 @@ def export(
     return graphs
 
 
-def copy_processor(checkpoint: Checkpoint, folder: Path) -> None:
+def copy_processor(source: Path, folder: Path) -> None:
     """Copy the small files a runtime needs: tokenizer, chat template, processor settings."""
     folder.mkdir(parents=True)
     for name in TOKENIZER_FILES:
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -> GraphSet:
@@ -269,6 +274,8 @@ def side_inputs(plan: Plan) -> dict[str, tuple[tuple[int | str, ...], torch.dtyp
         "text": (("text", plan.geometry.hidden), None),
         "text_mask": (("text",), None),
         "aligned_text": ((plan.geometry.shared,), None),
+        "instruction_ids": ((INSTRUCTION_TOKENS,), torch.int64),
+        "instruction_mask": ((INSTRUCTION_TOKENS,), torch.int64),
         "warp": ((site.frames, site.tokens), torch.int64),
     }
     return {name: known[name] for name in plan.side}

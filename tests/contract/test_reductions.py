@@ -6,9 +6,11 @@ plain `keep` at a small site without CLS. Each is traced alone, without weights,
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -21,12 +23,14 @@ import torch
 
 import exporter.families
 import graphs
+from exporter.families._contract import ALIGNED, INSTRUCTION
 from exporter.nn.specs import IN_CACHE_SIGNALS, IN_LLM_SIGNALS
 from exporter.stages._trace import trace
 from graphs import _spec
 from graphs._blocks import TOPK_LIMIT, take
 from graphs._compressor import Compressor
 from graphs._contract import (
+    INSTRUCTION_TOKENS,
     BeforeLLM,
     InCache,
     InLLM,
@@ -47,7 +51,7 @@ DIM, LLM_DIM, HEAD_DIM, TEXT = 8, 12, 6, 5
 ALLOWED = frozenset(
     "Abs Add And ArgMax ArgMin Cast Ceil Clip Concat Constant Conv Div Equal Exp Expand Floor Gather GatherElements GatherND Gelu "
     "Greater GreaterOrEqual HardSigmoid HardSwish Identity LayerNormalization Less LessOrEqual Log MatMul Max Min Mul Neg Not Or Pow Reciprocal ReduceMax ReduceMean "
-    "ReduceMin ReduceSum Reshape Round Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh Tile TopK Transpose "
+    "ReduceMin ReduceSum Relu Reshape Round Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh Tile TopK Transpose "
     "Unsqueeze Where".split()
 )
 """Operators that TensorRT 10.3 and TensorRT-RTX both take, with static shapes. A method that needs another one should
@@ -56,7 +60,7 @@ find out first whether both parse it."""
 PLAIN = ("hidden", "keys", "joint_keys", "column_attention")
 WITH_CLS = (*PLAIN, "cls", "cls_keys", "cls_attention", "joint_cls_attention")
 NO_CLS = frozenset({*PLAIN, *(f"{s}@{b}" for s in PLAIN for b in range(8)), "text", "text_mask", "warp"})
-ALL = NO_CLS | {*WITH_CLS, *(f"{s}@{b}" for s in WITH_CLS for b in range(24)), "aligned", "aligned_text"}
+ALL = NO_CLS | {*WITH_CLS, *(f"{s}@{b}" for s in WITH_CLS for b in range(24)), *ALIGNED, *INSTRUCTION}
 PATCHES = frozenset(f"patches@{b}" for b in range(4))
 PATCHES_OF_TOWER = frozenset(f"patches@{b}" for b in range(24))
 IN_TOWER = frozenset({"hidden", "size", "keys", "attention", "column_attention", "value_norm"})
@@ -239,6 +243,11 @@ def inputs(method: Reduction, site: Site, kind: str, batch: int) -> list[torch.T
             value = features(kind, (batch, TEXT, DIM), seed)
         elif signal == "warp":
             value = np.random.default_rng(seed).integers(-1, site.tokens, (*lead, site.tokens))
+        elif signal == "instruction_ids":
+            value = np.random.default_rng(seed).integers(0, 64, (batch, INSTRUCTION_TOKENS))
+        elif signal == "instruction_mask":
+            value = np.ones((batch, INSTRUCTION_TOKENS), np.int64)
+            value[0, 3:] = 0
         elif signal == "aligned_text":
             value = features(kind, (batch, 1, HEAD_DIM), seed)[:, 0]
         elif signal.endswith("attention"):
@@ -325,8 +334,18 @@ def test_is_documented_and_fits_somewhere(name: str) -> None:
 def test_no_family_is_named() -> None:
     families = [m.name for m in pkgutil.iter_modules(exporter.families.__path__) if not m.name.startswith("_")]
     for path in Path(graphs.__path__[0]).glob("*.py"):
-        text = path.read_text().lower()
-        assert not [f for f in families if f in text], path
+        code = without_docstrings(path.read_text()).lower()
+        assert not [f for f in families if re.search(rf"\b{f}\b", code)], path
+
+
+def without_docstrings(source: str) -> str:
+    """The code alone: papers and models may be named beside it."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+    return ast.unparse(tree)
 
 
 @pytest.mark.parametrize(("method", "site"), CASES)
@@ -395,8 +414,9 @@ def test_runtime_equals_eager(method: Reduction, site: Site, kind: str) -> None:
                 assert (e.numpy() == f).all()
                 assert torch.equal(e, b[:batch]), "a sample depends on its neighbours"
             else:
-                np.testing.assert_allclose(f, e.numpy(), atol=1e-5, rtol=0)
-                np.testing.assert_allclose(b[:batch].numpy(), e.numpy(), atol=1e-5, rtol=0)
+                within = 1e-5 * max(1.0, float(e.abs().max()))
+                np.testing.assert_allclose(f, e.numpy(), atol=within, rtol=0)
+                np.testing.assert_allclose(b[:batch].numpy(), e.numpy(), atol=within, rtol=0)
 
 
 @pytest.mark.parametrize(("method", "site"), CASES)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import tokenizers
 import torch
 from safetensors.torch import save_file
 from transformers import (
@@ -49,7 +50,7 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
-from exporter.checkpoint import Checkpoint
+from exporter.checkpoint import INSTRUCTION_FOLDER, Checkpoint
 from exporter.families._contract import Request
 from exporter.graphset import GraphSet
 from exporter.plan import Plan, Step, check_weights, make_plan
@@ -298,6 +299,19 @@ def clip(folder: Path, hidden: int = 48, layers: int = 3, early: bool = False, *
     )  # fmt: skip
     CLIPTokenizer(vocab, [], model_max_length=QUESTION_TOKENS).save_pretrained(folder)
     return saved(CLIPModel(config), folder)
+
+
+def bert_tokenizer(folder: Path) -> Path:
+    """A Q-Former's tokenizer, in the folder that a checkpoint has it in: 32 tokens."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxy?", "how", "##ow"]
+    model = tokenizers.models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    (folder / INSTRUCTION_FOLDER).mkdir()
+    tokenizer.save(str(folder / INSTRUCTION_FOLDER / "tokenizer.json"))
+    return folder / INSTRUCTION_FOLDER
 
 
 def saved(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

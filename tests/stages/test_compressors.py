@@ -24,24 +24,26 @@ def with_weights(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPath
 
     def make(family: str, spec: str, frames: int = 1) -> str:
         plan = tiny.unchecked(checkpoints[family], (spec,), Request(frames, SIZES.get(family)))
-        return f"{spec}:weights={tiny.weights(plan.steps[0], tmp_path_factory.mktemp('weights') / 'w.safetensors')}"
+        return f"{spec}{',' if ':' in spec else ':'}weights={tiny.weights(plan.steps[0], tmp_path_factory.mktemp('weights') / 'w.safetensors')}"
 
     return make
 
 
 @pytest.mark.parametrize(
-    ("family", "more", "frames"),
+    ("family", "spec", "more", "frames"),
     [
-        ("llava", (), 1),
-        ("llava", (), 3),
-        ("llava", ("divprune:keep=2", "fastv:keep=1"), 1),
-        ("llava", ("fastv:keep=3",), 3),
+        ("llava", "ldpv2", (), 1),
+        ("llava", "ldpv2", (), 3),
+        ("llava", "ldpv2", ("divprune:keep=2", "fastv:keep=1"), 1),
+        ("llava", "ldpv2", ("fastv:keep=3",), 3),
+        ("qwen2_5_vl", "mqt:keep=6", (), 1),
+        ("qwen2_5_vl", "mqt:keep=6", ("divprune:keep=4", "fastv:keep=5"), 4),
     ],
 )
 def test_onnx_runtime_equals_pytorch(
-    family: str, more: tuple[str, ...], frames: int, with_weights: Any, exported: Export, engine: Engine
+    family: str, spec: str, more: tuple[str, ...], frames: int, with_weights: Any, exported: Export, engine: Engine
 ) -> None:
-    case = exported(family, (with_weights(family, "ldpv2", frames), *more), frames)
+    case = exported(family, (with_weights(family, spec, frames), *more), frames)
     asked = [tiny.question(case.graphs, 0), tiny.question(case.graphs, 1, (20, 21, 22, 23, 24))]
     pixels, prompts = np.concatenate([q.pixels for q in asked]), [q.prompt for q in asked]
     theirs, ours = case.theirs().generate(pixels, prompts, ANSWER), engine(case).generate(pixels, prompts, ANSWER)
@@ -103,3 +105,18 @@ def test_what_does_not_fit_is_refused_in_words(checkpoints: dict[str, Path], tmp
     tiny.llava_next(folder)
     with pytest.raises(UsageError, match="gives vectors that end rows"):
         tiny.plan(folder, ("ldpv2",))
+
+
+@pytest.mark.parametrize(
+    ("family", "spec", "frames", "kept"),
+    [("llava", "stc", 4, 27), ("llava", "videoxl", 5, 8), ("qwen2_5_vl", "stc", 4, 18)],
+)
+def test_a_clip_becomes_other_frames(
+    family: str, spec: str, frames: int, kept: int, with_weights: Any, exported: Export, engine: Engine
+) -> None:
+    """Fewer frames than the tower's: not a number per placeholder any more, so they are counted anew."""
+    case = exported(family, (with_weights(family, spec, frames),), frames)
+    assert (case.graphs.visual.kept, case.plan.policy) == (kept, "compact")
+    asked = tiny.question(case.graphs)
+    theirs, ours = (g.generate(asked.pixels, [asked.prompt], ANSWER) for g in (case.theirs(), engine(case)))
+    assert ours.tokens == theirs.tokens

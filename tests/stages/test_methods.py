@@ -46,7 +46,16 @@ MODELS = ("embedded", "qwen2_5_vl")
 
 REFUSED = {
     ("qwen2_5_vl", "lftr"): "it needs `cls`",
-    ("qwen2_5_vl", "ldpv2"): "both sides must be even",
+    **{
+        ("qwen2_5_vl", name): "both sides must be even"
+        for name in ("ldpv2", "llava_stf", "pixelshuffle", "qwen_merger")
+    },
+    ("qwen2_5_vl", "videoxl"): "must be even for clips",
+    ("qwen2_5_vl", "hires"): "must divide both sides",
+    ("qwen2_5_vl", "tokenpacker"): "must divide both sides",
+    ("qwen2_5_vl", "qformer"): "it needs `cls`",
+    **{("qwen2_5_vl", name): "it needs `cls`, `instruction_ids`" for name in ("qformer_text", "llamavid")},
+    **{("embedded", name): "with a Q-Former's tokenizer in their folder" for name in ("qformer_text", "llamavid")},
     **{("qwen2_5_vl", name): "tower cannot be shortened" for name in METHODS if _spec.load(name).place == "in_tower"},
 }
 """(model, method) that cannot be at its defaults: a part of the sentence that says why."""
