@@ -14,7 +14,7 @@ from exporter.errors import CheckpointError, UsageError
 from exporter.families._contract import ALIGNED, Family, Geometry, Request
 from exporter.graphset import tokens_in_words
 from exporter.kv import KvLayout
-from exporter.nn.specs import IN_CACHE_SIGNALS, IN_LLM_SIGNALS
+from exporter.nn.specs import IN_CACHE_SIGNALS, IN_LLM_SIGNALS, Fixed
 from graphs import _spec
 from graphs._compressor import Compressor
 from graphs._contract import (
@@ -88,10 +88,11 @@ class Plan:
         return [s for s in self.steps if s.method.place == place]
 
     @property
-    def row_ends(self) -> tuple[int, int, int] | None:
-        """(placeholders, tower tokens of one, row ends of one), if there are any."""
+    def fixed(self) -> Fixed | None:
         g = self.geometry
-        return (g.placeholders, g.tower.total // g.placeholders, g.row_ends) if g.row_ends else None
+        return (
+            Fixed(g.placeholders, g.tower.total // g.placeholders, g.fixed, g.tower.class_tokens) if g.fixed else None
+        )
 
     @property
     def in_tower(self) -> tuple[str, InTower] | None:
@@ -314,6 +315,7 @@ class _Fitting:
     def run(self, methods: list[tuple[str, Reduction]]) -> Plan:
         site = self.geometry.tower
         taps: list[str] = ["hidden", *(["deepstack"] if self.geometry.planes else [])]
+        taps += ["cls"] if self.geometry.tower.class_tokens else []
         projected = False
         llm_site: Site | None = None
         for text, method in methods:
@@ -324,6 +326,11 @@ class _Fitting:
             elif isinstance(method, BeforeLLM):
                 fitted = self.fit(text, method, site)
                 assert isinstance(fitted, BeforeLLM)
+                if fitted.passes_cls and site.class_tokens:
+                    raise UsageError(
+                        f"--reduce {text} passes class tokens on, which {self.family.model_type} does anyway with every frame's. "
+                        "Set its knob `cls` to off."
+                    )
                 if projected and fitted.space == "tower":
                     raise UsageError(
                         f"--reduce {text} works on tower features, but a reduction before it already works behind the projector. "
@@ -349,7 +356,7 @@ class _Fitting:
                     raise UsageError(
                         f"--reduce {text} acts behind a reduction that goes on while decoding. Put it first."
                     )
-                llm_site = llm_site or self._inside(self._with_row_ends(site))
+                llm_site = llm_site or self._inside(self._with_fixed(site))
                 fitted_llm = self.fit(text, method, llm_site)
                 assert isinstance(fitted_llm, InLLM)
                 taps += fitted_llm.of_tower
@@ -366,7 +373,7 @@ class _Fitting:
             )
         return Plan(
             self.checkpoint, self.family, self.geometry, self.request, self.profile, tuple(self.steps), tuple(taps),
-            self._with_row_ends(site).total, "compact" if "compact" in self.policies else "keep",
+            self._with_fixed(site).total, "compact" if "compact" in self.policies else "keep",
         )  # fmt: skip
 
     def _compressor(self, text: str, method: Compressor, site: Site, projected: bool) -> Site:
@@ -377,8 +384,8 @@ class _Fitting:
                 f"--reduce {text} works on tower features, but a reduction before it already works behind the projector. "
                 "Put it first, and give no other compressor."
             )
-        if g.row_ends or g.planes:
-            what = "vectors that end rows of tokens" if g.row_ends else "vectors of its tower for the first layers"
+        if g.fixed or g.planes:
+            what = "row ends or class tokens" if g.fixed else "vectors of its tower for the first layers"
             raise UsageError(
                 f"--reduce {text} does not fit {self.family.model_type}: this model's projector gives {what}, which a "
                 "compressor does not have."
@@ -395,10 +402,10 @@ class _Fitting:
         self.geometry = replace(self.geometry, numbered=after, grid=after.grid)
         return after
 
-    def _with_row_ends(self, site: Site) -> Site:
+    def _with_fixed(self, site: Site) -> Site:
         """The visual tokens as the language model gets them."""
-        ends = self.geometry.row_ends * self.geometry.placeholders
-        return replace(site, tokens=site.total + ends, frames=1, grid=None) if ends else site
+        fixed = self.geometry.fixed * self.geometry.placeholders
+        return replace(site, tokens=site.total + fixed, frames=1, grid=None) if fixed else site
 
     def _alone(self, text: str, method: Reduction) -> None:
         """Refuse a second reduction beside one that sets every layer's cache."""
@@ -417,7 +424,7 @@ class _Fitting:
 
     def _in_cache(self, text: str, method: InCache, site: Site) -> None:
         g = self.geometry
-        here = replace(self._with_row_ends(site), signals=IN_CACHE_SIGNALS, depth=g.layers, kv_heads=g.kv_heads)
+        here = replace(self._with_fixed(site), signals=IN_CACHE_SIGNALS, depth=g.layers, kv_heads=g.kv_heads)
         fitted = self.fit(text, method, here)
         self._add(fitted, here, here.total, fitted.after(here).total)
 
@@ -432,6 +439,11 @@ class _Fitting:
         fitted = self.fit(text, method, where)
         assert isinstance(fitted, InTower)
         after = fitted.after(where)
+        if where.class_tokens and after.frames != where.frames:
+            raise UsageError(
+                f"--reduce {text} merges frames, and {self.family.model_type} gives the language model the class token of every one. "
+                "Choose a reduction that keeps the frames."
+            )
         self._add(fitted, where, where.total, after.total)
         self.policies.append(fitted.resolved_position())
         left = site.signals & {"hidden", "cls", *OF_PROMPT}

@@ -19,10 +19,11 @@ from tests.families import tiny
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """clip and siglip are LLaVA's; 16 visual tokens per image, or per step of Qwen's 112 × 112 pixels."""
-    found = {name: tmp_path_factory.mktemp(name) for name in ("clip", "siglip", "qwen2_5_vl")}
+    found = {name: tmp_path_factory.mktemp(name) for name in ("clip", "siglip", "qwen2_5_vl", "video_llava")}
     tiny.llava(found["clip"])
     tiny.llava(found["siglip"], "siglip_vision_model")
     tiny.qwen2_5_vl(found["qwen2_5_vl"])
+    tiny.video_llava(found["video_llava"])
     return found
 
 
@@ -44,6 +45,9 @@ REFUSED: list[tuple[str, Request, tuple[str, ...], str]] = [
     ("clip", ONE, ("tome:keep=8", "visionzip:keep=4"), "does not fit llava: it needs .*attention"),
     ("clip", ONE, ("uniform:keep=8", "visionzip:keep=4"), "does not fit llava: it needs"),
     ("qwen2_5_vl", SMALL, ("tome:keep=8",), "merger needs the complete grid, so the tower cannot be shortened"),
+    # class tokens that go on by themselves
+    ("video_llava", CLIP, ("visionzip:keep=4,cls=on",), "passes class tokens on, which video_llava does anyway.*`cls` to off"),
+    ("video_llava", CLIP, ("testa:keep=8,keep_frames=2",), "merges frames, and video_llava gives .* the class token of every one"),
     # orders and pairs
     ("clip", ONE, ("lftr:spatial=text,keep=8", "random:keep=4"), r"random:keep=4 works on tower features.*Put it first"),
     ("clip", ONE, ("fastv", "fastv"), "given twice"),

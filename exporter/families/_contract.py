@@ -49,8 +49,8 @@ class Geometry:
     mark, written: where the family's processor rewrites what its chat template says: every `mark`, one per image or clip,
     becomes `written`, with an image token per placeholder. template: the chat template of a family whose checkpoints have
     none. sees: see `VisualLayout`. media: what a chat message calls it.
-    row_ends: learned vectors that end rows of tokens, per placeholder; they are the projector's `image_newline`, and `ids` has
-    them behind the tokens. planes: how many more vectors the tower gives for each token, by the signal `deepstack` [batch, frames, tokens, planes * hidden].
+    fixed: tokens per placeholder that no reduction before the language model sees, see `exporter.nn.specs.Fixed`; `ids` has them
+    behind the others. planes: how many more vectors the tower gives for each token, by the signal `deepstack` [batch, frames, tokens, planes * hidden].
     compressor: spec of the one that is this model's projector. numbered: whose tokens `ids` and an index count, where that is
     not `tower`; a compressor sets it.
     """
@@ -76,7 +76,7 @@ class Geometry:
     written: str = ""
     media: Literal["image", "video"] = "image"
     planes: int = 0
-    row_ends: int = 0
+    fixed: int = 0
     template: str = ""
     sees: Literal["before", "image", "prompt"] = "before"
     compressor: str = ""
@@ -144,7 +144,7 @@ def counted(
     shared: int = 0,
     mark: str = "",
     written: str = "",
-    row_ends: int = 0,
+    fixed: int = 0,
     ids: Sequence[int] | None = None,
     template: str = "",
     sees: Literal["before", "image", "prompt"] = "before",
@@ -156,7 +156,7 @@ def counted(
             placeholder's tokens, where the prompt has them in another order than the tower.
     """
     placeholders = placeholders or tower.frames
-    each = tower.total // placeholders + row_ends
+    each = tower.total // placeholders + fixed
     assert tower.grid is not None
     return Geometry(
         image=image,
@@ -178,7 +178,7 @@ def counted(
         shared=shared,
         mark=mark,
         written=written,
-        row_ends=row_ends,
+        fixed=fixed,
         template=template,
         sees=sees,
     )

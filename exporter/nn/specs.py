@@ -80,6 +80,17 @@ class VitSpec(BlockSpec):
         return frozenset(found | ({"cls", "cls_attention"} if self.cls else set()))
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """Tokens that go to the language model whatever a reduction before it keeps: the learned vectors that end rows (the projector's
+    `image_newline`), or the class tokens of the frames. `tokens`: those of a placeholder that reductions see; `count`: fixed ones."""
+
+    placeholders: int
+    tokens: int
+    count: int
+    class_tokens: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClipTextSpec(BlockSpec):
     """`tokens`: length of a question, padded. `shared`: width of the space shared with images. `eos`: end-of-text token,

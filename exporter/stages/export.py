@@ -80,7 +80,7 @@ def build_modules(plan: Plan) -> Modules:
         vision = plan.family.vision(plan.checkpoint, plan.geometry, plan.taps, plan.in_tower)
         question = None if plan.clip is None else ClipText(text_spec(plan.clip))
         projector = None if plan.compressed else plan.family.projector(plan.checkpoint)
-        reduce = Reduce(plan.before_llm, projector, (*plan.for_reduce, *plan.side), plan.sized, plan.row_ends)
+        reduce = Reduce(plan.before_llm, projector, (*plan.for_reduce, *plan.side), plan.sized, plan.fixed)
         reductions = plan.in_llm, plan.kept
         prefill = decode = Decoder(spec, *reductions, in_cache=plan.in_cache, trained=plan.trained)
         if plan.separate_prefill:
@@ -200,7 +200,7 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
         visual=VisualLayout(
             frames=g.frames,
             placeholders=g.placeholders,
-            total=(g.numbered or g.tower).total + g.row_ends * g.placeholders,
+            total=(g.numbered or g.tower).total + g.fixed * g.placeholders,
             kept=plan.kept,
             grid=g.grid,
             ids=[list(i) for i in g.ids],
@@ -210,7 +210,7 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
             media=g.media,
             mark=g.mark,
             written=g.written,
-            row_ends=g.row_ends,
+            fixed=g.fixed,
             template=g.template,
             sees=g.sees,
         ),

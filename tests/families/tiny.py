@@ -47,6 +47,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
 )
 
 from exporter.checkpoint import Checkpoint
@@ -187,6 +189,15 @@ def llava_next(folder: Path, tied: bool = False) -> PreTrainedModel:
         image_token_index=IMAGE, image_grid_pinpoints=PINPOINTS, tie_word_embeddings=tied,
     )  # fmt: skip
     return saved(LlavaNextForConditionalGeneration(config), folder)
+
+
+def video_llava(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """16 visual tokens per image, 17 per frame of a clip."""
+    config = VideoLlavaConfig(
+        vision_config=CLIP, text_config=text_config("llama", tied), image_token_index=IMAGE, video_token_index=VIDEO,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(VideoLlavaForConditionalGeneration(config), folder)
 
 
 def llava_onevision(folder: Path, tied: bool = False) -> PreTrainedModel:
@@ -357,7 +368,9 @@ class Question:
 
 
 def of_frames(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
-    """[frames, 3, height, width]"""
+    """[frames, 3, height, width], or a clip [1, frames, 3, height, width]"""
+    if graphs.visual.media == "video":
+        return {"pixel_values_videos": torch.from_numpy(pixels)}
     return {"pixel_values": torch.from_numpy(pixels[0])}
 
 
@@ -367,9 +380,9 @@ def of_samples(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str,
 
 
 def of_tiles(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
-    """[images, tiles, 3, height, width], and how large the images were; or a clip [1, frames, 3, height, width]."""
+    """[images, tiles, 3, height, width], and how large the images were; or a clip."""
     if graphs.visual.media == "video":
-        return {"pixel_values_videos": torch.from_numpy(pixels)}
+        return of_frames(pixels, ids, graphs)
     parts, (rows, cols) = graphs.image.parts, graphs.image.tiles
     size = torch.tensor([[rows * graphs.image.height, cols * graphs.image.width]] * graphs.images)
     found = {"pixel_values": torch.from_numpy(pixels[0]).unflatten(0, (-1, parts)), "image_sizes": size}

@@ -27,6 +27,7 @@ CASES: dict[str, tuple[Request, tuple[str, ...]]] = {
     "paligemma": (Request(1), (BEFORE,)),
     "qwen2_vl": (Request(4, (112, 112)), (BEFORE,)),
     "qwen3_vl": (Request(4, (112, 84)), (BEFORE, INSIDE)),
+    "video_llava": (Request(4), ("visionzip:keep_ratio=0.75",)),
     "smolvlm": (Request(2), ("visionzip:keep_ratio=0.75",)),
 }
 """What a family is asked for, and what reduces it; those that other tests of this folder export are not here."""
