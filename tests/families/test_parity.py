@@ -134,6 +134,11 @@ def test_a_head_with_a_cap(theirs: type[PreTrainedModel], tmp_path: Path) -> Non
             partial(tiny.internvl, decoder="llama", norm_type="rms_norm", use_qk_norm=True, attention_bias=False), 2, None,
             id="internvl of 6B",
         ),
+        pytest.param(tiny.internvl_chat, 1, (112, 56), id="internvl_chat of tiles"),
+        pytest.param(
+            partial(tiny.internvl_chat, decoder="qwen3", norm_type="rms_norm", use_qk_norm=True, attention_bias=False), 2, None,
+            id="internvl_chat with the large tower's norms",
+        ),
         pytest.param(partial(tiny.internvl, use_mean_pooling=False), 1, None, id="internvl with a last norm"),
         pytest.param(tiny.llava_next, 1, (112, 168), id="llava_next"),
         pytest.param(tiny.mistral3, 1, (84, 140), id="mistral3"),

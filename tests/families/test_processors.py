@@ -92,13 +92,14 @@ CASES = [
     ),
     *(
         Case(
-            "internvl", size, picture,
+            family, size, picture,
             GotOcr2ImageProcessorPil(
                 size={"height": SIDE, "width": SIDE}, crop_to_patches=True, max_patches=tiles[0] * tiles[1],
                 min_patches=tiles[0] * tiles[1], image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
             ),
             "<IMG_CONTEXT>", of_internvl, tiles,
         )
+        for family in ("internvl", "internvl_chat")
         for size, picture, tiles in ((None, (61, 47), (1, 1)), (GRID, (96, 65), (2, 3)))
     ),
     Case("llava_next", GRID, (336, 224), LlavaNextImageProcessorPil(

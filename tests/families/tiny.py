@@ -6,6 +6,7 @@ Hugging Face model it was. Beside them: what the tests ask these models, for us 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -284,6 +285,47 @@ def internvl(folder: Path, decoder: str = "qwen2", tied: bool = False, **vision:
         downsample_ratio=0.5, tie_word_embeddings=tied,
     )  # fmt: skip
     return saved(InternVLForConditionalGeneration(config), folder)
+
+
+def internvl_chat(folder: Path, decoder: str = "qwen2", **vision: Any) -> PreTrainedModel:
+    """As `internvl`, under the names that OpenGVLab publishes."""
+    model = internvl(folder, decoder, **vision)
+    config = json.loads((folder / "config.json").read_text())
+    tower = config["vision_config"]
+    published = {
+        "model_type": "internvl_chat", "llm_config": config["text_config"], "ps_version": "v2", "select_layer": -1,
+        "downsample_ratio": config["downsample_ratio"], "force_image_size": 56,
+        "vision_config": {
+            "model_type": "intern_vit_6b", "image_size": 56, "patch_size": PATCH, "qkv_bias": tower["attention_bias"],
+            "qk_normalization": tower["use_qk_norm"],
+            **{k: tower[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "norm_type")},
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(published))
+    added = {str(IMAGE): {"content": "<IMG_CONTEXT>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        for old, new in INTERNVL:
+            name = name.replace(old, new)
+        tensors[name] = tensor
+    for block in range(tower["num_hidden_layers"]):
+        stem = f"vision_model.encoder.layers.{block}.attn"
+        for kind in ("weight", "bias") if tower["attention_bias"] else ("weight",):
+            tensors[f"{stem}.qkv.{kind}"] = torch.cat([tensors.pop(f"{stem}.{n}_proj.{kind}") for n in "qkv"])
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return model
+
+
+INTERNVL = (
+    ("model.language_model.", "language_model.model."), ("model.vision_tower.", "vision_model."),
+    ("model.multi_modal_projector.layer_norm", "mlp1.0"), ("model.multi_modal_projector.linear_1", "mlp1.1"),
+    ("model.multi_modal_projector.linear_2", "mlp1.3"), (".cls_token", ".class_embedding"),
+    (".position_embeddings", ".position_embedding"), (".patch_embeddings.projection", ".patch_embedding"),
+    (".encoder.layer.", ".encoder.layers."), (".attention.projection_layer", ".attn.proj"), (".attention.", ".attn."),
+    (".layernorm_before", ".norm1"), (".layernorm_after", ".norm2"), (".lambda_", ".ls"), ("lm_head.", "language_model.lm_head."),
+)  # fmt: skip
+"""transformers' names of InternVL, and OpenGVLab's."""
 
 
 def clip(folder: Path, hidden: int = 48, layers: int = 3, early: bool = False, **text: Any) -> CLIPModel:

@@ -20,6 +20,7 @@ CASES: dict[str, tuple[Request, tuple[str, ...]]] = {
     "gemma3": (Request(2), (BEFORE, INSIDE)),
     "idefics3": (Request(1, (56, 112)), (BEFORE,)),
     "internvl": (Request(2), (BEFORE,)),
+    "internvl_chat": (Request(1, (56, 112)), (BEFORE,)),
     "llava_next": (Request(2, (112, 56)), (BEFORE,)),
     "llava_next_video": (Request(2), (BEFORE,)),
     "llava_onevision": (Request(1, (56, 112)), (BEFORE,)),
