@@ -11,6 +11,7 @@ import exporter.families
 from exporter import _discover, clip
 from exporter.checkpoint import Checkpoint, Stored, stored_tensors
 from exporter.errors import CheckpointError, UsageError
+from exporter.families import _traced
 from exporter.families._contract import ALIGNED, Family, Geometry, Request
 from exporter.graphset import tokens_in_words
 from exporter.kv import KvLayout
@@ -231,7 +232,7 @@ def make_plan(
     if request.clip is not None:
         request = replace(request, clip=request.clip.named(clip.canonical))
     family = find_family(checkpoint)
-    checkpoint = checkpoint.named(family.canonical)
+    checkpoint = family.reads(checkpoint)
     _check_limits(request, profile)
     try:
         geometry = family.geometry(checkpoint, request)
@@ -268,6 +269,8 @@ def _before_projector(method: Reduction) -> bool:
 def find_family(checkpoint: Checkpoint) -> Family:
     kind = str(checkpoint.config["model_type"])
     known = _discover.names(exporter.families)
+    if kind not in known and _traced.known(kind):
+        return _traced.Traced(kind)
     if kind not in known:
         raise UsageError(
             f"{checkpoint.folder}/config.json says model_type '{kind}', and there is no such family. "
@@ -408,7 +411,11 @@ class _Fitting:
         return replace(site, tokens=site.total + fixed, frames=1, grid=None) if fixed else site
 
     def _alone(self, text: str, method: Reduction) -> None:
-        """Refuse a second reduction beside one that sets every layer's cache."""
+        """Refuse a reduction where none fits inside, and a second one beside one that sets every layer's cache."""
+        if self.geometry.in_llm:
+            raise UsageError(
+                f"--reduce {text} does not fit {self.family.model_type}: {self.geometry.in_llm}. Choose a reduction that acts before the LLM."
+            ) from ReductionError(self.geometry.in_llm)
         inside = [s for s in self.steps if isinstance(s.method, InLLM | InCache)]
         if inside and any(isinstance(m, InCache | Skipping | Probing) for m in (method, *(s.method for s in inside))):
             raise UsageError(

@@ -15,7 +15,7 @@ from exporter.errors import CheckpointError
 from exporter.nn.layers import Linear, RMSNorm
 
 if TYPE_CHECKING:
-    from exporter.nn.specs import DecoderSpec
+    from exporter.nn.specs import DecoderShape
     from exporter.plan import Plan
 
 
@@ -107,7 +107,7 @@ def sources(module: nn.Module, prefix: str) -> dict[str, Source]:
     return found
 
 
-def text_embeddings(rows: Tensor, spec: DecoderSpec) -> Tensor:
+def text_embeddings(rows: Tensor, spec: DecoderShape) -> Tensor:
     """Rows of a checkpoint's embedding table as the language model takes them; the LM head may share the table as it is."""
     return rows if spec.embed_scale == 1.0 else rows.float() * spec.embed_scale
 

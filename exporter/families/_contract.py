@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError, UsageError
 from exporter.graphset import ImageSpec
-from exporter.nn.specs import DecoderSpec, PixtralSpec, VitSpec
+from exporter.nn.specs import DecoderShape, DecoderSpec, PixtralSpec, VitSpec
 from graphs._contract import InTower, Site
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from exporter.nn.traced import LanguageModel
+    from exporter.plan import Plan
 
 
 PROMPT = frozenset({"text", "text_mask", "warp"})
@@ -43,7 +46,8 @@ class Geometry:
     """Everything static about one model and one request. No torch needed to compute it.
 
     ids: [tokens per placeholder, axes] position ids relative to the placeholder's start; span: what one placeholder
-    advances the positions. `in_tower` is a sentence instead of a Site where the tower cannot be shortened.
+    advances the positions. `in_tower` is a sentence instead of a Site where the tower cannot be shortened; `in_llm` is one where
+    nothing can be dropped inside the language model or its cache. grid: of a frame's tokens, None where that is not known.
     frames: what `pixel_values` holds: images or clip frames, or, where an image is cut into tiles, those.
     shared: width of `aligned` and `aligned_text`; 0 where the request names no CLIP checkpoint, or there is no CLIP tower.
     mark, written: where the family's processor rewrites what its chat template says: every `mark`, one per image or clip,
@@ -71,6 +75,7 @@ class Geometry:
     vocab: int
     image_token: int
     eos: tuple[int, ...]
+    in_llm: str = ""
     shared: int = 0
     mark: str = ""
     written: str = ""
@@ -88,6 +93,8 @@ class Family(ABC):
 
     model_type: str
     summary: str
+    caution: str = ""
+    """What a user has to be told, wherever it is used."""
     published: ClassVar[dict[str, Any]]
     """The config of the model that people deploy most, as far as it matters here; its id is `_name_or_path`."""
 
@@ -110,7 +117,19 @@ class Family(ABC):
         """Tower width → LLM width, token by token, or None where the tower ends at LLM width."""
 
     @abstractmethod
-    def decoder(self, checkpoint: Checkpoint) -> DecoderSpec: ...
+    def decoder(self, checkpoint: Checkpoint) -> DecoderShape: ...
+
+    def reads(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint as the modules' parameters are called."""
+        return checkpoint.named(self.canonical)
+
+    def language_model(self, plan: Plan, prunes: bool = False) -> LanguageModel:
+        """The decoder of prefill, where that drops tokens (`prunes`), or of everything else."""
+        from exporter.nn.decoder import Decoder
+
+        spec = self.decoder(plan.checkpoint)
+        assert isinstance(spec, DecoderSpec)
+        return Decoder(spec, plan.in_llm, plan.kept, prunes, plan.in_cache, plan.trained)
 
 
 def site_of(spec: VitSpec | PixtralSpec, decoder: DecoderSpec, pictures: int) -> Site:

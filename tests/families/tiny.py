@@ -18,11 +18,15 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GotOcr2Config,
+    GotOcr2ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     InternVLConfig,
@@ -326,6 +330,38 @@ INTERNVL = (
     (".layernorm_before", ".norm1"), (".layernorm_after", ".norm2"), (".lambda_", ".ls"), ("lm_head.", "language_model.lm_head."),
 )  # fmt: skip
 """transformers' names of InternVL, and OpenGVLab's."""
+
+
+def aya_vision(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """Not a family: 4 visual tokens per image, and a decoder with a layer that has a window and no positions in the other."""
+    text = dict(
+        model_type="cohere2", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=VOCAB, max_position_embeddings=512, eos_token_id=EOS, tie_word_embeddings=tied,
+        sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    config = AyaVisionConfig(
+        vision_config=SIGLIP | dict(num_hidden_layers=2), text_config=text, image_token_index=IMAGE, downsample_factor=2,
+        alignment_intermediate_size=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return _with_normalization(saved(AyaVisionForConditionalGeneration(config), folder), folder)
+
+
+def got_ocr2(folder: Path, tied: bool = True) -> PreTrainedModel:
+    """Not a family: a tower of convolutions and windows, 16 visual tokens per image."""
+    vision = dict(
+        hidden_size=48, output_channels=32, num_hidden_layers=2, num_attention_heads=4, image_size=256, patch_size=16,
+        mlp_dim=64, window_size=3, global_attn_indexes=[1],
+    )  # fmt: skip
+    config = GotOcr2Config(
+        vision_config=vision, text_config=text_config("qwen2", tied), image_token_index=IMAGE, tie_word_embeddings=tied
+    )
+    return _with_normalization(saved(GotOcr2ForConditionalGeneration(config), folder), folder)
+
+
+def _with_normalization(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    said = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    return model
 
 
 def clip(folder: Path, hidden: int = 48, layers: int = 3, early: bool = False, **text: Any) -> CLIPModel:

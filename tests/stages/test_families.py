@@ -43,10 +43,22 @@ def test_no_family_is_forgotten() -> None:
 @pytest.mark.parametrize("family", CASES)
 def test_onnx_runtime_answers_as_pytorch(family: str, tmp_path: Path, engine: Engine) -> None:
     getattr(tiny, family)(tmp_path)
-    plan = plain(tiny.plan(tmp_path, CASES[family][1], CASES[family][0]))
-    folder = tmp_path / "graphs"
+    compare(tmp_path, *CASES[family], engine)
+
+
+def test_a_model_without_a_family_is_traced(tmp_path: Path, engine: Engine) -> None:
+    tiny.aya_vision(tmp_path)
+    said = compare(tmp_path, Request(2), (BEFORE,), engine)
+    assert said[0].startswith("warning: there is no family 'aya_vision': transformers' own modules are traced.")
+
+
+def compare(checkpoint: Path, request: Request, reductions: tuple[str, ...], engine: Engine) -> list[str]:
+    """Answers of the graphs and of the modules they were made of; returns what export said."""
+    plan = plain(tiny.plan(checkpoint, reductions, request))
+    folder = checkpoint / "graphs"
     folder.mkdir()
-    found = Exported(plan, folder, export(plan, folder))
+    said: list[str] = []
+    found = Exported(plan, folder, export(plan, folder, said.append))
     asked = tiny.question(found.graphs)
 
     def answer(generator: Any) -> Any:
@@ -56,3 +68,4 @@ def test_onnx_runtime_answers_as_pytorch(family: str, tmp_path: Path, engine: En
     assert plan.kept < plan.geometry.tower.total
     assert (ours.index == theirs.index).all()
     assert ours.tokens == theirs.tokens
+    return said
