@@ -50,6 +50,7 @@ REFUSED: list[tuple[str, Request, tuple[str, ...], str]] = [
     # class tokens that go on by themselves
     ("video_llava", CLIP, ("visionzip:keep=4,cls=on",), "passes class tokens on, which video_llava does anyway.*`cls` to off"),
     ("video_llava", CLIP, ("testa:keep=8,keep_frames=2",), "merges frames, and video_llava gives .* the class token of every one"),
+    ("video_llava", CLIP, ("ldpv2",), "this model's projector gives row ends or class tokens, which a compressor does not have"),
     # orders and pairs
     ("clip", ONE, ("lftr:spatial=text,keep=8", "random:keep=4"), r"random:keep=4 works on tower features.*Put it first"),
     ("clip", ONE, ("fastv", "fastv"), "given twice"),
