@@ -54,6 +54,10 @@ def resolve(name: str, revision: str | None = None) -> Path:
         ) from e
 
 
+Part = tuple[int, int]
+"""Which of how many equal parts of a tensor."""
+
+
 class Stored(NamedTuple):
     """Where a tensor is: its file, its name there, and its shape there."""
 
@@ -66,7 +70,8 @@ class Checkpoint:
     """A checkpoint folder. Tensors are memory-mapped; nothing is read before it is asked for."""
 
     def __init__(self, folder: Path, canonical: Callable[[str], str] = lambda key: key) -> None:
-        """`canonical` maps a tensor's name in the file to the name the family uses."""
+        """`canonical` maps a tensor's name in the file to the name the family uses. One with braces, "….{q,k,v}_proj.weight",
+        stands for several tensors of equal size, stacked along the first axis."""
         self.folder = folder
         self._canonical = canonical
 
@@ -109,6 +114,12 @@ class Checkpoint:
             found.config = self.config
         return found
 
+    def with_config(self, config: dict[str, Any]) -> Checkpoint:
+        """The same files, read with another config."""
+        found = Checkpoint(self.folder, self._canonical)
+        found.config = config
+        return found
+
     @cached_property
     def shards(self) -> list[Path]:
         """The safetensors files, each checked against its own header.
@@ -140,11 +151,12 @@ class Checkpoint:
         return paths
 
     @cached_property
-    def _where(self) -> dict[str, tuple[Path, str]]:
-        where: dict[str, tuple[Path, str]] = {}
+    def _where(self) -> dict[str, tuple[Path, str, Part]]:
+        where: dict[str, tuple[Path, str, Part]] = {}
         for path in self.shards:
             for key in self._open(path).keys():  # noqa: SIM118 - not a dict
-                where[self._canonical(key)] = (path, key)
+                names = _spelled_out(self._canonical(key))
+                where.update((name, (path, key, (i, len(names)))) for i, name in enumerate(names))
         return where
 
     @cached_property
@@ -171,8 +183,13 @@ class Checkpoint:
                 f"{self.folder} has no tensor for `{name}`. The weights do not match config.json "
                 f"(model_type {self.config['model_type']!r})."
             )
-        path, key = self._where[name]
-        found: Tensor = self._open(path).get_tensor(key)
+        path, key, (part, parts) = self._where[name]
+        if parts == 1:
+            found: Tensor = self._open(path).get_tensor(key)
+            return found
+        stacked = self._open(path).get_slice(key)
+        rows = stacked.get_shape()[0] // parts
+        found = stacked[part * rows : (part + 1) * rows]
         return found
 
     def stored(self) -> dict[str, Stored]:
@@ -182,6 +199,16 @@ class Checkpoint:
     @property
     def bytes(self) -> int:
         return sum(p.stat().st_size for p in self.shards)
+
+
+def _spelled_out(name: str) -> list[str]:
+    """
+    >>> _spelled_out("vision.{q,k}_proj.weight")
+    ['vision.q_proj.weight', 'vision.k_proj.weight']
+    """
+    before, brace, rest = name.partition("{")
+    inside, _, behind = rest.partition("}")
+    return [before + word + behind for word in inside.split(",")] if brace else [name]
 
 
 def stored_tensors(path: Path) -> dict[str, Stored]:

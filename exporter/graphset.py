@@ -114,7 +114,7 @@ class VisualLayout:
     frames: int
     placeholders: int
     total: int
-    """Visual tokens before any reduction, over all frames, row ends included."""
+    """Visual tokens before any reduction, over all frames, fixed ones included."""
     kept: int
     """Visual tokens that enter the language model."""
     grid: tuple[int, int] | None
@@ -137,15 +137,15 @@ class VisualLayout:
     """The chat template, where the checkpoint has none and its family another one than LLaVA-1.5's."""
     sees: Literal["before", "image", "prompt"] = "before"
     """What a token of the prompt sees: what is before it, for visual tokens all of their image too, or the whole prompt."""
-    row_ends: int = 0
-    """Learned vectors that end rows of tokens: of a placeholder's tokens the last ones in `ids`, and never dropped before the
-    language model."""
+    fixed: int = 0
+    """Tokens that are no patches (row ends, class tokens): of a placeholder's tokens the last ones in `ids`, and never dropped before
+    the language model."""
 
     def of_grid(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """An index [kept] of `reduce` without row ends, so that it counts the tokens of all frames one after another."""
+        """An index [kept] of `reduce` without fixed tokens, so that it counts the tokens of all frames one after another."""
         each = self.total // self.placeholders
         holder, offset = np.divmod(np.maximum(index, 0), each)
-        tokens: npt.NDArray[np.int64] = (index - holder * self.row_ends)[offset < each - self.row_ends]
+        tokens: npt.NDArray[np.int64] = (index - holder * self.fixed)[offset < each - self.fixed]
         return tokens
 
 

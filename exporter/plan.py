@@ -11,10 +11,11 @@ import exporter.families
 from exporter import _discover, clip
 from exporter.checkpoint import INSTRUCTION_FOLDER, Checkpoint, Stored, stored_tensors
 from exporter.errors import CheckpointError, UsageError
+from exporter.families import _traced
 from exporter.families._contract import ALIGNED, INSTRUCTION, Family, Geometry, Request
 from exporter.graphset import tokens_in_words
 from exporter.kv import KvLayout
-from exporter.nn.specs import IN_CACHE_SIGNALS, IN_LLM_SIGNALS
+from exporter.nn.specs import IN_CACHE_SIGNALS, IN_LLM_SIGNALS, Fixed
 from graphs import _spec
 from graphs._compressor import Compressor
 from graphs._contract import (
@@ -88,10 +89,11 @@ class Plan:
         return [s for s in self.steps if s.method.place == place]
 
     @property
-    def row_ends(self) -> tuple[int, int, int] | None:
-        """(placeholders, tower tokens of one, row ends of one), if there are any."""
+    def fixed(self) -> Fixed | None:
         g = self.geometry
-        return (g.placeholders, g.tower.total // g.placeholders, g.row_ends) if g.row_ends else None
+        return (
+            Fixed(g.placeholders, g.tower.total // g.placeholders, g.fixed, g.tower.class_tokens) if g.fixed else None
+        )
 
     @property
     def in_tower(self) -> tuple[str, InTower] | None:
@@ -235,7 +237,7 @@ def make_plan(
     if request.clip is not None:
         request = replace(request, clip=request.clip.named(clip.canonical))
     family = find_family(checkpoint)
-    checkpoint = checkpoint.named(family.canonical)
+    checkpoint = family.reads(checkpoint)
     _check_limits(request, profile)
     try:
         geometry = family.geometry(checkpoint, request)
@@ -275,6 +277,8 @@ def _before_projector(method: Reduction) -> bool:
 def find_family(checkpoint: Checkpoint) -> Family:
     kind = str(checkpoint.config["model_type"])
     known = _discover.names(exporter.families)
+    if kind not in known and _traced.known(kind):
+        return _traced.Traced(kind)
     if kind not in known:
         raise UsageError(
             f"{checkpoint.folder}/config.json says model_type '{kind}', and there is no such family. "
@@ -324,6 +328,7 @@ class _Fitting:
     def run(self, methods: list[tuple[str, Reduction]]) -> Plan:
         site = self.geometry.tower
         taps: list[str] = ["hidden", *(["deepstack"] if self.geometry.planes else [])]
+        taps += ["cls"] if self.geometry.tower.class_tokens else []
         projected = False
         llm_site: Site | None = None
         for text, method in methods:
@@ -334,6 +339,11 @@ class _Fitting:
             elif isinstance(method, BeforeLLM):
                 fitted = self.fit(text, method, site)
                 assert isinstance(fitted, BeforeLLM)
+                if fitted.passes_cls and site.class_tokens:
+                    raise UsageError(
+                        f"--reduce {text} passes class tokens on, which {self.family.model_type} does anyway with every frame's. "
+                        "Set its knob `cls` to off."
+                    )
                 if projected and fitted.space == "tower":
                     raise UsageError(
                         f"--reduce {text} works on tower features, but a reduction before it already works behind the projector. "
@@ -359,7 +369,7 @@ class _Fitting:
                     raise UsageError(
                         f"--reduce {text} acts behind a reduction that goes on while decoding. Put it first."
                     )
-                llm_site = llm_site or self._inside(self._with_row_ends(site))
+                llm_site = llm_site or self._inside(self._with_fixed(site))
                 fitted_llm = self.fit(text, method, llm_site)
                 assert isinstance(fitted_llm, InLLM)
                 taps += fitted_llm.of_tower
@@ -376,7 +386,7 @@ class _Fitting:
             )
         return Plan(
             self.checkpoint, self.family, self.geometry, self.request, self.profile, tuple(self.steps), tuple(taps),
-            self._with_row_ends(site).total, "compact" if "compact" in self.policies else "keep",
+            self._with_fixed(site).total, "compact" if "compact" in self.policies else "keep",
         )  # fmt: skip
 
     def _compressor(self, text: str, method: Compressor, site: Site, projected: bool) -> Site:
@@ -387,8 +397,8 @@ class _Fitting:
                 f"--reduce {text} works on tower features, but a reduction before it already works behind the projector. "
                 "Put it first, and give no other compressor."
             )
-        if g.row_ends or g.planes:
-            what = "vectors that end rows of tokens" if g.row_ends else "vectors of its tower for the first layers"
+        if g.fixed or g.planes:
+            what = "row ends or class tokens" if g.fixed else "vectors of its tower for the first layers"
             raise UsageError(
                 f"--reduce {text} does not fit {self.family.model_type}: this model's projector gives {what}, which a "
                 "compressor does not have."
@@ -405,13 +415,17 @@ class _Fitting:
         self.geometry = replace(self.geometry, numbered=after, grid=after.grid)
         return after
 
-    def _with_row_ends(self, site: Site) -> Site:
+    def _with_fixed(self, site: Site) -> Site:
         """The visual tokens as the language model gets them."""
-        ends = self.geometry.row_ends * self.geometry.placeholders
-        return replace(site, tokens=site.total + ends, frames=1, grid=None) if ends else site
+        fixed = self.geometry.fixed * self.geometry.placeholders
+        return replace(site, tokens=site.total + fixed, frames=1, grid=None) if fixed else site
 
     def _alone(self, text: str, method: Reduction) -> None:
-        """Refuse a second reduction beside one that sets every layer's cache."""
+        """Refuse a reduction where none fits inside, and a second one beside one that sets every layer's cache."""
+        if self.geometry.in_llm:
+            raise UsageError(
+                f"--reduce {text} does not fit {self.family.model_type}: {self.geometry.in_llm}. Choose a reduction that acts before the LLM."
+            ) from ReductionError(self.geometry.in_llm)
         inside = [s for s in self.steps if isinstance(s.method, InLLM | InCache)]
         if inside and any(isinstance(m, InCache | Skipping | Probing) for m in (method, *(s.method for s in inside))):
             raise UsageError(
@@ -427,7 +441,7 @@ class _Fitting:
 
     def _in_cache(self, text: str, method: InCache, site: Site) -> None:
         g = self.geometry
-        here = replace(self._with_row_ends(site), signals=IN_CACHE_SIGNALS, depth=g.layers, kv_heads=g.kv_heads)
+        here = replace(self._with_fixed(site), signals=IN_CACHE_SIGNALS, depth=g.layers, kv_heads=g.kv_heads)
         fitted = self.fit(text, method, here)
         self._add(fitted, here, here.total, fitted.after(here).total)
 
@@ -442,6 +456,11 @@ class _Fitting:
         fitted = self.fit(text, method, where)
         assert isinstance(fitted, InTower)
         after = fitted.after(where)
+        if where.class_tokens and after.frames != where.frames:
+            raise UsageError(
+                f"--reduce {text} merges frames, and {self.family.model_type} gives the language model the class token of every one. "
+                "Choose a reduction that keeps the frames."
+            )
         self._add(fitted, where, where.total, after.total)
         self.policies.append(fitted.resolved_position())
         left = site.signals & {"hidden", "cls", *OF_PROMPT}

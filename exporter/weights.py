@@ -15,7 +15,7 @@ from exporter.errors import CheckpointError
 from exporter.nn.layers import Linear, PackedLinear, RMSNorm
 
 if TYPE_CHECKING:
-    from exporter.nn.specs import DecoderSpec
+    from exporter.nn.specs import DecoderShape
     from exporter.plan import Plan
 
 
@@ -128,7 +128,7 @@ def packed(whole: Source, parts: Mapping[str, int]) -> PackedSource:
     return PackedSource(whole.name, whole.shape, whole.transposed, own)
 
 
-def text_embeddings(rows: Tensor, spec: DecoderSpec) -> Tensor:
+def text_embeddings(rows: Tensor, spec: DecoderShape) -> Tensor:
     """Rows of a checkpoint's embedding table as the language model takes them; the LM head may share the table as it is."""
     return rows if spec.embed_scale == 1.0 else rows.float() * spec.embed_scale
 

@@ -137,6 +137,7 @@ class Site:
     signals: names that can be supplied. grid_positions: positions are t/h/w triplets, not a count.
     dim, patch_dim, llm_dim: width of `hidden` and `patches` in the tower, and of the language model; 0 where unknown.
     heads, kv_heads: of a decoder layer (InLLM, InCache); 0 elsewhere.
+    class_tokens: the language model gets the class token of every frame, whatever a reduction keeps.
     """
 
     tokens: int
@@ -150,6 +151,7 @@ class Site:
     llm_dim: int = 0
     heads: int = 0
     kv_heads: int = 0
+    class_tokens: bool = False
 
     @property
     def total(self) -> int:

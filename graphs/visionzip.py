@@ -18,7 +18,7 @@ Knobs (per frame; per tile in multi-tile models):
         only.
     score: where dominance comes from: "cls" attention, "column" (attention a token receives from all, for
         towers without CLS), or "auto": cls where there is one.
-    cls: whether CLS is passed on ("on", "off"); "auto": on when the score is cls.
+    cls: whether CLS is passed on ("on", "off"); "auto": on when the score is cls, and CLS does not go on by itself.
     order: "paper" (CLS, dominant, contextual) or "raster" (CLS, then by index).
 Differs: attention is averaged over heads where the paper sums (same order); equal scores go to the earlier
 token; the "column" score and any contextual count are ours; merging is accumulated in float32, then cast
@@ -86,7 +86,8 @@ class VisionZip(PerFrame):
         if score == "auto":
             score = "cls" if "cls_attention" in site.signals else "column"
         known = replace(self, score=score)
-        known = replace(known, cls="on" if known._cls_on else "off")
+        passed_anyway = known.cls == "auto" and site.class_tokens
+        known = replace(known, cls="on" if known._cls_on and not passed_anyway else "off")
         keep = keep_count(self.keep, self.keep_ratio, known.capacity(site))
         contextual = (20 * keep + 64) // 128 if self.contextual is None else self.contextual
         if not 0 <= contextual < keep:

@@ -19,10 +19,13 @@ from tests.families import tiny
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """clip and siglip are LLaVA's; 16 visual tokens per image, or per step of Qwen's 112 × 112 pixels."""
-    found = {name: tmp_path_factory.mktemp(name) for name in ("clip", "siglip", "qwen2_5_vl")}
+    names = "clip", "siglip", "qwen2_5_vl", "video_llava", "internvl_chat"
+    found = {name: tmp_path_factory.mktemp(name) for name in names}
     tiny.llava(found["clip"])
     tiny.llava(found["siglip"], "siglip_vision_model")
     tiny.qwen2_5_vl(found["qwen2_5_vl"])
+    tiny.video_llava(found["video_llava"])
+    tiny.internvl_chat(found["internvl_chat"])
     return found
 
 
@@ -44,6 +47,10 @@ REFUSED: list[tuple[str, Request, tuple[str, ...], str]] = [
     ("clip", ONE, ("tome:keep=8", "visionzip:keep=4"), "does not fit llava: it needs .*attention"),
     ("clip", ONE, ("uniform:keep=8", "visionzip:keep=4"), "does not fit llava: it needs"),
     ("qwen2_5_vl", SMALL, ("tome:keep=8",), "merger needs the complete grid, so the tower cannot be shortened"),
+    # class tokens that go on by themselves
+    ("video_llava", CLIP, ("visionzip:keep=4,cls=on",), "passes class tokens on, which video_llava does anyway.*`cls` to off"),
+    ("video_llava", CLIP, ("testa:keep=8,keep_frames=2",), "merges frames, and video_llava gives .* the class token of every one"),
+    ("video_llava", CLIP, ("ldpv2",), "this model's projector gives row ends or class tokens, which a compressor does not have"),
     # orders and pairs
     ("clip", ONE, ("lftr:spatial=text,keep=8", "random:keep=4"), r"random:keep=4 works on tower features.*Put it first"),
     ("clip", ONE, ("fastv", "fastv"), "given twice"),
@@ -109,6 +116,9 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("clip", {"vision_feature_layer": [-2, -3]}, "several feature layers"),
     ("clip", {"vision_feature_layer": 7}, "outside the tower's 3 blocks"),
     ("clip", {"vision_feature_select_strategy": "full"}, "'full' with 'clip_vision_model' is not supported"),
+    ("internvl_chat", {"ps_version": "v1"}, "'v1', which transposes tiles, is not supported"),
+    ("internvl_chat", {"force_image_size": 112}, "force_image_size 112 with positions for 56"),
+    ("internvl_chat", {"llm_config": {"model_type": "internlm2"}}, "Decoder 'internlm2' is not supported"),
     ("qwen2_5_vl", {"vision_config": {}}, r"config\.json is not that of a qwen2_5_vl model"),
     ("qwen2_5_vl", {"text_config": {"model_type": "qwen2_5_vl_text"}}, "no mrope_section"),
 ]

@@ -99,7 +99,9 @@ def _families() -> tuple[list[Any], Any]:
     names = _discover.names(exporter.families)
     found = [_discover.load(exporter.families, "family", name).FAMILY for name in names]
     data = [{"name": name, "summary": family.summary} for name, family in zip(names, found, strict=True)]
-    title = "Families (model_type in the checkpoint's config.json)"
+    title = (
+        "Families (model_type in config.json; others that transformers has are traced, for reductions before the LLM)"
+    )
     return data, table(title, ("name", "models"), [(d["name"], d["summary"]) for d in data])
 
 

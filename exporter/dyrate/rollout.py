@@ -66,9 +66,9 @@ class Rollout:
 
         modules = load_reference(plan)
         runners, self.graphs, table = reference(plan, modules)
-        if self.graphs.text.planes or self.graphs.reaches:
+        if self.graphs.text.planes or self.graphs.reaches or not isinstance(modules.decode, Decoder):
             raise UsageError(
-                "DyRate's predictor is trained on models that look back only and get an image at their first layer; this one "
+                "DyRate's predictor is trained inside models that look back only and get an image at their first layer; this one "
                 "is another. Train on a LLaVA or Qwen2.5-VL checkpoint."
             )
         self.decoder: Decoder = modules.decode

@@ -39,7 +39,7 @@ class AnyRes(Llava):
         return counted(
             checkpoint, decoder, image, tower, replace(tower, signals=spec.in_tower_signals),
             image_token(config, self.image_token),
-            placeholders=request.frames, row_ends=len(ids) - rows * cols * image.parts, ids=ids,
+            placeholders=request.frames, fixed=len(ids) - rows * cols * image.parts, ids=ids,
         )  # fmt: skip
 
     def image(self, checkpoint: Checkpoint, spec: VitSpec, request: Request) -> ImageSpec:

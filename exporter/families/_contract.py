@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError, UsageError
 from exporter.graphset import ImageSpec
-from exporter.nn.specs import DecoderSpec, PixtralSpec, VitSpec
+from exporter.nn.specs import DecoderShape, DecoderSpec, PixtralSpec, VitSpec
 from graphs._contract import InTower, Site
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from exporter.nn.traced import LanguageModel
+    from exporter.plan import Plan
 
 
 PROMPT = frozenset({"text", "text_mask", "warp"})
@@ -46,14 +49,15 @@ class Geometry:
     """Everything static about one model and one request. No torch needed to compute it.
 
     ids: [tokens per placeholder, axes] position ids relative to the placeholder's start; span: what one placeholder
-    advances the positions. `in_tower` is a sentence instead of a Site where the tower cannot be shortened.
+    advances the positions. `in_tower` is a sentence instead of a Site where the tower cannot be shortened; `in_llm` is one where
+    nothing can be dropped inside the language model or its cache. grid: of a frame's tokens, None where that is not known.
     frames: what `pixel_values` holds: images or clip frames, or, where an image is cut into tiles, those.
     shared: width of `aligned` and `aligned_text`; 0 where the request names no CLIP checkpoint, or there is no CLIP tower.
     mark, written: where the family's processor rewrites what its chat template says: every `mark`, one per image or clip,
     becomes `written`, with an image token per placeholder. template: the chat template of a family whose checkpoints have
     none. sees: see `VisualLayout`. media: what a chat message calls it.
-    row_ends: learned vectors that end rows of tokens, per placeholder; they are the projector's `image_newline`, and `ids` has
-    them behind the tokens. planes: how many more vectors the tower gives for each token, by the signal `deepstack` [batch, frames, tokens, planes * hidden].
+    fixed: tokens per placeholder that no reduction before the language model sees, see `exporter.nn.specs.Fixed`; `ids` has them
+    behind the others. planes: how many more vectors the tower gives for each token, by the signal `deepstack` [batch, frames, tokens, planes * hidden].
     compressor: spec of the one that is this model's projector. numbered: whose tokens `ids` and an index count, where that is
     not `tower`; a compressor sets it.
     """
@@ -74,12 +78,13 @@ class Geometry:
     vocab: int
     image_token: int
     eos: tuple[int, ...]
+    in_llm: str = ""
     shared: int = 0
     mark: str = ""
     written: str = ""
     media: Literal["image", "video"] = "image"
     planes: int = 0
-    row_ends: int = 0
+    fixed: int = 0
     template: str = ""
     sees: Literal["before", "image", "prompt"] = "before"
     compressor: str = ""
@@ -91,6 +96,8 @@ class Family(ABC):
 
     model_type: str
     summary: str
+    caution: str = ""
+    """What a user has to be told, wherever it is used."""
     published: ClassVar[dict[str, Any]]
     """The config of the model that people deploy most, as far as it matters here; its id is `_name_or_path`."""
 
@@ -113,7 +120,19 @@ class Family(ABC):
         """Tower width → LLM width, token by token, or None where the tower ends at LLM width."""
 
     @abstractmethod
-    def decoder(self, checkpoint: Checkpoint) -> DecoderSpec: ...
+    def decoder(self, checkpoint: Checkpoint) -> DecoderShape: ...
+
+    def reads(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint as the modules' parameters are called."""
+        return checkpoint.named(self.canonical)
+
+    def language_model(self, plan: Plan, prunes: bool = False) -> LanguageModel:
+        """The decoder of prefill, where that drops tokens (`prunes`), or of everything else."""
+        from exporter.nn.decoder import Decoder
+
+        spec = self.decoder(plan.checkpoint)
+        assert isinstance(spec, DecoderSpec)
+        return Decoder(spec, plan.in_llm, plan.kept, prunes, plan.in_cache, plan.trained)
 
 
 def site_of(spec: VitSpec | PixtralSpec, decoder: DecoderSpec, pictures: int) -> Site:
@@ -147,7 +166,7 @@ def counted(
     shared: int = 0,
     mark: str = "",
     written: str = "",
-    row_ends: int = 0,
+    fixed: int = 0,
     ids: Sequence[int] | None = None,
     template: str = "",
     sees: Literal["before", "image", "prompt"] = "before",
@@ -159,7 +178,7 @@ def counted(
             placeholder's tokens, where the prompt has them in another order than the tower.
     """
     placeholders = placeholders or tower.frames
-    each = tower.total // placeholders + row_ends
+    each = tower.total // placeholders + fixed
     assert tower.grid is not None
     return Geometry(
         image=image,
@@ -181,7 +200,7 @@ def counted(
         shared=shared,
         mark=mark,
         written=written,
-        row_ends=row_ends,
+        fixed=fixed,
         template=template,
         sees=sees,
     )

@@ -84,7 +84,7 @@ class Llava(Family):
 
         config = checkpoint.config
         return Projector(
-            int(config["vision_config"]["hidden_size"]),
+            self.tower(config).hidden,
             decoder_spec(config).hidden,
             str(config.get("projector_hidden_act", "gelu")),
             bool(config.get("multimodal_projector_bias", True)),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
 from exporter.nn.layers import add_parameters
+from exporter.nn.specs import Fixed
 from graphs._blocks import take
 from graphs._compressor import Compressor
 from graphs._contract import OF_PROMPT, BeforeLLM, Reduced, Site
@@ -40,7 +41,7 @@ class Reduce(Atom):
         projector: tower width → LLM width, or None.
         names: what `forward` gets, in order: the signals of the vision graph, then those from elsewhere.
         sized: whether to return the tokens' sizes too.
-        row_ends: (placeholders, tower tokens of one, row ends of one): these follow the tokens, whichever those are.
+        fixed: tokens that follow the others, whichever those are.
     """
 
     def __init__(
@@ -49,10 +50,10 @@ class Reduce(Atom):
         projector: nn.Module | None,
         names: Sequence[str],
         sized: bool = False,
-        row_ends: tuple[int, int, int] | None = None,
+        fixed: Fixed | None = None,
     ) -> None:
         super().__init__()
-        self.row_ends = row_ends
+        self.fixed = fixed
         self.names, self.sized = tuple(names), sized
         self.methods = [(name, method, method.after(site).frames) for name, method, site in methods]
         self.projector = projector
@@ -61,7 +62,7 @@ class Reduce(Atom):
 
     def key(self) -> Hashable:
         shapes = None if self.projector is None else tuple(tuple(p.shape) for p in self.projector.parameters())
-        return tuple(self.methods), self.names, self.sized, type(self.projector), shapes, self.row_ends
+        return tuple(self.methods), self.names, self.sized, type(self.projector), shapes, self.fixed
 
     def forward(self, *signals: Tensor) -> tuple[Tensor, ...]:
         """Returns visual_embeds [batch, kept, hidden], index int64 [batch, kept] into the tokens before any reduction (behind a
@@ -73,6 +74,7 @@ class Reduce(Atom):
         index = self.first_index(found["hidden"], found.pop("anchor", None))
         size = torch.ones_like(index, dtype=torch.float32)
         projected = False
+        class_tokens = {"cls": found["cls"]} if self.fixed is not None and self.fixed.class_tokens else {}
         for name, method, frames in self.methods:
             compresses = isinstance(method, Compressor)
             if isinstance(method, BeforeLLM) and method.space == "llm" and not projected:
@@ -91,23 +93,28 @@ class Reduce(Atom):
         embeds = found["hidden"].flatten(1, 2)
         if planes is not None:
             embeds = torch.cat([embeds, take(planes.flatten(1, 2), index.clamp_min(0))], -1)
-        if self.row_ends is not None:
-            embeds, index, size = self.with_row_ends(embeds, index, size)
+        if self.fixed is not None:
+            fixed = self.project(class_tokens)["cls"] if class_tokens else self.row_ends(embeds)
+            embeds, index, size = self.with_fixed(embeds, index, size, fixed)
         return (embeds, index, *((size,) if self.sized else ()))
 
-    def with_row_ends(self, embeds: Tensor, index: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same with the learned vectors behind, and places that count them behind the tokens of each placeholder."""
-        assert self.row_ends is not None and self.projector is not None
-        holders, tokens, ends = self.row_ends
+    def row_ends(self, embeds: Tensor) -> Tensor:
+        """The projector's `image_newline` as often as it is wanted: [batch, fixed, hidden]."""
+        assert self.fixed is not None and self.projector is not None
+        newline = self.projector.get_parameter("image_newline")
+        return (torch.zeros_like(embeds[:, :1]) + newline).expand(-1, self.fixed.placeholders * self.fixed.count, -1)
+
+    def with_fixed(self, embeds: Tensor, index: Tensor, size: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with `fixed` [batch, fixed, hidden] behind, and places that count them behind the tokens of each placeholder."""
+        assert self.fixed is not None
+        holders, tokens, ends = self.fixed.placeholders, self.fixed.tokens, self.fixed.count
         first = torch.arange(1, holders) * tokens
         before = (index[:, :, None] >= first).to(torch.int64).sum(-1) if holders > 1 else torch.zeros_like(index)
         own = (torch.arange(holders)[:, None] * (tokens + ends) + tokens + torch.arange(ends)).flatten()
-        newline = self.projector.get_parameter("image_newline")
-        rows = (torch.zeros_like(embeds[:, :1]) + newline).expand(-1, holders * ends, -1)
         places = torch.zeros_like(index[:, :1]) + own
         sizes = torch.ones_like(places, dtype=torch.float32)
         index = index + before * ends
-        return torch.cat([embeds, rows], 1), torch.cat([index, places], 1), torch.cat([size, sizes], 1)
+        return torch.cat([embeds, fixed], 1), torch.cat([index, places], 1), torch.cat([size, sizes], 1)
 
     def first_index(self, hidden: Tensor, anchor: Tensor | None) -> Tensor:
         """int64 [batch, frames * tokens]: the place of every token among the tokens before any reduction."""

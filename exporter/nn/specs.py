@@ -80,6 +80,17 @@ class VitSpec(BlockSpec):
         return frozenset(found | ({"cls", "cls_attention"} if self.cls else set()))
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """Tokens that go to the language model whatever a reduction before it keeps: the learned vectors that end rows (the projector's
+    `image_newline`), or the class tokens of the frames. `tokens`: those of a placeholder that reductions see; `count`: fixed ones."""
+
+    placeholders: int
+    tokens: int
+    count: int
+    class_tokens: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClipTextSpec(BlockSpec):
     """`tokens`: length of a question, padded. `shared`: width of the space shared with images. `eos`: end-of-text token,
@@ -247,20 +258,13 @@ IN_CACHE_SIGNALS = frozenset(
 """What a reduction of the cache can look at."""
 
 
-@dataclass(frozen=True)
-class DecoderSpec:
-    """The decoder's shape, and what makes it another than Llama's (whose facts are the defaults).
+@dataclass(frozen=True, kw_only=True)
+class DecoderShape:
+    """What there is to know of a language model from outside.
 
-    inv_freq: head_dim / 2 rotary frequencies; `rope_scale` multiplies cos and sin. local_inv_freq: those of layers with a
-    window; empty where they are the same. mrope_section: how many frequencies follow the t, h, w position, or None.
-    windows: per layer, the sliding window in tokens or None. attention_scale: multiplies queries.
-    attention_cap, logit_cap: scores and logits are bent by tanh to stay below; None: they are not.
-    qk_norm: RMS norm of queries and keys, per head and before the rotation. post_norms: norms also behind attention and MLP.
-    norm_offset: what has to be added to the norm weights of a checkpoint. scaled_embeddings: text embeddings are
-    multiplied by sqrt(hidden); what comes from an image is not. mrope_interleaved: the frequencies of t, h and w take turns,
-    instead of standing in three blocks. planes: the vector of a visual token is followed by so many more, each added to
-    what leaves one of the first layers (DeepStack). reach: some tokens see others behind them, so masks are made from
-    `reach`, not from `order`.
+    planes: the vector of a visual token is followed by so many more, each added to what leaves one of the first layers
+    (DeepStack). reach: some tokens see others behind them, so masks are made from `reach`, not from `order`.
+    scaled_embeddings: text embeddings are multiplied by sqrt(hidden); what comes from an image is not.
     """
 
     hidden: int
@@ -270,6 +274,33 @@ class DecoderSpec:
     head_dim: int
     intermediate: int
     vocab: int
+    planes: int = 0
+    reach: bool = False
+    scaled_embeddings: bool = False
+
+    @property
+    def width(self) -> int:
+        """Of `inputs_embeds`: a token's vector and its planes."""
+        return self.hidden * (1 + self.planes)
+
+    @property
+    def embed_scale(self) -> float:
+        return self.hidden**0.5 if self.scaled_embeddings else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSpec(DecoderShape):
+    """The decoder's shape, and what makes it another than Llama's (whose facts are the defaults).
+
+    inv_freq: head_dim / 2 rotary frequencies; `rope_scale` multiplies cos and sin. local_inv_freq: those of layers with a
+    window; empty where they are the same. mrope_section: how many frequencies follow the t, h, w position, or None.
+    windows: per layer, the sliding window in tokens or None. attention_scale: multiplies queries.
+    attention_cap, logit_cap: scores and logits are bent by tanh to stay below; None: they are not.
+    qk_norm: RMS norm of queries and keys, per head and before the rotation. post_norms: norms also behind attention and MLP.
+    norm_offset: what has to be added to the norm weights of a checkpoint. mrope_interleaved: the frequencies of t, h and w take
+    turns, instead of standing in three blocks.
+    """
+
     eps: float
     activation: str
     qkv_bias: bool
@@ -285,15 +316,7 @@ class DecoderSpec:
     qk_norm: bool = False
     post_norms: bool = False
     norm_offset: float = 0.0
-    scaled_embeddings: bool = False
     mrope_interleaved: bool = False
-    planes: int = 0
-    reach: bool = False
-
-    @property
-    def width(self) -> int:
-        """Of `inputs_embeds`: a token's vector and its planes."""
-        return self.hidden * (1 + self.planes)
 
     @property
     def rotary_axes(self) -> tuple[int, ...]:
@@ -303,10 +326,6 @@ class DecoderSpec:
         if not self.mrope_interleaved:
             return tuple(axis for axis, count in enumerate(self.mrope_section) for _ in range(count))
         return tuple(i % 3 if i < 3 * self.mrope_section[i % 3] else 0 for i in range(len(self.inv_freq)))
-
-    @property
-    def embed_scale(self) -> float:
-        return self.hidden**0.5 if self.scaled_embeddings else 1.0
 
     def frequencies(self, layer: int) -> tuple[float, ...]:
         """Rotary frequencies of one layer."""

@@ -348,6 +348,19 @@ class Vit(nn.Module):
         return [found[name] for name in self.taps]
 
 
+class NamedTower(nn.Module):
+    """A tower under a name of its own, where a checkpoint has several."""
+
+    def __init__(self, name: str, tower: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, tower)
+        self.name = name
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        found: list[Tensor] = self.get_submodule(self.name)(pixel_values)
+        return found
+
+
 def parts(name: str, spec: VitSpec | PixtralSpec) -> tuple[str, int]:
     """A signal's kind and block: "keys@7" → keys, 7; without a block that of the features."""
     kind, _, at = name.partition("@")

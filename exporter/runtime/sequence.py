@@ -158,7 +158,7 @@ def arrange(input_ids: Prompts, index: Ints, graphs: GraphSet) -> Places:
     Args:
         input_ids: the prompts, as checked by `split`.
         index: int64 [batch, kept]: each kept token's place among all visual tokens before reduction (frames one after
-            another, each in raster order; behind those of a placeholder its row ends); -1 for a token that is no patch (CLS): it stands at the first placeholder.
+            another, each in raster order; behind those of a placeholder its fixed ones); -1 for a token that is no patch (CLS): it stands at the first placeholder.
         graphs: the exported model.
     """
     visual, axes = graphs.visual, graphs.text.position_axes

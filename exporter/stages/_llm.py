@@ -4,20 +4,22 @@ that is drawn and for modules that compute."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
 
 from exporter.nn.cuts import Shorten
-from exporter.nn.decoder import Decoder
 from exporter.plan import Plan
 from exporter.stages._draw import Shape, draw
+
+if TYPE_CHECKING:
+    from exporter.nn.traced import LanguageModel
 
 Inputs = dict[str, tuple[Shape, torch.dtype]]
 
 
-def draw_llm(plan: Plan, module: Decoder, dtype: torch.dtype) -> ir.Model:
+def draw_llm(plan: Plan, module: LanguageModel, dtype: torch.dtype) -> ir.Model:
     """Prefill with a static visual count if the module drops tokens, else prefill and decode in one, everything dynamic."""
     sizes = {"seq": plan.kept + 7} if module.kept else {}
     return draw(
@@ -25,7 +27,7 @@ def draw_llm(plan: Plan, module: Decoder, dtype: torch.dtype) -> ir.Model:
     )
 
 
-def llm_inputs(plan: Plan, module: Decoder, dtype: torch.dtype) -> Inputs:
+def llm_inputs(plan: Plan, module: LanguageModel, dtype: torch.dtype) -> Inputs:
     """Name → shape and dtype, in order."""
     g, kv = plan.geometry, module.layout
     axes = (3,) if g.position_axes == 3 else ()
@@ -57,7 +59,7 @@ def llm_inputs(plan: Plan, module: Decoder, dtype: torch.dtype) -> Inputs:
     return found
 
 
-def llm_outputs(plan: Plan, module: Decoder) -> list[str]:
+def llm_outputs(plan: Plan, module: LanguageModel) -> list[str]:
     """Names, in order."""
     presents = [f"present_{kind}_{i}" for i in range(len(module.layers)) for kind in ("key", "value")]
     places = [f"present_{kind}_{i}" for kind in _places(plan) for i in range(len(module.layout.kept))]
@@ -65,7 +67,7 @@ def llm_outputs(plan: Plan, module: Decoder) -> list[str]:
     return ["logits", *presents, *places, *module.kept, *watched]
 
 
-def call_llm(module: Decoder, values: Mapping[str, Any]) -> Sequence[Any]:
+def call_llm(module: LanguageModel, values: Mapping[str, Any]) -> Sequence[Any]:
     """Run the module on its inputs by name."""
     layers, groups = range(len(module.layers)), range(len(module.layout.kept))
 

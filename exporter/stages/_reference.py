@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from exporter.backends._contract import Array, Runner
 from exporter.graphset import GraphSet, bucket_role
-from exporter.nn.decoder import Decoder
 from exporter.plan import Plan
 from exporter.stages._llm import buckets, call_llm, llm_inputs, llm_outputs
 from exporter.stages.export import Modules, describe, load_reference, reduce_outputs, side_inputs
 from exporter.weights import text_embeddings
+
+if TYPE_CHECKING:
+    from exporter.nn.traced import LanguageModel
 
 NUMPY: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
 
@@ -103,6 +105,6 @@ def reference(plan: Plan, modules: Modules | None = None) -> tuple[dict[str, Run
     return runners, graphs, table
 
 
-def _llm(module: Decoder, plan: Plan) -> TorchRunner:
+def _llm(module: LanguageModel, plan: Plan) -> TorchRunner:
     inputs = {name: dtype for name, (_, dtype) in llm_inputs(plan, module, torch.float32).items()}
     return TorchRunner(lambda v: call_llm(module, v), inputs, llm_outputs(plan, module))

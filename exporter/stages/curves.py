@@ -166,7 +166,7 @@ def picture(
         raise UsageError("This model's visual tokens have no raster, so they cannot be drawn on the image.")
     index = graphs.visual.of_grid(kept(generator, pixel_values, input_ids, side))
     frames = seen(pixel_values, graphs.image)
-    tokens = graphs.visual.total - graphs.visual.row_ends * graphs.visual.placeholders
+    tokens = graphs.visual.total - graphs.visual.fixed * graphs.visual.placeholders
     groups = tokens // (grid[0] * grid[1])  # some towers merge frames in pairs
     names = " + ".join(spec.partition(":")[0] for spec in method.split(" + "))
     drawn = overlay.draw(frames[:: len(frames) // groups], index, grid, caption=names)

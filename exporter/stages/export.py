@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +23,6 @@ from exporter.clip import text_spec, text_tokens
 from exporter.flavours._apply import apply
 from exporter.graphset import GraphSet, TextSpec, VisualLayout, bucket_role
 from exporter.nn.clip_text import ClipText
-from exporter.nn.decoder import Decoder
 from exporter.nn.reduce import Reduce
 from exporter.plan import Plan
 from exporter.runtime.question import FOLDER as CLIP_FOLDER
@@ -33,6 +33,9 @@ from exporter.stages._llm import buckets, draw_llm
 from exporter.stages._store import WeightFile, to_dtype
 from exporter.weights import Source, elsewhere, fill, sources, text_embeddings, trained
 from graphs._contract import INSTRUCTION_TOKENS
+
+if TYPE_CHECKING:
+    from exporter.nn.traced import LanguageModel
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -50,8 +53,8 @@ class Modules:
     vision: nn.Module
     question: ClipText | None
     reduce: Reduce
-    prefill: Decoder
-    decode: Decoder
+    prefill: LanguageModel
+    decode: LanguageModel
 
     def stored(self) -> dict[str, nn.Module]:
         """Weight file → the module whose parameters it holds."""
@@ -76,16 +79,14 @@ def origins(plan: Plan, modules: Modules) -> dict[str, dict[str, Source]]:
 
 def build_modules(plan: Plan) -> Modules:
     """The plan's modules on the meta device (constants are real)."""
-    spec = plan.family.decoder(plan.checkpoint)
     with torch.device("meta"):
         vision = plan.family.vision(plan.checkpoint, plan.geometry, plan.taps, plan.in_tower)
         question = None if plan.clip is None else ClipText(text_spec(plan.clip))
         projector = None if plan.compressed else plan.family.projector(plan.checkpoint)
-        reduce = Reduce(plan.before_llm, projector, (*plan.for_reduce, *plan.side), plan.sized, plan.row_ends)
-        reductions = plan.in_llm, plan.kept
-        prefill = decode = Decoder(spec, *reductions, in_cache=plan.in_cache, trained=plan.trained)
+        reduce = Reduce(plan.before_llm, projector, (*plan.for_reduce, *plan.side), plan.sized, plan.fixed)
+        prefill = decode = plan.family.language_model(plan)
         if plan.separate_prefill:
-            prefill = Decoder(spec, *reductions, prunes=True, in_cache=plan.in_cache, trained=plan.trained)
+            prefill = plan.family.language_model(plan, prunes=True)
     return Modules(vision, question, reduce, prefill, decode)
 
 
@@ -131,6 +132,8 @@ def export(
     if modules.prefill is not modules.decode:
         _cast(modules.prefill, dtype)
 
+    if plan.family.caution:
+        log(f"warning: {plan.family.caution}")
     log("tracing vision")
     vision = draw_vision(plan, modules.vision, dtype)
     log("tracing reduction")
@@ -205,7 +208,7 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
         visual=VisualLayout(
             frames=g.frames,
             placeholders=g.placeholders,
-            total=(g.numbered or g.tower).total + g.row_ends * g.placeholders,
+            total=(g.numbered or g.tower).total + g.fixed * g.placeholders,
             kept=plan.kept,
             grid=g.grid,
             ids=[list(i) for i in g.ids],
@@ -215,7 +218,7 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
             media=g.media,
             mark=g.mark,
             written=g.written,
-            row_ends=g.row_ends,
+            fixed=g.fixed,
             template=g.template,
             sees=g.sees,
         ),

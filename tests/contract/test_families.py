@@ -98,7 +98,7 @@ def test_geometry_is_consistent(family: Family, checkpoint: Checkpoint) -> None:
 
 def check_geometry(g: Geometry) -> None:
     assert g.grid[0] * g.grid[1] == g.tower.tokens
-    assert (len(g.ids) - g.row_ends) * g.placeholders == g.tower.total
+    assert (len(g.ids) - g.fixed) * g.placeholders == g.tower.total
     assert len(set(g.ids)) == len(g.ids)
     assert g.frames % g.image.parts == 0
     assert bool(g.mark) == bool(g.written)

@@ -18,7 +18,7 @@ from exporter.stages.export import load_reference
 from tests.families import tiny
 
 SIZED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-REQUEST = {"llava": Request(), **{family: Request(1, (112, 112)) for family in SIZED}}
+REQUEST = {"llava": Request(), "video_llava": Request(2), **{family: Request(1, (112, 112)) for family in SIZED}}
 
 LAYOUTS = {
     ("llava", "2023"): {
@@ -32,6 +32,10 @@ LAYOUTS = {
     ("llava", "without the inner name"): {
         "text": "model.language_model.", "head": "lm_head.",
         "vision": "model.vision_tower.", "projector": "model.multi_modal_projector.",
+    },
+    ("video_llava", "2024"): {
+        "text": "language_model.model.", "head": "language_model.lm_head.", "vision": "image_tower.vision_model.",
+        "vision.video": "video_tower.vision_model.", "projector": "multi_modal_projector.",
     },
     ("qwen2_5_vl", "2024"): {"text": "model.", "head": "lm_head.", "vision": "visual."},
     ("qwen2_vl", "2024"): {"text": "model.", "head": "lm_head.", "vision": "visual."},
@@ -71,8 +75,9 @@ def test_tensor_names(family: str, layout: str, tmp_path: Path) -> None:
     prefixes = LAYOUTS[family, layout]
     tensors = {}
     for key, tensor in load_file(original / "model.safetensors").items():
-        role, _, rest = checkpoint._canonical(key).partition(".")
-        tensors[prefixes[role] + rest] = tensor
+        name = checkpoint._canonical(key)
+        ours = max((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), key=len)
+        tensors[prefixes[ours] + name.removeprefix(f"{ours}.")] = tensor
     renamed.mkdir()
     shutil.copy(original / "config.json", renamed)
     save_file(tensors, renamed / "model.safetensors")

@@ -24,6 +24,7 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
+from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 
 from exporter.errors import UsageError
 from exporter.families._contract import Geometry, Request
@@ -91,13 +92,14 @@ CASES = [
     ),
     *(
         Case(
-            "internvl", size, picture,
+            family, size, picture,
             GotOcr2ImageProcessorPil(
                 size={"height": SIDE, "width": SIDE}, crop_to_patches=True, max_patches=tiles[0] * tiles[1],
                 min_patches=tiles[0] * tiles[1], image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
             ),
             "<IMG_CONTEXT>", of_internvl, tiles,
         )
+        for family in ("internvl", "internvl_chat")
         for size, picture, tiles in ((None, (61, 47), (1, 1)), (GRID, (96, 65), (2, 3)))
     ),
     Case("llava_next", GRID, (336, 224), LlavaNextImageProcessorPil(
@@ -105,6 +107,9 @@ CASES = [
     ), tiles=(2, 3)),
     Case("llava_onevision", GRID, (336, 224), OF_ONEVISION, tiles=(2, 3)),
     Case("llava_onevision", None, (61, 46), OF_ONEVISION, together=True),
+    Case("video_llava", None, (61, 90), VideoLlavaImageProcessor(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE},
+    )),
     Case("gemma3", None, (61, 47), Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE})),
     Case("paligemma", None, (61, 47), SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}, resample=3)),
 ]  # fmt: skip
@@ -127,7 +132,8 @@ def test_pixels(case: Case, tmp_path: Path) -> None:
     shape = (*case.picture[::-1], 3)
     pictures = [Image.fromarray(rng.integers(0, 256, shape, np.uint8)) for _ in range(2)]
     given = [pictures] if case.together else [[picture] for picture in pictures]
-    wanted = case.processor(given, return_tensors="np")["pixel_values"]
+    made = case.processor(given, return_tensors="np")
+    wanted = made.get("pixel_values", made.get("pixel_values_images"))
     g = geometry(case, tmp_path, frames=2)
     found = images.preprocess(pictures, g.image)
     assert found.shape == (1, g.frames, 3, g.image.height, g.image.width)

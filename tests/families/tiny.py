@@ -6,6 +6,7 @@ Hugging Face model it was. Beside them: what the tests ask these models, for us 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +19,15 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GotOcr2Config,
+    GotOcr2ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     InternVLConfig,
@@ -48,6 +53,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
 )
 
 from exporter.checkpoint import INSTRUCTION_FOLDER, Checkpoint
@@ -190,6 +197,15 @@ def llava_next(folder: Path, tied: bool = False) -> PreTrainedModel:
     return saved(LlavaNextForConditionalGeneration(config), folder)
 
 
+def video_llava(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """16 visual tokens per image, 17 per frame of a clip."""
+    config = VideoLlavaConfig(
+        vision_config=CLIP, text_config=text_config("llama", tied), image_token_index=IMAGE, video_token_index=VIDEO,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(VideoLlavaForConditionalGeneration(config), folder)
+
+
 def llava_onevision(folder: Path, tied: bool = False) -> PreTrainedModel:
     """As `llava_next`."""
     vision = dict(
@@ -274,6 +290,79 @@ def internvl(folder: Path, decoder: str = "qwen2", tied: bool = False, **vision:
         downsample_ratio=0.5, tie_word_embeddings=tied,
     )  # fmt: skip
     return saved(InternVLForConditionalGeneration(config), folder)
+
+
+def internvl_chat(folder: Path, decoder: str = "qwen2", **vision: Any) -> PreTrainedModel:
+    """As `internvl`, under the names that OpenGVLab publishes."""
+    model = internvl(folder, decoder, **vision)
+    config = json.loads((folder / "config.json").read_text())
+    tower = config["vision_config"]
+    published = {
+        "model_type": "internvl_chat", "llm_config": config["text_config"], "ps_version": "v2", "select_layer": -1,
+        "downsample_ratio": config["downsample_ratio"], "force_image_size": 56,
+        "vision_config": {
+            "model_type": "intern_vit_6b", "image_size": 56, "patch_size": PATCH, "qkv_bias": tower["attention_bias"],
+            "qk_normalization": tower["use_qk_norm"],
+            **{k: tower[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "norm_type")},
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(published))
+    added = {str(IMAGE): {"content": "<IMG_CONTEXT>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        for old, new in INTERNVL:
+            name = name.replace(old, new)
+        tensors[name] = tensor
+    for block in range(tower["num_hidden_layers"]):
+        stem = f"vision_model.encoder.layers.{block}.attn"
+        for kind in ("weight", "bias") if tower["attention_bias"] else ("weight",):
+            tensors[f"{stem}.qkv.{kind}"] = torch.cat([tensors.pop(f"{stem}.{n}_proj.{kind}") for n in "qkv"])
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return model
+
+
+INTERNVL = (
+    ("model.language_model.", "language_model.model."), ("model.vision_tower.", "vision_model."),
+    ("model.multi_modal_projector.layer_norm", "mlp1.0"), ("model.multi_modal_projector.linear_1", "mlp1.1"),
+    ("model.multi_modal_projector.linear_2", "mlp1.3"), (".cls_token", ".class_embedding"),
+    (".position_embeddings", ".position_embedding"), (".patch_embeddings.projection", ".patch_embedding"),
+    (".encoder.layer.", ".encoder.layers."), (".attention.projection_layer", ".attn.proj"), (".attention.", ".attn."),
+    (".layernorm_before", ".norm1"), (".layernorm_after", ".norm2"), (".lambda_", ".ls"), ("lm_head.", "language_model.lm_head."),
+)  # fmt: skip
+"""transformers' names of InternVL, and OpenGVLab's."""
+
+
+def aya_vision(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """Not a family: 4 visual tokens per image, and a decoder with a layer that has a window and no positions in the other."""
+    text = dict(
+        model_type="cohere2", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=VOCAB, max_position_embeddings=512, eos_token_id=EOS, tie_word_embeddings=tied,
+        sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    config = AyaVisionConfig(
+        vision_config=SIGLIP | dict(num_hidden_layers=2), text_config=text, image_token_index=IMAGE, downsample_factor=2,
+        alignment_intermediate_size=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return _with_normalization(saved(AyaVisionForConditionalGeneration(config), folder), folder)
+
+
+def got_ocr2(folder: Path, tied: bool = True) -> PreTrainedModel:
+    """Not a family: a tower of convolutions and windows, 16 visual tokens per image."""
+    vision = dict(
+        hidden_size=48, output_channels=32, num_hidden_layers=2, num_attention_heads=4, image_size=256, patch_size=16,
+        mlp_dim=64, window_size=3, global_attn_indexes=[1],
+    )  # fmt: skip
+    config = GotOcr2Config(
+        vision_config=vision, text_config=text_config("qwen2", tied), image_token_index=IMAGE, tie_word_embeddings=tied
+    )
+    return _with_normalization(saved(GotOcr2ForConditionalGeneration(config), folder), folder)
+
+
+def _with_normalization(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    said = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    return model
 
 
 def clip(folder: Path, hidden: int = 48, layers: int = 3, early: bool = False, **text: Any) -> CLIPModel:
@@ -371,7 +460,9 @@ class Question:
 
 
 def of_frames(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
-    """[frames, 3, height, width]"""
+    """[frames, 3, height, width], or a clip [1, frames, 3, height, width]"""
+    if graphs.visual.media == "video":
+        return {"pixel_values_videos": torch.from_numpy(pixels)}
     return {"pixel_values": torch.from_numpy(pixels[0])}
 
 
@@ -381,9 +472,9 @@ def of_samples(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str,
 
 
 def of_tiles(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
-    """[images, tiles, 3, height, width], and how large the images were; or a clip [1, frames, 3, height, width]."""
+    """[images, tiles, 3, height, width], and how large the images were; or a clip."""
     if graphs.visual.media == "video":
-        return {"pixel_values_videos": torch.from_numpy(pixels)}
+        return of_frames(pixels, ids, graphs)
     parts, (rows, cols) = graphs.image.parts, graphs.image.tiles
     size = torch.tensor([[rows * graphs.image.height, cols * graphs.image.width]] * graphs.images)
     found = {"pixel_values": torch.from_numpy(pixels[0]).unflatten(0, (-1, parts)), "image_sizes": size}

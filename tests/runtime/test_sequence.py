@@ -82,7 +82,7 @@ def test_tiles_are_written_row_by_row() -> None:
     rows = graphs(each=6, ids=[[0], [3], [1], [4], [2], [5]])
     found = arrange([[1, I, 7]], np.arange(6)[None], rows)
     assert found.order.tolist() == found.position_ids.tolist() == [[1, 4, 2, 5, 3, 6, 0, 7]]
-    two = replace(rows.visual, placeholders=2, frames=4, total=12, row_ends=2)
+    two = replace(rows.visual, placeholders=2, frames=4, total=12, fixed=2)
     assert two.of_grid(np.array([-1, 0, 3, 4, 5, 6, 9, 11])).tolist() == [-1, 0, 3, 4, 7]
 
 

@@ -20,6 +20,7 @@ CASES: dict[str, tuple[Request, tuple[str, ...]]] = {
     "gemma3": (Request(2), (BEFORE, INSIDE)),
     "idefics3": (Request(1, (56, 112)), (BEFORE,)),
     "internvl": (Request(2), (BEFORE,)),
+    "internvl_chat": (Request(1, (56, 112)), (BEFORE,)),
     "llava_next": (Request(2, (112, 56)), (BEFORE,)),
     "llava_next_video": (Request(2), (BEFORE,)),
     "llava_onevision": (Request(1, (56, 112)), (BEFORE,)),
@@ -27,6 +28,7 @@ CASES: dict[str, tuple[Request, tuple[str, ...]]] = {
     "paligemma": (Request(1), (BEFORE,)),
     "qwen2_vl": (Request(4, (112, 112)), (BEFORE,)),
     "qwen3_vl": (Request(4, (112, 84)), (BEFORE, INSIDE)),
+    "video_llava": (Request(4), ("visionzip:keep_ratio=0.75",)),
     "smolvlm": (Request(2), ("visionzip:keep_ratio=0.75",)),
 }
 """What a family is asked for, and what reduces it; those that other tests of this folder export are not here."""
@@ -41,10 +43,22 @@ def test_no_family_is_forgotten() -> None:
 @pytest.mark.parametrize("family", CASES)
 def test_onnx_runtime_answers_as_pytorch(family: str, tmp_path: Path, engine: Engine) -> None:
     getattr(tiny, family)(tmp_path)
-    plan = plain(tiny.plan(tmp_path, CASES[family][1], CASES[family][0]))
-    folder = tmp_path / "graphs"
+    compare(tmp_path, *CASES[family], engine)
+
+
+def test_a_model_without_a_family_is_traced(tmp_path: Path, engine: Engine) -> None:
+    tiny.aya_vision(tmp_path)
+    said = compare(tmp_path, Request(2), (BEFORE,), engine)
+    assert said[0].startswith("warning: there is no family 'aya_vision': transformers' own modules are traced.")
+
+
+def compare(checkpoint: Path, request: Request, reductions: tuple[str, ...], engine: Engine) -> list[str]:
+    """Answers of the graphs and of the modules they were made of; returns what export said."""
+    plan = plain(tiny.plan(checkpoint, reductions, request))
+    folder = checkpoint / "graphs"
     folder.mkdir()
-    found = Exported(plan, folder, export(plan, folder))
+    said: list[str] = []
+    found = Exported(plan, folder, export(plan, folder, said.append))
     asked = tiny.question(found.graphs)
 
     def answer(generator: Any) -> Any:
@@ -54,3 +68,4 @@ def test_onnx_runtime_answers_as_pytorch(family: str, tmp_path: Path, engine: En
     assert plan.kept < plan.geometry.tower.total
     assert (ours.index == theirs.index).all()
     assert ours.tokens == theirs.tokens
+    return said
