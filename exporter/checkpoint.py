@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -129,44 +130,61 @@ class Checkpoint:
         return paths
 
     @cached_property
-    def _where(self) -> dict[str, tuple[Path, str]]:
-        where: dict[str, tuple[Path, str]] = {}
+    def _where(self) -> dict[str, tuple[Path, str, int]]:
+        """Canonical name → file, name in the file, bytes."""
+        where: dict[str, tuple[Path, str, int]] = {}
         for path in self.shards:
-            for key in self._open(path).keys():  # noqa: SIM118 - not a dict
-                where[self._canonical(key)] = (path, key)
+            for key, entry in _check_shard(path).items():
+                if key != "__metadata__":
+                    begin, end = (int(offset) for offset in entry["data_offsets"][:2])
+                    where[self._canonical(key)] = path, key, end - begin
         return where
-
-    @cached_property
-    def _handles(self) -> dict[Path, Any]:
-        return {}
-
-    def _open(self, path: Path) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        if path not in self._handles:
-            try:
-                self._handles[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as e:
-                raise CheckpointError(f"{path} cannot be read as safetensors ({e}). Download this shard again.") from e
-        return self._handles[path]
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor with this canonical name, memory-mapped, in the dtype of the file."""
+    def _found(self, name: str) -> tuple[Path, str, int]:
         if name not in self._where:
             raise CheckpointError(
                 f"{self.folder} has no tensor for `{name}`. The weights do not match config.json "
                 f"(model_type {self.config['model_type']!r})."
             )
-        path, key = self._where[name]
-        found: Tensor = self._open(path).get_tensor(key)
+        return self._where[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor with this canonical name, memory-mapped, in the dtype of the file.
+
+        Every tensor has a mapping of its own, which goes with it: pages that were read count as memory in use as long as they
+        are mapped.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path, key, _ = self._found(name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                found: Tensor = file.get_tensor(key)
+        except (SafetensorError, OSError) as e:
+            raise CheckpointError(f"{path} cannot be read as safetensors ({e}). Download this shard again.") from e
         return found
+
+    def tensor_bytes(self, name: str) -> int:
+        """What the tensor with this canonical name takes in its file."""
+        return self._found(name)[2]
 
     @property
     def bytes(self) -> int:
         return sum(p.stat().st_size for p in self.shards)
+
+    def fingerprint(self) -> list[str]:
+        """What tells whether this is the checkpoint that it was: names, sizes and times of the weights, and their headers."""
+        found = []
+        for path in self.shards:
+            state = path.stat()
+            with path.open("rb") as file:
+                header = file.read(int.from_bytes(file.read(8), "little"))
+            digest = hashlib.sha256(header).hexdigest()
+            found.append(f"{path.name} {state.st_size} {state.st_mtime_ns} {digest}")
+        return found
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +36,7 @@ class Source:
         Raises:
             CheckpointError: no such tensor, or another shape than the config promises.
         """
-        name = self.name
-        if name == "head.weight" and name not in checkpoint:
-            name = "text.embed_tokens.weight"  # tied
+        name = self._stored(checkpoint)
         tensor = checkpoint.tensor(name)
         while tensor.ndim > len(self.shape) and tensor.shape[0] == 1:
             tensor = tensor[0]
@@ -50,6 +49,15 @@ class Source:
                 "Config and weights do not belong together."
             )
         return tensor.float() + self.offset if self.offset else tensor
+
+    def bytes(self, checkpoint: Checkpoint) -> int:
+        """What there is to read. Raises CheckpointError where there is no such tensor."""
+        return checkpoint.tensor_bytes(self._stored(checkpoint))
+
+    def _stored(self, checkpoint: Checkpoint) -> str:
+        """The name that it has in the checkpoint."""
+        tied = self.name == "head.weight" and self.name not in checkpoint
+        return "text.embed_tokens.weight" if tied else self.name
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,10 @@ class FileSource(Source):
             tensor: Tensor = f.get_tensor(self.name)
         return tensor
 
+    def bytes(self, checkpoint: Checkpoint) -> int:
+        """What it takes in float32, as such files usually are."""
+        return 4 * math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class CheckpointSource(Source):
@@ -74,6 +86,9 @@ class CheckpointSource(Source):
 
     def read(self, checkpoint: Checkpoint) -> Tensor:
         return super().read(self.checkpoint)
+
+    def bytes(self, checkpoint: Checkpoint) -> int:
+        return super().bytes(self.checkpoint)
 
 
 def elsewhere(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> dict[str, Source]:
