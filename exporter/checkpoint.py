@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -54,8 +55,15 @@ def resolve(name: str, revision: str | None = None) -> Path:
         ) from e
 
 
-Part = tuple[int, int]
-"""Which of how many equal parts of a tensor."""
+class _Place(NamedTuple):
+    """Where a tensor with a canonical name is: its file and name there, which of so many equal parts of the first axis it is,
+    and its bytes."""
+
+    file: Path
+    key: str
+    part: int
+    parts: int
+    bytes: int
 
 
 class Stored(NamedTuple):
@@ -151,46 +159,54 @@ class Checkpoint:
         return paths
 
     @cached_property
-    def _where(self) -> dict[str, tuple[Path, str, Part]]:
-        where: dict[str, tuple[Path, str, Part]] = {}
+    def _where(self) -> dict[str, _Place]:
+        where: dict[str, _Place] = {}
         for path in self.shards:
-            for key in self._open(path).keys():  # noqa: SIM118 - not a dict
-                names = _spelled_out(self._canonical(key))
-                where.update((name, (path, key, (i, len(names)))) for i, name in enumerate(names))
+            for key, entry in _check_shard(path).items():
+                if key != "__metadata__":
+                    begin, end = (int(offset) for offset in entry["data_offsets"][:2])
+                    names = _spelled_out(self._canonical(key))
+                    size = (end - begin) // len(names)
+                    where.update((name, _Place(path, key, i, len(names), size)) for i, name in enumerate(names))
         return where
-
-    @cached_property
-    def _handles(self) -> dict[Path, Any]:
-        return {}
-
-    def _open(self, path: Path) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        if path not in self._handles:
-            try:
-                self._handles[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as e:
-                raise CheckpointError(f"{path} cannot be read as safetensors ({e}). Download this shard again.") from e
-        return self._handles[path]
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor with this canonical name, memory-mapped, in the dtype of the file."""
+    def _found(self, name: str) -> _Place:
         if name not in self._where:
             raise CheckpointError(
                 f"{self.folder} has no tensor for `{name}`. The weights do not match config.json "
                 f"(model_type {self.config['model_type']!r})."
             )
-        path, key, (part, parts) = self._where[name]
-        if parts == 1:
-            found: Tensor = self._open(path).get_tensor(key)
-            return found
-        stacked = self._open(path).get_slice(key)
-        rows = stacked.get_shape()[0] // parts
-        found = stacked[part * rows : (part + 1) * rows]
-        return found
+        return self._where[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor with this canonical name, memory-mapped, in the dtype of the file.
+
+        Every tensor has a mapping of its own, which goes with it: pages that were read count as memory in use as long as they
+        are mapped.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        place = self._found(name)
+        try:
+            with safe_open(place.file, framework="pt") as file:
+                if place.parts == 1:
+                    whole: Tensor = file.get_tensor(place.key)
+                    return whole
+                stacked = file.get_slice(place.key)
+                rows = stacked.get_shape()[0] // place.parts
+                found: Tensor = stacked[place.part * rows : (place.part + 1) * rows]
+                return found
+        except (SafetensorError, OSError) as e:
+            raise CheckpointError(
+                f"{place.file} cannot be read as safetensors ({e}). Download this shard again."
+            ) from e
+
+    def tensor_bytes(self, name: str) -> int:
+        """What the tensor with this canonical name takes in its file."""
+        return self._found(name).bytes
 
     def stored(self) -> dict[str, Stored]:
         """Canonical name → where the tensor is."""
@@ -199,6 +215,17 @@ class Checkpoint:
     @property
     def bytes(self) -> int:
         return sum(p.stat().st_size for p in self.shards)
+
+    def fingerprint(self) -> list[str]:
+        """What tells whether this is the checkpoint that it was: names, sizes and times of the weights, and their headers."""
+        found = []
+        for path in self.shards:
+            state = path.stat()
+            with path.open("rb") as file:
+                header = file.read(int.from_bytes(file.read(8), "little"))
+            digest = hashlib.sha256(header).hexdigest()
+            found.append(f"{path.name} {state.st_size} {state.st_mtime_ns} {digest}")
+        return found
 
 
 def _spelled_out(name: str) -> list[str]:

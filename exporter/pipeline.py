@@ -96,24 +96,15 @@ class Job:
             ) from e
 
 
-def run_export(
-    job: Job, work: Workspace, log: Log = silent, progress: Callable[[int, int], None] | None = None
-) -> GraphSet:
-    """Export into the workspace. Later stages' results, which no longer belong to these graphs, are removed."""
+def run_export(job: Job, work: Workspace, log: Log = silent) -> GraphSet:
+    """Export into the workspace. What a killed export of the same had finished is kept. Later stages' results, which no longer
+    belong to these graphs, are removed."""
+    from exporter.journal import JOURNAL
     from exporter.stages.export import export
 
     plan = job.plan()
-    total = plan.checkpoint.bytes + (plan.clip.bytes if plan.clip else 0)
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
-    with work.fresh("graphs") as folder:
-        graphs = export(plan, folder, log, advance)
+    with work.resumed("graphs", JOURNAL) as folder:
+        graphs = export(plan, folder, log)
     _forget(work, "engines", "evidence", "report.html", MANIFEST)
     work.write("job.json", job.text())
     return graphs
@@ -313,6 +304,7 @@ def run_pack(work: Workspace) -> Bundle:
     job = Job.read(work)
     graphs = GraphSet.load(work.graphs)
     _forget(work, MANIFEST)
+    work.forget_unfinished()
     write_report(work, job)
     files = contents(work.folder)
     manifest = {

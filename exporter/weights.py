@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.nn.layers import Linear, PackedLinear, RMSNorm
+from exporter.plan import Plan, trained_tensors
 
 if TYPE_CHECKING:
     from exporter.nn.specs import DecoderShape
-    from exporter.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,7 @@ class Source:
         Raises:
             CheckpointError: no such tensor, or another shape than the config promises.
         """
-        name = self.name
-        if name == "head.weight" and name not in checkpoint:
-            name = "text.embed_tokens.weight"  # tied
+        name = self._stored(checkpoint)
         tensor = checkpoint.tensor(name)
         while tensor.ndim > len(self.shape) and tensor.shape[0] == 1:
             tensor = tensor[0]
@@ -51,6 +50,15 @@ class Source:
             )
         return tensor.float() + self.offset if self.offset else tensor
 
+    def bytes(self, checkpoint: Checkpoint) -> int:
+        """What there is to read. Raises CheckpointError where there is no such tensor."""
+        return checkpoint.tensor_bytes(self._stored(checkpoint))
+
+    def _stored(self, checkpoint: Checkpoint) -> str:
+        """The name that it has in the checkpoint."""
+        tied = self.name == "head.weight" and self.name not in checkpoint
+        return "text.embed_tokens.weight" if tied else self.name
+
 
 @dataclass(frozen=True)
 class PackedSource(Source):
@@ -59,7 +67,13 @@ class PackedSource(Source):
     parts: tuple[Source, ...]
 
     def read(self, checkpoint: Checkpoint) -> Tensor:
+        """Where the parts lie row by row, so does the whole: the matrix is their rows, turned."""
+        if self.transposed:
+            return torch.cat([part.read(checkpoint).t() for part in self.parts]).t()
         return torch.cat([part.read(checkpoint) for part in self.parts], -1)
+
+    def bytes(self, checkpoint: Checkpoint) -> int:
+        return sum(part.bytes(checkpoint) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,10 @@ class FileSource(Source):
             tensor: Tensor = f.get_tensor(self.name)
         return tensor
 
+    def bytes(self, checkpoint: Checkpoint) -> int:
+        """What it takes in float32, as such files usually are."""
+        return 4 * math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class CheckpointSource(Source):
@@ -85,6 +103,9 @@ class CheckpointSource(Source):
     def read(self, checkpoint: Checkpoint) -> Tensor:
         return super().read(self.checkpoint)
 
+    def bytes(self, checkpoint: Checkpoint) -> int:
+        return super().bytes(self.checkpoint)
+
 
 def elsewhere(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> dict[str, Source]:
     """Parameter name → source, as `sources`, for a module whose parameters are another checkpoint's."""
@@ -94,8 +115,6 @@ def elsewhere(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> dict[st
 
 def trained(plan: Plan, place: str, module: str) -> dict[str, Source]:
     """Parameter → source, for reductions with weights of their own at `place`; `module` names theirs, {} for the method."""
-    from exporter.plan import trained_tensors
-
     return {
         f"{module.format(step.name)}.{name}": FileSource(found.key, found.shape, False, found.file)
         for step in plan.at(place)

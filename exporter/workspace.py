@@ -23,6 +23,8 @@ SCRATCH = ".tmp-"
 """Prefix of half-written files and folders; swept when the folder is opened."""
 OLD = f"{SCRATCH}old-"
 """Prefix of a result while the new one takes its place."""
+PART = ".part-"
+"""Prefix of half-written folders to go on with."""
 
 
 class Workspace:
@@ -108,9 +110,30 @@ class Workspace:
     def fresh(self, name: str) -> Iterator[Path]:
         """A new folder that becomes `name` when the block ends well, and vanishes when it does not."""
         scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{name}-", dir=self.folder))
-        try:
-            scratch.chmod(0o755)
+        scratch.chmod(0o755)
+        with self._becomes(name, scratch):
             yield scratch
+
+    @contextlib.contextmanager
+    def resumed(self, name: str, journal: str) -> Iterator[Path]:
+        """As `fresh`, but if the process is killed the folder stays, and the next one gets it as it was left: `journal` is the file
+        in it that tells what is whole. A folder without that file is of no use and removed."""
+        scratch = self.folder / f"{PART}{name}"
+        if scratch.exists() and not (scratch / journal).is_file():
+            shutil.rmtree(scratch)
+        scratch.mkdir(exist_ok=True)
+        with self._becomes(name, scratch):
+            yield scratch
+
+    def forget_unfinished(self) -> None:
+        """Remove what `resumed` left to go on with."""
+        for left in self.folder.glob(f"{PART}*"):
+            shutil.rmtree(left)
+
+    @contextlib.contextmanager
+    def _becomes(self, name: str, scratch: Path) -> Iterator[None]:
+        try:
+            yield
             target = self.folder / name
             old = self.folder / f"{OLD}{name}"
             if target.exists():

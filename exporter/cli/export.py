@@ -32,7 +32,8 @@ def command(
     """Write the graphs of CHECKPOINT with the reductions in them.
 
     CHECKPOINT is a folder in Hugging Face layout, a hub id, or `embedded` (the default). Results of later stages in the
-    same folder, which no longer belong to these graphs, are removed.
+    same folder, which no longer belong to these graphs, are removed. After a crash or a kill the same command goes on with the
+    weights that were written.
     """
     from exporter import pipeline
     from exporter.cli import _results
@@ -43,9 +44,7 @@ def command(
     job.plan()  # refuse what does not fit before the folder is made
     with Workspace(output).locked() as work:
         with out.stage("export") as log:
-            graphs = pipeline.run_export(
-                job, work, log, lambda done, total: log(f"writing weights, {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
-            )
+            graphs = pipeline.run_export(job, work, log)
         found = _results.engines(work, job, graphs)
     data = {"folder": output, **_results.described(job, graphs), "graphs": found.data["engines"]}
     out.result(

@@ -95,7 +95,9 @@ class Cut(Atom):
         seen = InLLMSeen(
             self.spec, self.visual, x, previous, embeds, order, size, bias, query, key, plain_query, plain_key, ahead
         )
-        signals = {name: getattr(seen, name)() for name in {"hidden", "size", *self.method.needs} - tower.keys()}
+        signals = {
+            name: getattr(seen, name)() for name in sorted({"hidden", "size", *self.method.needs} - tower.keys())
+        }
         signals |= {name: value.flatten(1, 2) for name, value in tower.items()}
         out = self.method.forward(self.layer, signals | self.trained())
         index = out.index

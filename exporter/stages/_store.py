@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import onnx_ir as ir
 import torch
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
+from exporter.journal import DataFile, Journal
 from exporter.quantize import rtn
 from exporter.stages._trace import symbolic
 from exporter.weights import FileSource, Source
 
 ALIGN = 4096
 """Page size: runtimes memory-map initializers only from aligned offsets."""
+SLICE = 4 * 2**20
+"""Bytes of a tensor that are converted at a time. Memory of this size is used again and again; that of a whole matrix the system
+would clear, page by page, for every one."""
+COLUMNS = 64
+"""Columns of a matrix that are transposed at a time, at least: two bytes of each fill a line of the processor's cache."""
 
 Progress = Callable[[int], None]
 
@@ -26,32 +31,31 @@ class WeightFile:
     """An external data file. `attach` turns the symbolic weights of a model into initializers that point into it."""
 
     def __init__(
-        self, path: Path, checkpoint: Checkpoint, sources: dict[str, Source], dtype: torch.dtype,
+        self, path: Path, journal: Journal, checkpoint: Checkpoint, sources: dict[str, Source], dtype: torch.dtype,
         int4_blocks: tuple[int, ...] = (), progress: Progress = lambda n: None,
     ) -> None:  # fmt: skip
         """
         Args:
+            journal: of the folder; tensors that it knows are not written again.
             sources: parameter name → where it comes from.
             dtype: float dtype of everything that is not quantised.
             int4_blocks: block sizes to try, largest first; empty: no quantisation. Only weights of MatMul nodes with two
                 dimensions are quantised, and never the LM head or a method's own tensors.
             progress: called with the number of checkpoint bytes done.
         """
-        self.path, self.checkpoint, self.sources, self.dtype = path, checkpoint, sources, dtype
+        self.checkpoint, self.sources, self.dtype = checkpoint, sources, dtype
         self.blocks, self.progress = int4_blocks, progress
         self.written: dict[str, ir.ExternalTensor] = {}
-        self.quantized: list[str] = []
-        self._file: BinaryIO | None = None
+        self._file = DataFile(path, journal)
 
     def __enter__(self) -> WeightFile:
-        self._file = self.path.open("wb")
+        self._file.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._file is not None
-        self._file.close()
+        self._file.__exit__(kind, error, trace)
 
     def attach(self, model: ir.Model) -> None:
         """Write what is not yet written and make the model's symbolic weights point at it."""
@@ -82,15 +86,7 @@ class WeightFile:
     def _dequantize(self, model: ir.Model, value: ir.Value, source: Source, block: int) -> None:
         name = value.name or ""
         if f"{name}.int4" not in self.written:
-            tensor = source.read(self.checkpoint)
-            quantized = rtn.quantize(tensor, block)
-            self._write(f"{name}.int4", quantized.packed, ir.DataType.INT4, source.shape)
-            to_dtype(
-                name, tensor.float().abs().amax(), self.dtype
-            )  # what is dequantised has to fit, not only the scale
-            self._write(f"{name}.scale", quantized.scale.to(self.dtype), None, tuple(quantized.scale.shape))
-            self.quantized.append(name)
-            self.progress(tensor.numel() * tensor.element_size())
+            self._write_int4(name, source, block)
         packed, scale = self.written[f"{name}.int4"], self.written[f"{name}.scale"]
         inputs = []
         for suffix, tensor_ in (("int4", packed), ("scale", scale)):
@@ -110,30 +106,74 @@ class WeightFile:
         for use in uses:
             use.node.replace_input_with(use.idx, out)
 
+    def _write_int4(self, name: str, source: Source, block: int) -> None:
+        inputs, outputs = source.shape
+        packed = inputs * outputs // 2
+        behind = packed + -packed % ALIGN
+        part = self._file.part(name, self._quantized(name, source, block), ALIGN)
+        self._place(f"{name}.int4", part.offset, packed, source.shape, ir.DataType.INT4)
+        self._place(f"{name}.scale", part.offset + behind, part.size - behind, (inputs // block, outputs))
+        self.progress(source.bytes(self.checkpoint))
+
     def _float(self, name: str, source: Source) -> ir.ExternalTensor:
         if name not in self.written:
-            tensor = source.read(self.checkpoint)
-            self._write(name, to_dtype(name, tensor, self.dtype), None, source.shape)
-            self.progress(tensor.numel() * tensor.element_size())
+            part = self._file.part(name, self._converted(name, source), ALIGN)
+            self._place(name, part.offset, part.size, source.shape)
+            self.progress(source.bytes(self.checkpoint))
         return self.written[name]
 
-    def _write(self, name: str, tensor: torch.Tensor, dtype: ir.DataType | None, shape: Iterable[int]) -> None:
-        assert self._file is not None
-        self._file.write(b"\0" * (-self._file.tell() % ALIGN))
-        offset = self._file.tell()
-        data = tensor.contiguous().view(torch.uint8).reshape(-1).numpy().data
-        self._file.write(data)
+    def _converted(self, name: str, source: Source) -> Iterator[memoryview]:
+        for rows in slices(source.read(self.checkpoint)):
+            yield as_bytes(to_dtype(name, rows, self.dtype))
+
+    def _quantized(self, name: str, source: Source, block: int) -> Iterator[memoryview]:
+        """The integers, and, aligned as well, their scales."""
+        tensor = source.read(self.checkpoint)
+        check_range(name, tensor, self.dtype)  # what is dequantised has to fit, not only the scale
+        packed, scale = rtn.quantize(tensor, block)
+        yield as_bytes(packed)
+        yield memoryview(bytes(-packed.numel() % ALIGN))
+        yield as_bytes(scale.to(self.dtype))
+
+    def _place(self, name: str, offset: int, size: int, shape: Iterable[int], dtype: ir.DataType | None = None) -> None:
         kind = dtype or (ir.DataType.FLOAT16 if self.dtype == torch.float16 else ir.DataType.FLOAT)
+        path = self._file.path
         self.written[name] = ir.ExternalTensor(
-            self.path.name, offset, data.nbytes, kind, shape=ir.Shape(shape), name=name, base_dir=self.path.parent
+            path.name, offset, size, kind, shape=ir.Shape(shape), name=name, base_dir=path.parent
         )
+
+
+def slices(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The rows of a tensor, some at a time, contiguous. What lies in memory as it is wanted is not copied."""
+    rows = torch.atleast_1d(tensor)
+    count = max(1, SLICE * len(rows) // max(1, rows.numel() * rows.element_size()))
+    if rows.is_contiguous():
+        yield from rows.split(count)
+    elif rows.ndim == 2:
+        for some in rows.split(max(COLUMNS, count)):
+            yield some.t().contiguous().t().contiguous()  # straight from rows to columns it takes several times as long
+    else:
+        yield rows.contiguous()
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """A contiguous tensor's memory."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def to_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Converted. Raises CheckpointError where a value does not fit; `name` is the tensor's."""
-    cast = tensor.to(dtype)
-    if dtype == torch.float16 and tensor.dtype != torch.float16 and not torch.isfinite(cast).all():
-        raise CheckpointError(
-            f"`{name}` does not fit float16 (largest value {tensor.abs().max():.3g}). Use an fp32 profile."
-        )
-    return cast
+    """Converted; what is of that dtype already is taken as it is. Raises CheckpointError where a value does not fit; `name` is
+    the tensor's."""
+    if tensor.dtype != dtype:
+        check_range(name, tensor, dtype)
+    return tensor.to(dtype)
+
+
+def check_range(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raises CheckpointError where a value does not fit `dtype`; `name` is the tensor's."""
+    if dtype != torch.float16:
+        return
+    low, high = (end.float() for end in tensor.aminmax())
+    largest = torch.maximum(-low, high)
+    if not torch.isfinite(largest.to(dtype)):
+        raise CheckpointError(f"`{name}` does not fit float16 (largest value {largest:.3g}). Use an fp32 profile.")

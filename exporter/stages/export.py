@@ -6,31 +6,35 @@ time, into the external data files. Memory peaks at one tensor, whatever the mod
 
 from __future__ import annotations
 
+import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
 
-from exporter.checkpoint import INSTRUCTION_FOLDER, TOKENIZER_FILES
+from exporter import __version__
+from exporter.checkpoint import INSTRUCTION_FOLDER, TOKENIZER_FILES, Stored
 from exporter.clip import text_spec, text_tokens
 from exporter.flavours._apply import apply
 from exporter.graphset import GraphSet, TextSpec, VisualLayout, bucket_role
+from exporter.journal import DataFile, Journal
 from exporter.nn.clip_text import ClipText
 from exporter.nn.reduce import Reduce
-from exporter.plan import Plan
+from exporter.plan import Plan, Step, trained_tensors
 from exporter.runtime.question import FOLDER as CLIP_FOLDER
 from exporter.runtime.question import InstructionTokenizer, QuestionTokenizer
 from exporter.stages._draw import DTYPES as TORCH
 from exporter.stages._draw import Shape, draw
 from exporter.stages._llm import buckets, draw_llm
-from exporter.stages._store import WeightFile, to_dtype
+from exporter.stages._store import WeightFile, as_bytes, slices, to_dtype
+from exporter.transfer import Transfer
 from exporter.weights import Source, elsewhere, fill, sources, text_embeddings, trained
 from graphs._contract import INSTRUCTION_TOKENS
 
@@ -109,15 +113,14 @@ def share(source: nn.Module, target: nn.Module) -> None:
     target.eval()
 
 
-def export(
-    plan: Plan, folder: Path, log: Log = lambda text: None, progress: Callable[[int], None] = lambda n: None
-) -> GraphSet:
-    """Write the plan's graphs into `folder` (which must be empty) and return their description.
+def export(plan: Plan, folder: Path, log: Log = lambda text: None) -> GraphSet:
+    """Write the plan's graphs into `folder` and return their description.
 
     Args:
-        progress: called with the number of checkpoint bytes written since the last call.
+        folder: empty, or as an export that was killed left it: what it had finished of this plan is kept.
     Raises:
         CheckpointError: weights that are missing, damaged or of another shape; a CLIP checkpoint without its tokenizer.
+        ExportError: the folder holds something else.
     """
     if plan.clip is not None:  # what a runtime will need: refused now, not there
         QuestionTokenizer.load(plan.clip.folder)
@@ -127,6 +130,9 @@ def export(
     dtype = DTYPES[precision.compute]
     modules = build_modules(plan)
     found = origins(plan, modules)
+    embedding = Source("text.embed_tokens.weight", (plan.geometry.vocab, plan.geometry.hidden), False)
+    advance = Transfer(_bytes(plan, found, embedding), "writing weights", log).advance
+    journal = Journal(folder, made_from(plan))
     for module in modules.stored().values():
         _cast(module, dtype)
     if modules.prefill is not modules.decode:
@@ -161,7 +167,8 @@ def export(
 
         def weight_file(name: str) -> WeightFile:
             int4 = blocks if name == "llm" else ()
-            file = WeightFile(folder / f"{name}.data", plan.checkpoint, found[name], dtype, int4, progress)
+            path = folder / f"{name}.data"
+            file = WeightFile(path, journal, plan.checkpoint, found[name], dtype, int4, advance)
             return stack.enter_context(file)
 
         weight_files = {name: weight_file(name) for name in found}
@@ -172,7 +179,8 @@ def export(
     for data in folder.glob("*.data"):
         if data.stat().st_size == 0:
             data.unlink()
-    _write_embedding(plan, folder / "embedding.npy", dtype, progress)
+    _write_embedding(plan, embedding, folder / "embedding.npy", journal, dtype)
+    advance(embedding.bytes(plan.checkpoint))
     copy_processor(plan.checkpoint.folder, folder / "processor")
     if plan.clip is not None:
         copy_processor(plan.clip.folder, folder / "processor" / CLIP_FOLDER)
@@ -183,7 +191,35 @@ def export(
         files |= apply(target.flavour, target.backend, folder, files, log)
     graphs = describe(plan, files, {v.name or "": static_sizes(v) for v in vision.graph.outputs})
     graphs.save(folder)
+    journal.close()
     return graphs
+
+
+def made_from(plan: Plan) -> dict[str, Any]:
+    """All that the graphs and their weights depend on, as JSON knows it."""
+    own = sorted({found.file for step in plan.steps for found in _own_weights(plan, step)})
+    return {
+        "edgetrim": __version__,
+        "torch": torch.__version__,
+        "config": plan.checkpoint.config,
+        "checkpoint": plan.checkpoint.fingerprint(),
+        "clip": None if plan.request.clip is None else plan.request.clip.fingerprint(),
+        "frames": plan.request.frames,
+        "image_size": plan.request.image_size,
+        "reductions": plan.record(),
+        "their weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in own],
+        "profile": asdict(plan.profile),
+    }
+
+
+def _own_weights(plan: Plan, step: Step) -> Collection[Stored]:
+    return trained_tensors(plan, step).values() if step.method.trained(step.site) else ()
+
+
+def _bytes(plan: Plan, found: dict[str, dict[str, Source]], embedding: Source) -> int:
+    """What there is to read. Raises CheckpointError where a tensor is missing."""
+    wanted = [source for sources in found.values() for source in sources.values()]
+    return sum(source.bytes(plan.checkpoint) for source in (*wanted, embedding))
 
 
 def copy_processor(source: Path, folder: Path) -> None:
@@ -302,15 +338,17 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _write_embedding(plan: Plan, path: Path, dtype: torch.dtype, progress: Callable[[int], None]) -> None:
+def _write_embedding(plan: Plan, source: Source, path: Path, journal: Journal, dtype: torch.dtype) -> None:
     spec = plan.family.decoder(plan.checkpoint)
-    shape = spec.vocab, spec.hidden
-    source = Source("text.embed_tokens.weight", shape, False).read(plan.checkpoint)
-    kind = np.float16 if dtype == torch.float16 else np.float32
-    table = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
-    for start in range(0, shape[0], 4096):
-        rows = source[start : start + 4096]
-        embeds = text_embeddings(rows, spec)
-        table[start : start + 4096] = to_dtype("embed_tokens.weight", embeds, dtype).numpy()
-        progress(rows.numel() * rows.element_size())
-    table.flush()
+    kind = np.dtype(np.float16 if dtype == torch.float16 else np.float32)
+
+    def pieces() -> Iterator[memoryview]:
+        header = io.BytesIO()
+        described = {"descr": kind.str, "fortran_order": False, "shape": source.shape}
+        np.lib.format.write_array_header_1_0(header, described)
+        yield header.getbuffer()
+        for rows in slices(source.read(plan.checkpoint)):
+            yield as_bytes(to_dtype("embed_tokens.weight", text_embeddings(rows, spec), dtype))
+
+    with DataFile(path, journal) as file:
+        file.part(path.name, pieces())

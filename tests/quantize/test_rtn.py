@@ -98,3 +98,22 @@ def test_block_size(inputs: int, expected: int | None) -> None:
 def test_half_precision_weights_are_quantised_in_float32() -> None:
     w = torch.from_numpy(weight(64, 4)).bfloat16()
     assert torch.equal(rtn.quantize(w, 64).packed, rtn.quantize(w.float(), 64).packed)
+
+
+@pytest.mark.parametrize("outputs", [rtn.CHANNELS - 2, rtn.CHANNELS + 6, 3 * rtn.CHANNELS])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_channels_are_quantised_alike_wherever_they_stand(outputs: int, transposed: bool) -> None:
+    """More channels than are taken at a time, in either layout in memory."""
+    w = torch.from_numpy(weight(64, outputs))
+    given = w.t().contiguous().t() if transposed else w
+    found = rtn.quantize(given, 32)
+    q, scale = slow(w.numpy(), 32)
+    assert (unpacked(found, (64, outputs)) == q).all()
+    assert np.allclose(found.scale.numpy(), scale, rtol=1e-6)
+
+
+def test_what_is_in_float32_does_not_grow_with_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest, nearest = [], rtn._nearest
+    monkeypatch.setattr(rtn, "_nearest", lambda blocks: largest.append(blocks.numel()) or nearest(blocks))
+    rtn.quantize(torch.from_numpy(weight(64, 4 * rtn.CHANNELS)), 32)
+    assert largest == [64 * rtn.CHANNELS] * 4
