@@ -125,6 +125,9 @@ class LoadedCheckpoint(Checkpoint):
     def tensor(self, name: str) -> Tensor:
         return self.loaded.embeddings if name == "text.embed_tokens.weight" else self.loaded.parameters[_plain(name)]
 
+    def tensor_bytes(self, name: str) -> int:
+        return self.tensor(name).nbytes
+
 
 def _plain(name: str) -> str:
     """transformers' name of a tensor."""

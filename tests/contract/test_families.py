@@ -80,7 +80,7 @@ def test_modules_find_their_weights(family: Family, checkpoint: Checkpoint) -> N
     for module, prefix in modules:
         for source in sources(module, prefix).values() if module is not None else ():
             assert tuple(source.read(checkpoint).shape) == source.shape
-            used.add(source.name)
+            used |= {part.name for part in getattr(source, "parts", (source,))}
     forgotten = {n for n in checkpoint._where if n not in used and n.startswith(("text.", "head.", "projector."))}
     assert not forgotten
 

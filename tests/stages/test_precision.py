@@ -23,8 +23,8 @@ from exporter.stages.validate import cosine
 from tests.families import tiny
 from tests.stages.conftest import Engine, Export, Exported
 
-QUANTIZED = 4 * 7
-"""q, k, v, o, gate, up, down of four layers."""
+QUANTIZED = 4 * 5
+"""qkv, o, gate, up, down of four layers."""
 
 
 @pytest.fixture(scope="module")
