@@ -5,8 +5,9 @@ runtimes.
 
 Two models: a random Llama of 16 layers of hidden size 1024 (2,080 and 288 tokens of prompt), and the language model of the
 embedded VLM with its trained weights (96 tokens). Every engine runs the same weights on as many tokens, in turn, in one
-process; ours gets 32 of them as text and the others as visual embeddings. Then 64 tokens, greedily. In FP32 all other
-engines have to say the same as PyTorch, and ours the same logits (`benchmarks.prefill` compares them).
+process; ours gets 32 of them as text and the others as visual embeddings. Then 64 tokens, greedily. All are opened twice, in
+this order and in the reverse, with as many rounds each: whichever a process opens first decodes some percent slower. In FP32
+all other engines have to say the same as PyTorch, and ours the same logits (`benchmarks.prefill` compares them).
 """
 
 from __future__ import annotations
@@ -99,21 +100,16 @@ def subjects(folder: Path) -> list[Subject]:
 
 
 def engines(
-    stack: ExitStack,
-    subject: Subject,
-    folder: Path,
-    precision: str,
-    threads: int,
-    beside: Sequence[str],
-    log: Callable[[str], None],
-) -> tuple[dict[str, Engine], dict[str, str]]:
-    """Name → engine, and for those that are left out, why. beside: names of the others; empty is all."""
+    subject: Subject, folder: Path, precision: str, threads: int, beside: Sequence[str], log: Callable[[str], None]
+) -> tuple[dict[str, Callable[[ExitStack], Engine]], dict[str, str]]:
+    """Name → what opens the engine, its files being there, and for those that are left out, why. beside: names of the others;
+    empty is all."""
     log("exporting")
     _, graphs = _common.export(subject.llava, folder / "ours", (), 1, precision)
     files = folder / "ours" / "graphs"
-    found: dict[str, Engine] = {
-        OURS: Ours(stack, files, graphs, files / graphs.files["decode"], threads),
-        PLAIN: Ours(stack, files, graphs, files / "decode.onnx", threads),
+    found: dict[str, Callable[[ExitStack], Engine]] = {
+        OURS: lambda stack: Ours(stack, files, graphs, files / graphs.files["decode"], threads),
+        PLAIN: lambda stack: Ours(stack, files, graphs, files / "decode.onnx", threads),
     }
     others: dict[str, tuple[str | None, Callable[[], Engine]]] = {
         "onnxruntime-genai": (_genai.missing(), lambda: _built(subject.llama, folder / "genai", precision, threads)),
@@ -132,23 +128,22 @@ def engines(
             "transformers, eager": (None, lambda: _others.Torch(subject.llama, "eager")),
             "transformers, SDPA": (None, lambda: _others.Torch(subject.llama, "sdpa")),
         }
-    notes = {}
-    for name, (why, build) in others.items():
-        if beside and name not in beside:
-            continue
-        if why:
-            notes[name] = why
-            continue
-        log(f"building {name}")
-        try:
-            found[name] = build()
-        except Exception as e:
-            notes[name] = f"does not take this model: {type(e).__name__}: {str(e).splitlines()[0][:200]}"
+    notes = {name: why for name, (why, _) in others.items() if why and (not beside or name in beside)}
+    for name, (why, opened) in others.items():
+        if not why and (not beside or name in beside):
+            log(f"building {name}")
+            try:
+                opened()
+            except Exception as e:
+                notes[name] = f"does not take this model: {type(e).__name__}: {str(e).splitlines()[0][:200]}"
+            else:
+                found[name] = lambda stack, opened=opened: opened()  # type: ignore[misc]
     return found, notes
 
 
 def _built(llama: Path, folder: Path, precision: str, threads: int) -> Engine:
-    _genai.build(llama, folder, precision)
+    if not folder.exists():
+        _genai.build(llama, folder, precision)
     return _genai.Genai(folder, threads)
 
 
@@ -161,26 +156,35 @@ def measure(
 
     torch.set_num_threads(threads)
     log(subject.name)
-    with ExitStack() as stack:
-        found, notes = engines(stack, subject, folder, precision, threads, beside, log)
-        rng = np.random.default_rng(1)
-        prompts = {n: rng.integers(min(16, subject.vocab // 2), subject.vocab, n) for n in subject.prompts}
-        cases = []
-        for name, engine in found.items():
-            for n, ids in prompts.items():
-                repeats = max(1, min(5, 600 // n))
-                cases.append(
-                    Case.one(
-                        f"prefill {n}: {name}", lambda e=engine, i=ids, r=repeats: [e.prefill(i) for _ in range(r)]
-                    )  # type: ignore[misc]
-                )
-            last, steps = prompts[subject.prompts[-1]], subject.new_tokens - 1
-            cases.append(Case.one(f"decode: {name}", lambda e=engine, i=last, s=steps: e.decode(i, s)))  # type: ignore[misc]
-        said = {name: engine.tokens(last, 16) for name, engine in found.items()}
-        samples = _common.interleave(cases, rounds, load, log=log)
+    opening, notes = engines(subject, folder, precision, threads, beside, log)
+    rng = np.random.default_rng(1)
+    prompts = {n: rng.integers(min(16, subject.vocab // 2), subject.vocab, n) for n in subject.prompts}
+    last, steps = prompts[subject.prompts[-1]], subject.new_tokens - 1
+    samples: dict[str, list[Sequence[float]]] = {}
+    said: dict[str, list[int]] = {}
+    for order in (list(opening), list(opening)[::-1]):
+        with ExitStack() as stack:
+            cases = []
+            for name in order:
+                engine = opening[name](stack)
+                for n, ids in prompts.items():
+                    repeats = max(1, min(5, 600 // n))
+                    cases.append(
+                        Case.one(
+                            f"prefill {n}: {name}", lambda e=engine, i=ids, r=repeats: [e.prefill(i) for _ in range(r)]
+                        )  # type: ignore[misc]
+                    )
+                cases.append(Case.one(f"decode: {name}", lambda e=engine, i=last, s=steps: e.decode(i, s)))  # type: ignore[misc]
+                said[name] = engine.tokens(last, 16)
+            for name, parts in _common.interleave(cases, rounds, load, log=log).items():
+                samples.setdefault(name, []).extend(parts)
+            cases.clear()
+            del engine
     kinds = [f"prefill {n}" for n in subject.prompts] + ["decode"]
     against = {
-        kind: {name: asdict(Ratio.of(samples, f"{kind}: {name}", f"{kind}: {OURS}")) for name in found if name != OURS}
+        kind: {
+            name: asdict(Ratio.of(samples, f"{kind}: {name}", f"{kind}: {OURS}")) for name in opening if name != OURS
+        }
         for kind in kinds
     }
     first = said[OURS]

@@ -295,6 +295,12 @@ def _check_limits(request: Request, profile: Profile) -> None:
             f"Profile `{profile.name}` allows {profile.limits.frames} frames, --frames asks for {request.frames}. "
             "Pass fewer frames or raise `frames` under [limits] in a profile of your own."
         )
+    size, most = request.image_size, profile.limits.image
+    if size is not None and (size[0] > most[0] or size[1] > most[1]):
+        raise UsageError(
+            f"Profile `{profile.name}` allows images of {most[0]}×{most[1]}, --image-size asks for {size[0]}×{size[1]}. "
+            "Ask for a smaller one or raise `image` under [limits] in a profile of your own."
+        )
 
 
 class _Fitting:

@@ -86,7 +86,7 @@ class Limits:
     """The largest shapes an engine serves.
 
     batch: samples. frames: images or clip frames per sample. text: prompt tokens per prefill, without visual ones.
-    new_tokens: generated tokens. image: height and width in pixels, for families without an image size of their own.
+    new_tokens: generated tokens. image: most of height and width in pixels that may be asked for.
     """
 
     batch: int = _number()

@@ -58,6 +58,7 @@ REFUSED: list[tuple[str, Request, tuple[str, ...], str]] = [
     # the request
     ("clip", Request(0), (), "at least one frame"),
     ("clip", Request(99), (), r"allows \d+ frames, --frames asks for 99"),
+    ("qwen2_5_vl", Request(1, (4004, 28)), (), r"allows images of 2048×2048, --image-size asks for 4004×28"),
     ("qwen2_5_vl", Request(3, (112, 112)), (), "merges 2 frames into one; pass a multiple"),
     ("qwen2_5_vl", Request(1, (100, 112)), (), r"100×112 does not fit: .* multiples of 28\. The nearest that fits is 112×112"),
     ("qwen2_5_vl", Request(1, (0, 28)), (), r"0×28 does not fit"),
