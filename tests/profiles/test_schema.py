@@ -43,7 +43,7 @@ def test_unknown_facts_stay_unknown() -> None:
 
 def test_a_users_file_is_a_profile_too(tmp_path: Path) -> None:
     assert _schema.load(write(tmp_path, GOOD)).name == "mine"
-    assert _schema.load(str(write(tmp_path, GOOD))).limits.image == (448, 448)
+    assert _schema.load(str(write(tmp_path, GOOD))).limits.image == (672, 672)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ def test_not_a_profile(tmp_path: Path) -> None:
         ("batch = 1\n", "batch = true\n", "[limits] batch must be a whole number; found true."),
         ("batch = 1\n", "batch = 1.5\n", "[limits] batch must be a whole number; found 1.5."),
         ("batch = 1\n", "batch = 0\n", "[limits] batch must be at least 1; found 0."),
-        ("image = [448, 448]", "image = 448", "[limits] image must be two whole numbers, [height, width]; found 448."),
-        ("image = [448, 448]", "image = [448, 7]", "[limits] image must be in 14..16384; found [448, 7]."),
+        ("image = [672, 672]", "image = 448", "[limits] image must be two whole numbers, [height, width]; found 448."),
+        ("image = [672, 672]", "image = [448, 7]", "[limits] image must be in 14..16384; found [448, 7]."),
         ('compute = "fp16"', 'compute = "fp8"', '[precision] compute must be "fp32" or "fp16"; found "fp8".'),
         (
             "blocks = [128, 64]",

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -282,18 +282,11 @@ def test_from_a_changed_checkpoint_nothing_is_kept(half: Path, tmp_path: Path, m
 # --- depth and width --------------------------------------------------------------------------------------------------
 
 
-def drawn(folder: Path, **text: int) -> ir.Model:
-    """The language model's graph of a tiny LLaVA."""
-    tiny.llava(folder, **text)
-    found = plan(folder, "cpu_fp32", ("fastv:layer=2,keep=4",))
-    return draw_llm(found, build_modules(found).prefill, torch.float32)
-
-
 def test_what_is_traced_grows_neither_with_depth_nor_with_width(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A deeper model needs no program that a shallower one did not need, a wider one as many programs of as many nodes: time in
-    torch's exporter depends on neither. The graph itself is linear in depth."""
+    """As many programs of as many nodes for a deeper or wider model: time in torch's exporter depends on neither. What is drawn of
+    them is linear in depth: every layer has as many nodes."""
     sizes: list[int] = []
     export_program = torch.export.export
 
@@ -302,14 +295,19 @@ def test_what_is_traced_grows_neither_with_depth_nor_with_width(
         sizes.append(len(program.graph.nodes))
         return program
 
-    monkeypatch.setattr(_draw, "_traced", {})
+    def drawn(name: str, **text: int) -> tuple[list[int], list[int]]:
+        """What is traced in a process that has not traced anything yet, and the nodes of every layer."""
+        monkeypatch.setattr(_draw, "_traced", {})
+        sizes.clear()
+        tiny.llava(tmp_path / name, **text)
+        found = plan(tmp_path / name, "cpu_fp32", ())
+        graph = draw_llm(found, build_modules(found).decode, torch.float32).graph
+        layers = Counter(node.name.split("/")[1] for node in graph if node.name.startswith("layers/"))
+        return list(sizes), list(layers.values())
+
     monkeypatch.setattr(torch.export, "export", counting)
-    graphs = [drawn(tmp_path / "4")]
-    shallow = list(sizes)
-    assert shallow
-    graphs += [drawn(tmp_path / str(layers), num_hidden_layers=layers) for layers in (8, 12)]
-    assert sizes == shallow
-    nodes = [len(model.graph) for model in graphs]
-    assert nodes[2] - nodes[1] == nodes[1] - nodes[0] > 0
-    drawn(tmp_path / "wide", hidden_size=256, intermediate_size=640)
-    assert sizes == [*shallow, *shallow]
+    traced, layers = drawn("small")
+    assert len(layers) == 4
+    assert len(traced) < 8
+    assert drawn("deep", num_hidden_layers=20) == (traced, layers[:1] * 20)
+    assert drawn("wide", hidden_size=256, intermediate_size=640) == (traced, layers)
