@@ -159,7 +159,12 @@ class Loaded:
     def __init__(self, folder: Path) -> None:
         with torch.device("cpu"), torch.no_grad(), _without_progress():
             model, said = AutoModelForImageTextToText.from_pretrained(
-                folder, dtype="auto", attn_implementation="eager", local_files_only=True, output_loading_info=True
+                folder,
+                dtype="auto",
+                attn_implementation="eager",
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
             if missing := sorted(said["missing_keys"]):
                 raise CheckpointError(f"{folder} lacks {len(missing)} tensors, such as `{missing[0]}`.")
