@@ -18,6 +18,7 @@ from exporter.errors import UsageError
 from exporter.families._contract import Family, Geometry, Request
 from exporter.nn.decoder import Decoder
 from exporter.weights import sources
+from graphs import _spec
 from tests.families import tiny
 
 NAMES = _discover.names(exporter.families)
@@ -81,6 +82,11 @@ def test_modules_find_their_weights(family: Family, checkpoint: Checkpoint) -> N
         for source in sources(module, prefix).values() if module is not None else ():
             assert tuple(source.read(checkpoint).shape) == source.shape
             used |= {part.name for part in getattr(source, "parts", (source,))}
+    if geometry.compressor:
+        compressor = _spec.parse(geometry.compressor).fit(geometry.tower)
+        for name, shape in compressor.trained(geometry.tower).items():
+            assert checkpoint.stored()[f"projector.{name}"].shape == shape
+            used.add(f"projector.{name}")
     forgotten = {n for n in checkpoint._where if n not in used and n.startswith(("text.", "head.", "projector."))}
     assert not forgotten
 

@@ -47,7 +47,7 @@ def compare(theirs: PreTrainedModel, generator: Generator) -> None:
     asked = tiny.question(generator.graphs)
     arguments = asked.for_transformers(generator.graphs)
     theirs.generation_config.eos_token_id = None
-    visual = generator.reduce(generator.vision(asked.pixels))
+    visual = generator.reduce(generator.vision(asked.pixels), None, asked.side)
     with torch.no_grad():
         features = vision_features(theirs, arguments)
         logits = theirs(**arguments).logits[:, -1]
@@ -58,7 +58,7 @@ def compare(theirs: PreTrainedModel, generator: Generator) -> None:
     for plane, wanted in enumerate(features[1:], 1):
         assert relative(visual.embeds[0, :, plane * width :][:, :width], wanted) <= TOLERANCE
     assert relative(generator.prefill(visual, [asked.prompt]).logits, logits) <= TOLERANCE
-    result = generator.generate(asked.pixels, [asked.prompt], NEW_TOKENS)
+    result = generator.generate(asked.pixels, [asked.prompt], NEW_TOKENS, side=asked.side)
     assert result.tokens == tokens[:, arguments["input_ids"].shape[1] :].tolist()
     assert len(set(result.tokens[0])) > 4, "a model that repeats itself shows nothing"
 
@@ -71,6 +71,9 @@ def vision_features(theirs: PreTrainedModel, arguments: dict[str, Any]) -> list[
         found = theirs.model.get_video_features(arguments["pixel_values_videos"])
     elif "image_grid_thw" in arguments:
         found = theirs.model.get_image_features(arguments["pixel_values"], arguments["image_grid_thw"])
+    elif "qformer_input_ids" in arguments:
+        names = ("pixel_values", "qformer_input_ids", "qformer_attention_mask")
+        found = theirs.get_image_features(**{name: arguments[name] for name in names})
     else:
         more = {name: arguments[name] for name in ("image_sizes", "batch_num_images") if name in arguments}
         found = theirs.model.get_image_features(arguments["pixel_values"], **more)
@@ -141,6 +144,7 @@ def test_a_head_with_a_cap(theirs: type[PreTrainedModel], tmp_path: Path) -> Non
         ),
         pytest.param(partial(tiny.internvl, use_mean_pooling=False), 1, None, id="internvl with a last norm"),
         pytest.param(tiny.llava_next, 1, (112, 168), id="llava_next"),
+        pytest.param(tiny.instructblip, 1, None, id="instructblip"),
         pytest.param(tiny.mistral3, 1, (84, 140), id="mistral3"),
         pytest.param(tiny.mistral3, 2, (56, 84), id="mistral3 of two images"),
         pytest.param(tiny.gemma3, 3, None, id="gemma3 of three images"),
@@ -249,7 +253,7 @@ def test_the_embedded_model() -> None:
     theirs = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
     generator = ours(CHECKPOINT)
     asked = tiny.question(generator.graphs, text=(4, 20, 21, 22))
-    visual = generator.reduce(generator.vision(asked.pixels))
+    visual = generator.reduce(generator.vision(asked.pixels), None, asked.side)
     with torch.no_grad():
         logits = theirs(**asked.for_transformers(generator.graphs)).logits[:, -1]
     assert relative(generator.prefill(visual, [asked.prompt]).logits, logits) <= TOLERANCE

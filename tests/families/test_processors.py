@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -111,6 +112,7 @@ CASES = [
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE},
     )),
     Case("gemma3", None, (61, 47), Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE})),
+    Case("instructblip", None, (61, 47), BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})),
     Case("paligemma", None, (61, 47), SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}, resample=3)),
 ]  # fmt: skip
 
@@ -183,6 +185,17 @@ def test_paligemma_has_a_template_of_its_own(tmp_path: Path) -> None:
     assert prompt.ask("caption en", placeholders=2) == wanted
     with pytest.raises(UsageError, match="no conversations"):
         prompt.follow(prompt.question("caption en"), "a cat", "and now?")
+
+
+def test_instructblip_has_a_template_of_its_own(tmp_path: Path) -> None:
+    """Queries, even before the beginning of text, as its processor puts them there; then the question."""
+    tiny.instructblip(tmp_path / "model")
+    template = tiny.plan(tmp_path / "model").geometry.template
+    hf = save(tmp_path / "text", llama_like, None)
+    prompt = Prompt.load(tmp_path / "text", "<image>", template=template)
+    assert prompt.ask("what is this?") == hf("<image><s>what is this?", add_special_tokens=False)["input_ids"]
+    with pytest.raises(UsageError, match="no conversations"):
+        prompt.follow(prompt.question("what is this?"), "a cat", "and now?")
 
 
 def test_times_of_a_clip(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ from transformers import (
     GotOcr2ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
     LlavaConfig,
@@ -243,6 +245,22 @@ def paligemma(folder: Path, decoder: str = "gemma", tied: bool = False, **text: 
     return saved(PaliGemmaForConditionalGeneration(config), folder)
 
 
+def instructblip(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """16 patches and a class token, 6 queries."""
+    config = InstructBlipConfig(
+        vision_config=dict(
+            hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=PATCH,
+        ),
+        qformer_config=dict(
+            hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=32,
+            max_position_embeddings=160, encoder_hidden_size=48,
+        ),
+        text_config=text_config("llama", tied), num_query_tokens=6, image_token_index=IMAGE, tie_word_embeddings=tied,
+    )  # fmt: skip
+    bert_tokenizer(folder)
+    return saved(InstructBlipForConditionalGeneration(config), folder)
+
+
 def mistral3(folder: Path, tied: bool = False) -> PreTrainedModel:
     """One visual token per 28 × 28 pixels."""
     vision = dict(
@@ -398,7 +416,7 @@ def bert_tokenizer(folder: Path) -> Path:
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    (folder / INSTRUCTION_FOLDER).mkdir()
+    (folder / INSTRUCTION_FOLDER).mkdir(parents=True)
     tokenizer.save(str(folder / INSTRUCTION_FOLDER / "tokenizer.json"))
     return folder / INSTRUCTION_FOLDER
 
@@ -456,7 +474,13 @@ class Question:
         each = visual.total // visual.placeholders
         ids = torch.tensor([[t for p in self.prompt for t in ([p] * each if p == token else [p])]])
         arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for name, value in self.side.items():
+            if name.startswith("instruction_"):
+                arguments[f"qformer_{INSTRUCTION_NAMES[name]}"] = torch.from_numpy(value)
         return arguments | VISUAL.get(graphs.family, of_frames)(self.pixels, ids, graphs)
+
+
+INSTRUCTION_NAMES = {"instruction_ids": "input_ids", "instruction_mask": "attention_mask"}
 
 
 def of_frames(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
@@ -533,6 +557,10 @@ def question(graphs: GraphSet, seed: int = 0, text: tuple[int, ...] = (11, 12, 1
     if length:
         ids = np.random.default_rng(seed).integers(0, 74, (1, length))
         side["question_ids"] = np.where(np.arange(length) < 5 + seed, ids, 75)  # 75 ends a question of `clip`
+    if "instruction_ids" in graphs.side:
+        words = np.arange(*graphs.side["instruction_ids"])[None]
+        side["instruction_ids"] = np.where(words < 5 + seed, (words * 7 + seed) % 28 + 4, 0)
+        side["instruction_mask"] = (words < 5 + seed).astype(np.int64)
     return Question([9, 10, *placeholders, *text], pixels.astype(np.float32), side)
 
 

@@ -19,6 +19,7 @@ BEFORE, INSIDE = "uniform:keep_ratio=0.75", "fastv:layer=1,keep_ratio=0.5"
 CASES: dict[str, tuple[Request, tuple[str, ...]]] = {
     "gemma3": (Request(2), (BEFORE, INSIDE)),
     "idefics3": (Request(1, (56, 112)), (BEFORE,)),
+    "instructblip": (Request(1), (BEFORE, INSIDE)),
     "internvl": (Request(2), (BEFORE,)),
     "internvl_chat": (Request(1, (56, 112)), (BEFORE,)),
     "llava_next": (Request(2, (112, 56)), (BEFORE,)),
@@ -62,7 +63,7 @@ def compare(checkpoint: Path, request: Request, reductions: tuple[str, ...], eng
     asked = tiny.question(found.graphs)
 
     def answer(generator: Any) -> Any:
-        return generator.generate(asked.pixels, [asked.prompt], 16)
+        return generator.generate(asked.pixels, [asked.prompt], 16, side=asked.side)
 
     ours, theirs = answer(engine(found)), answer(found.theirs())
     assert plan.kept < plan.geometry.tower.total
