@@ -101,5 +101,5 @@ def test_what_does_not_fit_is_refused_in_words(checkpoints: dict[str, Path], tmp
     assert "whole raster" in refused("uniform:keep=4", "ldpv2")
     folder = tmp_path / "next"
     tiny.llava_next(folder)
-    with pytest.raises(UsageError, match="gives vectors that end rows"):
+    with pytest.raises(UsageError, match="gives row ends or class tokens"):
         tiny.plan(folder, ("ldpv2",))
