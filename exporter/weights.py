@@ -123,13 +123,19 @@ def trained(plan: Plan, place: str, module: str) -> dict[str, Source]:
     }
 
 
+ROOTS = {"lm_head": "head", "projector": "projector"}
+"""Children that a checkpoint has beside the module that they are in here."""
+
+
 def sources(module: nn.Module, prefix: str) -> dict[str, Source]:
-    """Parameter name → source, for a module whose names start with `prefix` in the checkpoint ("vision", "text", …)."""
+    """Parameter name → source, for a module whose names start with `prefix` in the checkpoint ("vision", "text", …), but for
+    those of `ROOTS`."""
     found = {}
     for owner_name, owner in module.named_modules():
         for leaf, parameter in owner.named_parameters(recurse=False):
             name = f"{owner_name}.{leaf}" if owner_name else leaf
-            where = "head.weight" if name == "lm_head.weight" else f"{prefix}.{name}"
+            root, _, rest = name.partition(".")
+            where = f"{ROOTS[root]}.{rest}" if root in ROOTS else f"{prefix}.{name}"
             transposed = isinstance(owner, Linear) and leaf == "weight"
             offset = owner.offset if isinstance(owner, RMSNorm) else 0.0
             found[name] = Source(where, tuple(parameter.shape), transposed, offset=offset)

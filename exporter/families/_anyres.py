@@ -63,7 +63,7 @@ class AnyRes(Llava):
     def check(self, config: dict[str, Any], tiles: tuple[int, int]) -> None:
         """Raises UsageError for more tiles than the family keeps all tokens of."""
 
-    def projector(self, checkpoint: Checkpoint) -> Any:
+    def projector(self, checkpoint: Checkpoint, geometry: Geometry) -> Any:
         from exporter.nn.projectors import RowProjector
 
         config = checkpoint.config

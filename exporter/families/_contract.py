@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError, UsageError
 from exporter.graphset import ImageSpec
-from exporter.nn.specs import DecoderShape, DecoderSpec, PixtralSpec, VitSpec
+from exporter.nn.specs import DecoderShape, DecoderSpec, FastVitSpec, PixtralSpec, VitSpec
 from graphs._contract import InTower, Site
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Family(ABC):
         """pixel_values [batch, frames, 3, h, w] → list of the taps. Parameter names start as in `vision.`"""
 
     @abstractmethod
-    def projector(self, checkpoint: Checkpoint) -> nn.Module | None:
+    def projector(self, checkpoint: Checkpoint, geometry: Geometry) -> nn.Module | None:
         """Tower width → LLM width, token by token, or None where the tower ends at LLM width."""
 
     @abstractmethod
@@ -135,7 +135,7 @@ class Family(ABC):
         return Decoder(spec, plan.in_llm, plan.kept, prunes, plan.in_cache, plan.trained)
 
 
-def site_of(spec: VitSpec | PixtralSpec, decoder: DecoderSpec, pictures: int) -> Site:
+def site_of(spec: VitSpec | PixtralSpec | FastVitSpec, decoder: DecoderSpec, pictures: int) -> Site:
     """Where a tower's tokens are: of so many pictures, the decoder behind it."""
     rows, cols = spec.grid
     return Site(

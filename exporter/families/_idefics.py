@@ -61,7 +61,7 @@ class Idefics(Family):
 
         return Vit(self._tower(checkpoint.config), taps, geometry.frames, in_tower)
 
-    def projector(self, checkpoint: Checkpoint) -> nn.Module:
+    def projector(self, checkpoint: Checkpoint, geometry: Geometry) -> nn.Module:
         from exporter.nn.projectors import Projection
 
         return Projection("proj", self._tower(checkpoint.config).dim, self.decoder(checkpoint).hidden, bias=False)

@@ -111,7 +111,7 @@ class Qwen(Family):
         spec = self.tower(checkpoint.config, (geometry.image.height, geometry.image.width))
         return QwenVit(spec, taps, geometry.tower.frames)
 
-    def projector(self, checkpoint: Checkpoint) -> None:
+    def projector(self, checkpoint: Checkpoint, geometry: Geometry) -> None:
         return None
 
     def decoder(self, checkpoint: Checkpoint) -> DecoderSpec:

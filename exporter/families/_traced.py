@@ -91,7 +91,7 @@ class Traced(Family):
         assert isinstance(checkpoint, LoadedCheckpoint) and taps == ("hidden",)
         return Vision(checkpoint.loaded.hollow())
 
-    def projector(self, checkpoint: Checkpoint) -> None:
+    def projector(self, checkpoint: Checkpoint, geometry: Geometry) -> None:
         return None
 
     def decoder(self, checkpoint: Checkpoint) -> DecoderShape:

@@ -71,7 +71,7 @@ class Gemma3(Family):
 
         return Vit(self._tower(checkpoint.config), taps, geometry.frames, in_tower)
 
-    def projector(self, checkpoint: Checkpoint) -> nn.Module:
+    def projector(self, checkpoint: Checkpoint, geometry: Geometry) -> nn.Module:
         from exporter.nn.projectors import SoftProjector
 
         spec = self._tower(checkpoint.config)

@@ -98,7 +98,7 @@ class InternVl(Family):
 
         return Vit(self._tower(checkpoint.config), taps, geometry.frames, in_tower)
 
-    def projector(self, checkpoint: Checkpoint) -> nn.Module:
+    def projector(self, checkpoint: Checkpoint, geometry: Geometry) -> nn.Module:
         from exporter.nn.projectors import NormedProjector
 
         activation = str(checkpoint.config.get("projector_hidden_act", "gelu"))

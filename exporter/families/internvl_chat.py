@@ -67,8 +67,8 @@ class InternVlChat(InternVl):
     ) -> nn.Module:
         return super().vision(_as_internvl(checkpoint), geometry, taps, in_tower)
 
-    def projector(self, checkpoint: Checkpoint) -> nn.Module:
-        return super().projector(_as_internvl(checkpoint))
+    def projector(self, checkpoint: Checkpoint, geometry: Geometry) -> nn.Module:
+        return super().projector(_as_internvl(checkpoint), geometry)
 
     def decoder(self, checkpoint: Checkpoint) -> DecoderSpec:
         return super().decoder(_as_internvl(checkpoint))

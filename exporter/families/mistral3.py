@@ -86,7 +86,7 @@ class Mistral3(Family):
         image = geometry.image
         return Pixtral(self._tower(checkpoint.config, (image.height, image.width)), taps, geometry.frames)
 
-    def projector(self, checkpoint: Checkpoint) -> nn.Module:
+    def projector(self, checkpoint: Checkpoint, geometry: Geometry) -> nn.Module:
         from exporter.nn.projectors import MergingProjector
 
         config = checkpoint.config

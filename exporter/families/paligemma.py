@@ -75,7 +75,7 @@ class PaliGemma(Family):
 
         return Vit(siglip(checkpoint.config), taps, geometry.frames, in_tower)
 
-    def projector(self, checkpoint: Checkpoint) -> nn.Module:
+    def projector(self, checkpoint: Checkpoint, geometry: Geometry) -> nn.Module:
         from exporter.nn.projectors import Projection
 
         return Projection("linear", siglip(checkpoint.config).dim, self.decoder(checkpoint).hidden, bias=True)

@@ -29,6 +29,17 @@ class RowProjector(Projector):
         self.image_newline = nn.Parameter(torch.empty(outputs), requires_grad=False)
 
 
+class RowEnds(nn.Module):
+    """Nothing but the learned vector: what comes is projected already."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.image_newline = nn.Parameter(torch.empty(outputs), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 class NormedProjector(Projector):
     """InternVL's: a layer norm in front."""
 

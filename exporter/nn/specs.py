@@ -246,6 +246,46 @@ class PixtralSpec(BlockSpec):
         return frozenset(any_block | {f"{s}@{b}" for s in any_block for b in range(self.blocks)})
 
 
+@dataclass(frozen=True, kw_only=True)
+class FastVitSpec:
+    """A tower of convolutions. Per stage: its width, its blocks, how much wider its MLPs are, and whether its blocks attend. `size`: height
+    and width of an image; every stage but the first halves the raster, and the stem quarters it."""
+
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    ratios: tuple[int, ...]
+    attends: tuple[bool, ...]
+    size: tuple[int, int]
+    head_dim: int = 32
+    cls: bool = False
+    merge: int = 1
+    pooled: bool = False
+
+    @property
+    def step(self) -> int:
+        """Pixels along an edge of a visual token."""
+        return 2 ** (len(self.widths) + 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.size[0] // self.step, self.size[1] // self.step
+
+    @property
+    def dim(self) -> int:
+        """Width of a visual token."""
+        return 2 * self.widths[-1]
+
+    @property
+    def blocks(self) -> int:
+        """Of the last stage, whose raster is that of the visual tokens."""
+        return self.depths[-1]
+
+    @property
+    def signals(self) -> frozenset[str]:
+        attention = {"keys", "joint_keys", "column_attention"}
+        return frozenset({"hidden"} | attention | {f"{s}@{b}" for s in attention for b in range(self.blocks)})
+
+
 IN_LLM_SIGNALS = frozenset(
     "hidden size previous embeds text_hidden text_embeds text_mask instruction_mask attention_row plain_row next_row "
     "last_scores last_log_attention text_attention visual_attention keys next_keys next_plain_queries next_plain_keys".split()

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
 from exporter.nn.layers import ACTIVATIONS, LayerNorm, Linear, RMSNorm, attend, attention_map, merge_heads, split_heads
-from exporter.nn.specs import BlockSpec, PixtralSpec, VitSpec
+from exporter.nn.specs import BlockSpec, FastVitSpec, PixtralSpec, VitSpec
 from graphs._blocks import take
 from graphs._contract import InTower
+from graphs._pool import bilinear, pool
+
+TapSpec = VitSpec | PixtralSpec | FastVitSpec
 
 
 class Embeddings(Atom):
@@ -204,7 +207,7 @@ class Tap(Atom):
     Where a token is several patches, `hidden` holds them side by side, row by row, and all else is their mean.
     """
 
-    def __init__(self, spec: VitSpec | PixtralSpec, kind: str, frames: int) -> None:
+    def __init__(self, spec: TapSpec, kind: str, frames: int) -> None:
         super().__init__()
         self.spec, self.kind, self.cls, self.frames = spec, kind, int(spec.cls), frames
 
@@ -348,6 +351,39 @@ class Vit(nn.Module):
         return [found[name] for name in self.taps]
 
 
+class HalvedVit(Vit):
+    """A tower whose raster is halved bilinearly, rows and columns rounded up, behind the projector; the signals follow."""
+
+    def __init__(self, spec: VitSpec, taps: tuple[str, ...], frames: int, projector: nn.Module) -> None:
+        super().__init__(spec, taps, frames)
+        self.projector = projector
+        for name in taps:
+            self.add_module(f"halved_{name}", Halved(spec.grid, projector if name == "hidden" else None))
+
+    def forward(self, pixel_values: Tensor) -> list[Tensor]:
+        """As that of `Vit`."""
+        found = super().forward(pixel_values)
+        return [self.get_submodule(f"halved_{name}")(x) for name, x in zip(self.taps, found, strict=True)]
+
+
+class Halved(Atom):
+    """[batch, frames, tokens, …] → projected, if there is a projector, and resized to half of the raster."""
+
+    def __init__(self, grid: tuple[int, int], projector: nn.Module | None) -> None:
+        super().__init__()
+        self.grid, self.projector = grid, projector
+
+    def key(self) -> Hashable:
+        shapes = () if self.projector is None else tuple(tuple(p.shape) for p in self.projector.parameters())
+        return self.grid, shapes
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrix = bilinear(self.grid, (-(-self.grid[0] // 2), -(-self.grid[1] // 2)))
+        if x.ndim == 3:
+            return pool(matrix, x[..., None])[..., 0]
+        return pool(matrix, x if self.projector is None else self.projector(x))
+
+
 class NamedTower(nn.Module):
     """A tower under a name of its own, where a checkpoint has several."""
 
@@ -361,7 +397,7 @@ class NamedTower(nn.Module):
         return found
 
 
-def parts(name: str, spec: VitSpec | PixtralSpec) -> tuple[str, int]:
+def parts(name: str, spec: TapSpec) -> tuple[str, int]:
     """A signal's kind and block: "keys@7" → keys, 7; without a block that of the features."""
     kind, _, at = name.partition("@")
     return kind, int(at) if at else spec.blocks - 1

@@ -86,7 +86,7 @@ def build_modules(plan: Plan) -> Modules:
     with torch.device("meta"):
         vision = plan.family.vision(plan.checkpoint, plan.geometry, plan.taps, plan.in_tower)
         question = None if plan.clip is None else ClipText(text_spec(plan.clip))
-        projector = None if plan.compressed else plan.family.projector(plan.checkpoint)
+        projector = None if plan.compressed else plan.family.projector(plan.checkpoint, plan.geometry)
         reduce = Reduce(plan.before_llm, projector, (*plan.for_reduce, *plan.side), plan.sized, plan.fixed)
         prefill = decode = plan.family.language_model(plan)
         if plan.separate_prefill:

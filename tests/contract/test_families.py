@@ -74,7 +74,7 @@ def test_modules_find_their_weights(family: Family, checkpoint: Checkpoint) -> N
     with torch.device("meta"):
         modules = [
             (family.vision(checkpoint, geometry, ("hidden",), None), "vision"),
-            (family.projector(checkpoint), "projector"),
+            (family.projector(checkpoint, geometry), "projector"),
             (Decoder(family.decoder(checkpoint)), "text"),
         ]
     used = {"text.embed_tokens.weight"}

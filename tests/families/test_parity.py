@@ -157,7 +157,9 @@ def test_a_head_with_a_cap(theirs: type[PreTrainedModel], tmp_path: Path) -> Non
         pytest.param(tiny.video_llava, 1, None, id="video_llava of an image"),
         pytest.param(tiny.video_llava, 4, None, id="video_llava"),
         pytest.param(tiny.llava_onevision, 1, (56, 112), id="llava_onevision of tiles"),
-        pytest.param(tiny.llava_onevision, 3, None, id="llava_onevision of three images"),
+        pytest.param(tiny.llava_onevision, 3, (56, 56), id="llava_onevision of three images"),
+        pytest.param(tiny.llava_onevision, 4, None, id="llava_onevision of a clip"),
+        pytest.param(partial(tiny.llava_onevision, side=70), 2, None, id="llava_onevision of a clip with an odd raster"),
     ],
 )  # fmt: skip
 def test_families(build: Any, frames: int, size: tuple[int, int] | None, tmp_path: Path) -> None:

@@ -107,7 +107,10 @@ CASES = [
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=tiny.PINPOINTS,
     ), tiles=(2, 3)),
     Case("llava_onevision", GRID, (336, 224), OF_ONEVISION, tiles=(2, 3)),
-    Case("llava_onevision", None, (61, 46), OF_ONEVISION, together=True),
+    Case("llava_onevision", ONE, (61, 46), OF_ONEVISION, together=True),
+    Case("llava_onevision", None, (61, 46), SiglipImageProcessorPil(  # its video processor does the same, in torchvision
+        size={"height": SIDE, "width": SIDE}, resample=3, image_mean=OF_ONEVISION.image_mean, image_std=OF_ONEVISION.image_std,
+    )),
     Case("video_llava", None, (61, 90), VideoLlavaImageProcessor(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE},
     )),

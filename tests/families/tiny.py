@@ -208,11 +208,11 @@ def video_llava(folder: Path, tied: bool = False) -> PreTrainedModel:
     return saved(VideoLlavaForConditionalGeneration(config), folder)
 
 
-def llava_onevision(folder: Path, tied: bool = False) -> PreTrainedModel:
-    """As `llava_next`."""
+def llava_onevision(folder: Path, tied: bool = False, side: int = 56) -> PreTrainedModel:
+    """As `llava_next`; 4 visual tokens per frame of a clip, and one behind all; 9 where `side` is 70."""
     vision = dict(
         model_type="siglip_vision_model", hidden_size=48, intermediate_size=96, num_hidden_layers=3,
-        num_attention_heads=4, image_size=56, patch_size=PATCH,
+        num_attention_heads=4, image_size=side, patch_size=PATCH,
     )  # fmt: skip
     config = LlavaOnevisionConfig(
         vision_config=vision, text_config=text_config("qwen2", tied), image_token_index=IMAGE, video_token_index=VIDEO,

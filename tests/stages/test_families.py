@@ -24,7 +24,7 @@ CASES: dict[str, tuple[Request, tuple[str, ...]]] = {
     "internvl_chat": (Request(1, (56, 112)), (BEFORE,)),
     "llava_next": (Request(2, (112, 56)), (BEFORE,)),
     "llava_next_video": (Request(2), (BEFORE,)),
-    "llava_onevision": (Request(1, (56, 112)), (BEFORE,)),
+    "llava_onevision": (Request(3), ("visionzip:keep_ratio=0.75",)),
     "mistral3": (Request(1, (84, 140)), ("visionzip:keep_ratio=0.75",)),
     "paligemma": (Request(1), (BEFORE,)),
     "qwen2_vl": (Request(4, (112, 112)), (BEFORE,)),
