@@ -13,9 +13,10 @@ Knobs:
     queries: num_query_tokens, a square number (published: 144 for 7B, 256 for 13B).
     depth: blocks of a stage; width: hidden_size of the blocks.
     eos: num_eos_tokens, learned vectors behind.
+    cls_position: the published checkpoints have a position for CLS in front, which is not used; those trained with the
+        authors' later code have none: cls_position=false.
     weights: the published checkpoint, or its tensors `abstractor.…` alone.
-Differs: checkpoints of before its release have a position for CLS, too, and are refused. Its models read the last block of CLIP,
-others another one: that is the model's.
+Differs: which block of the tower is read is the model's; the paper's is the last.
 Position: one each, as if the tower had given so many; with `eos` the tokens lie in no raster.
 """
 
@@ -56,6 +57,7 @@ class CAbstractor(PerFrameCompressor):
     depth: int = 3
     width: int = 1024
     eos: int = 0
+    cls_position: bool = True
 
     @property
     def side(self) -> int:
@@ -78,7 +80,7 @@ class CAbstractor(PerFrameCompressor):
     def trained(self, site: Site) -> Shapes:
         return {
             **({"eos_tokens": (1, self.eos, site.llm_dim)} if self.eos else {}),
-            "pos_emb": (1, site.tokens, site.dim),
+            "pos_emb": (1, site.tokens + self.cls_position, site.dim),
             **regnet_shapes("net.0", site.dim, self.width, self.depth),
             **regnet_shapes("net.2", self.width, self.width, self.depth),
             **linear_shapes("readout.0", self.width, site.llm_dim),
@@ -87,7 +89,8 @@ class CAbstractor(PerFrameCompressor):
 
     def compress(self, signals: Signals, site: Site) -> Tensor:
         grid, coarse = raster(site), (self.side, self.side)
-        x = regnet(signals, "net.0", self.depth, signals["hidden"] + signals["pos_emb"], grid)
+        x = signals["hidden"] + signals["pos_emb"][:, int(self.cls_position) :]
+        x = regnet(signals, "net.0", self.depth, x, grid)
         x = regnet(signals, "net.2", self.depth, pool(average(grid, coarse), x), coarse)
         x = linear(signals, "readout.2", torch.nn.functional.silu(linear(signals, "readout.0", x)))
         if self.eos:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXAMPLES = ("mqt:keep=36", "mqt:keep_ratio=0.25")
-SWEEP = "mqt:keep_ratio={ratio}"
+SWEEP = "mqt:keep=16"
 SIDE = 16
 EPS = 1e-6
 

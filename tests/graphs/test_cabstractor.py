@@ -14,7 +14,7 @@ SITE = Site(20, 2, (4, 5), frozenset({"hidden"}), dim=8, llm_dim=12)
 def test_tensors_are_those_of_the_published_checkpoint() -> None:
     """Honeybee-7B with C-Abstractor, M = 144: CLIP-L of 224 pixels, language model 4096 wide."""
     published: dict[str, tuple[int, ...]] = {
-        "abstractor.pos_emb": (1, 256, 1024),
+        "abstractor.pos_emb": (1, 257, 1024),
         "abstractor.readout.0.weight": (4096, 1024),
         "abstractor.readout.0.bias": (4096,),
         "abstractor.readout.2.weight": (4096, 4096),
@@ -36,6 +36,7 @@ def test_tensors_are_those_of_the_published_checkpoint() -> None:
     site = Site(256, 1, (16, 16), SITE.signals, dim=1024, llm_dim=4096)
     method = CAbstractor().fit(site)
     assert {CAbstractor.prefixes[1] + name: shape for name, shape in method.trained(site).items()} == published
+    assert CAbstractor(cls_position=False).fit(site).trained(site)["pos_emb"] == (1, 256, 1024)
     after = method.after(site)
     assert (after.tokens, after.grid, after.dim) == (144, (12, 12), 4096)
 
@@ -80,7 +81,7 @@ class Reference(nn.Module):
 
     def __init__(self, method: CAbstractor, site: Site) -> None:
         super().__init__()
-        self.pos_emb = nn.Parameter(torch.zeros(1, site.tokens, site.dim))
+        self.pos_emb = nn.Parameter(torch.zeros(1, site.tokens + method.cls_position, site.dim))
         if method.eos:
             self.eos_tokens = nn.Parameter(torch.zeros(1, method.eos, site.llm_dim))
         first, second = (
@@ -93,7 +94,7 @@ class Reference(nn.Module):
         )
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        x = (x + self.pos_emb).transpose(1, 2).unflatten(2, grid)
+        x = (x + self.pos_emb[:, -x.shape[1] :]).transpose(1, 2).unflatten(2, grid)
         first, sampler, second = self.net
         for part in (*first.values(), sampler, *second.values()):
             x = part(x)
@@ -102,7 +103,8 @@ class Reference(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "method", [CAbstractor(queries=9, depth=2, width=16, eos=2), CAbstractor(queries=16, depth=1, width=8)]
+    "method",
+    [CAbstractor(queries=9, depth=2, width=16, eos=2), CAbstractor(queries=16, depth=1, width=8, cls_position=False)],
 )
 @torch.no_grad()
 def test_against_pytorch(method: CAbstractor) -> None:
