@@ -93,7 +93,7 @@ class InstructBlip(Family):
 
         return Vit(self.tower(checkpoint.config), taps, geometry.frames, in_tower)
 
-    def projector(self, checkpoint: Checkpoint) -> None:
+    def projector(self, checkpoint: Checkpoint, geometry: Geometry) -> None:
         return None
 
     def decoder(self, checkpoint: Checkpoint) -> DecoderSpec:
