@@ -60,14 +60,19 @@ class Job:
 
     def plan(self) -> Plan:
         """Check everything, in words. Raises UsageError or CheckpointError."""
+        from exporter import methods
         from exporter.checkpoint import Checkpoint
         from exporter.families._contract import Request
-        from exporter.plan import check_weights, make_plan
+        from exporter.plan import Unfit, check_weights, make_plan
 
         folder = folder_of(self.checkpoint)
         profile = self.loaded_profile()
         clip = None if self.clip is None else Checkpoint(folder_of(self.clip))
-        plan = make_plan(Checkpoint(folder), self.reductions, profile, Request(self.frames, self.image_size, clip))
+        try:
+            plan = make_plan(Checkpoint(folder), self.reductions, profile, Request(self.frames, self.image_size, clip))
+        except Unfit as e:
+            fitting = methods.families_in_words(methods.families(e.method))
+            raise UsageError(f"{e} At its defaults it fits: {fitting}.") from e
         check_weights(plan)
         return plan
 

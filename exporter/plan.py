@@ -190,6 +190,14 @@ class Plan:
         ]
 
 
+class Unfit(UsageError):
+    """A reduction, `method`, asks of the model what it does not have."""
+
+    def __init__(self, text: str, method: str) -> None:
+        super().__init__(text)
+        self.method = method
+
+
 def check_weights(plan: Plan) -> None:
     """Raise UsageError if a reduction's weights lack a tensor that it needs, or have it in another shape; CheckpointError if
     they cannot be read."""
@@ -326,9 +334,10 @@ class _Fitting:
                 hint = " Models with a CLIP tower give `aligned` and `aligned_text` if --clip-model names their CLIP."
             if "`instruction_ids`" in str(e).partition(", but")[0]:
                 hint = f" Checkpoints with a Q-Former's tokenizer in their folder `{INSTRUCTION_FOLDER}` give `instruction_ids`."
-            raise UsageError(
+            raise Unfit(
                 f"--reduce {text} does not fit {self.family.model_type}: {e}.{hint} `edgetrim list reductions` shows what "
-                f"`{name}` needs."
+                f"`{name}` needs.",
+                _spec.name(method),
             ) from e
 
     def run(self, methods: list[tuple[str, Reduction]]) -> Plan:

@@ -66,7 +66,8 @@ def read(hint: Any, text: str) -> object:
                 continue
         raise ValueError(text)
     if get_origin(hint) is Literal:
-        return next(iter(a for a in get_args(hint) if str(a) == text), None) or _refuse(text)
+        found = [a for a in get_args(hint) if str(a) == text]
+        return found[0] if found else _refuse(text)
     if get_origin(hint) is tuple:
         return tuple(int(read(int, part)) for part in text.split("+"))  # type: ignore[call-overload]
     if hint is types.NoneType:

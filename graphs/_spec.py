@@ -113,17 +113,18 @@ def format(reduction: Reduction) -> str:
         for f in fields(reduction)
         if f.name != wrapped and (f.default is MISSING or getattr(reduction, f.name) != f.default)
     ]
-    own = f"{_name(reduction)}:{','.join(given)}" if given else _name(reduction)
+    own = f"{name(reduction)}:{','.join(given)}" if given else name(reduction)
     return f"{own}+{format(getattr(reduction, wrapped))}" if wrapped else own
 
 
 def title(reduction: Reduction) -> str:
     """The method's name, and that of what it wraps: "restore+divprune"."""
     wrapped = _wrapped(type(reduction))
-    return f"{_name(reduction)}+{title(getattr(reduction, wrapped))}" if wrapped else _name(reduction)
+    return f"{name(reduction)}+{title(getattr(reduction, wrapped))}" if wrapped else name(reduction)
 
 
-def _name(reduction: Reduction) -> str:
+def name(reduction: Reduction) -> str:
+    """The method's own name, whatever it wraps."""
     return type(reduction).__module__.rpartition(".")[2]
 
 
