@@ -19,13 +19,14 @@ from tests.families import tiny
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """clip and siglip are LLaVA's; 16 visual tokens per image, or per step of Qwen's 112 × 112 pixels."""
-    names = "clip", "siglip", "qwen2_5_vl", "video_llava", "internvl_chat"
+    names = "clip", "siglip", "qwen2_5_vl", "video_llava", "internvl_chat", "fast_vlm"
     found = {name: tmp_path_factory.mktemp(name) for name in names}
     tiny.llava(found["clip"])
     tiny.llava(found["siglip"], "siglip_vision_model")
     tiny.qwen2_5_vl(found["qwen2_5_vl"])
     tiny.video_llava(found["video_llava"])
     tiny.internvl_chat(found["internvl_chat"])
+    tiny.fast_vlm(found["fast_vlm"])
     return found
 
 
@@ -51,6 +52,8 @@ REFUSED: list[tuple[str, Request, tuple[str, ...], str]] = [
     ("video_llava", CLIP, ("visionzip:keep=4,cls=on",), "passes class tokens on, which video_llava does anyway.*`cls` to off"),
     ("video_llava", CLIP, ("testa:keep=8,keep_frames=2",), "merges frames, and video_llava gives .* the class token of every one"),
     ("video_llava", CLIP, ("ldpv2",), "this model's projector gives row ends or class tokens, which a compressor does not have"),
+    ("fast_vlm", ONE, ("tome:keep=2",), "its tower is made of convolutions, which need every patch"),
+    ("fast_vlm", Request(1, (128, 100)), (), "must be multiples of 64"),
     # orders and pairs
     ("clip", ONE, ("lftr:spatial=text,keep=8", "random:keep=4"), r"random:keep=4 works on tower features.*Put it first"),
     ("clip", ONE, ("fastv", "fastv"), "given twice"),
@@ -120,6 +123,12 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("internvl_chat", {"ps_version": "v1"}, "'v1', which transposes tiles, is not supported"),
     ("internvl_chat", {"force_image_size": 112}, "force_image_size 112 with positions for 56"),
     ("internvl_chat", {"llm_config": {"model_type": "internlm2"}}, "Decoder 'internlm2' is not supported"),
+    (
+        "fast_vlm",
+        {"vision_config": {"architecture": "resnet50"}},
+        "Vision tower 'resnet50' is not supported. Supported: fastvit_mci3",
+    ),
+    ("fast_vlm", {"vision_config": {"architecture": "fastvit_mci3"}}, "training form .*Merge them first"),
     ("qwen2_5_vl", {"vision_config": {}}, r"config\.json is not that of a qwen2_5_vl model"),
     ("qwen2_5_vl", {"text_config": {"model_type": "qwen2_5_vl_text"}}, "no mrope_section"),
 ]

@@ -154,6 +154,8 @@ def test_a_head_with_a_cap(theirs: type[PreTrainedModel], tmp_path: Path) -> Non
         pytest.param(tiny.llava_next, 2, (112, 56), id="llava_next of two images"),
         pytest.param(tiny.llava_next_video, 1, (112, 56), id="llava_next_video of an image"),
         pytest.param(tiny.llava_next_video, 4, None, id="llava_next_video"),
+        pytest.param(tiny.fast_vlm, 2, (128, 192), id="fast_vlm of two images"),
+        pytest.param(tiny.fast_vlm, 1, None, id="fast_vlm"),
         pytest.param(tiny.video_llava, 1, None, id="video_llava of an image"),
         pytest.param(tiny.video_llava, 4, None, id="video_llava"),
         pytest.param(tiny.llava_onevision, 1, (56, 112), id="llava_onevision of tiles"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -113,6 +114,9 @@ CASES = [
     )),
     Case("video_llava", None, (61, 90), VideoLlavaImageProcessor(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE},
+    )),
+    Case("fast_vlm", None, (90, 75), CLIPImageProcessorPil(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.0] * 3, image_std=[1.0] * 3,
     )),
     Case("gemma3", None, (61, 47), Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE})),
     Case("instructblip", None, (61, 47), BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})),

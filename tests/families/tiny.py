@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GotOcr2Config,
@@ -55,6 +58,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
+    TimmWrapperConfig,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
 )
@@ -64,6 +68,7 @@ from exporter.families._contract import Request
 from exporter.graphset import GraphSet
 from exporter.plan import Plan, Step, check_weights, make_plan
 from profiles import _schema
+from tests.families import timm_like
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 IMAGE, VIDEO, START, END, EOS = 5, 6, 7, 8, 2
@@ -259,6 +264,23 @@ def instructblip(folder: Path, tied: bool = False) -> PreTrainedModel:
     )  # fmt: skip
     bert_tokenizer(folder)
     return saved(InstructBlipForConditionalGeneration(config), folder)
+
+
+def fast_vlm(folder: Path, tied: bool = False) -> PreTrainedModel:
+    """One visual token per 64 × 64 pixels."""
+    size = dict(layers=[1, 1, 2, 1, 2], embed_dims=[8, 8, 16, 32, 64])
+    vision = TimmWrapperConfig(
+        architecture="fastvit_mci3", hidden_size=128, model_args=dict(inference_mode=True, **size)
+    )
+    config = FastVlmConfig(
+        vision_config=vision, text_config=text_config("qwen2", tied), image_token_index=IMAGE, tie_word_embeddings=tied
+    )
+    with mock.patch("transformers.models.fast_vlm.modeling_fast_vlm.AutoModel.from_config", timm_like.from_config):
+        model = randomize(FastVlmForConditionalGeneration(config))
+    timm_like.tame(model)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": 192, "size": {"shortest_edge": 192}}))
+    return model
 
 
 def mistral3(folder: Path, tied: bool = False) -> PreTrainedModel:
