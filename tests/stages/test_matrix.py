@@ -23,6 +23,7 @@ from tests.stages.conftest import Engine, Exported, plain
 
 FAMILIES, METHODS = _discover.names(exporter.families), _spec.names()
 SIZES: dict[str, tuple[int, int]] = {
+    "fast_vlm": (128, 192),
     "idefics3": (56, 112), "internvl_chat": (56, 112), "llava_next": (112, 56), "llava_onevision": (56, 112),
     "mistral3": (84, 140), "qwen2_5_vl": (140, 112), "qwen2_vl": (112, 112), "qwen3_vl": (112, 84),
 }  # fmt: skip
