@@ -39,7 +39,6 @@ REDUCTIONS = ("visionzip:keep=8", "fastv:keep=4")
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from exporter.graphset import GraphSet
 from exporter.journal import DataFile
 from exporter.pipeline import Job, run_export
 from exporter.workspace import Workspace
@@ -60,7 +59,7 @@ def dying(self, name, offset, given):
 
 DataFile._write = dying
 with Workspace(Path(out)).locked() as work:
-    run_export(Job(checkpoint, ("fastv:keep=4",), profile), work)
+    run_export(Job(checkpoint, ("visionzip:keep=8", "fastv:keep=4"), profile), work)
 """
 """Exports, and dies in front of a piece of a tensor."""
 
@@ -244,7 +243,7 @@ def test_what_was_finished_is_not_written_again(
 def test_killed_and_started_again(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL in the middle of the language model, by the pipeline, in a process with other hashes: the result is the same, and
     nothing is left."""
-    job, work = Job(str(half), ("fastv:keep=4",), "rtx_fp16"), Workspace(tmp_path / "out")
+    job, work = Job(str(half), REDUCTIONS, "rtx_fp16"), Workspace(tmp_path / "out")
     environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", KILLED, job.checkpoint, job.profile, str(work.folder), "60"]
     assert subprocess.run(command, env=environment, timeout=120, check=False).returncode == -signal.SIGKILL
