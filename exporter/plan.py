@@ -214,7 +214,7 @@ def check_weights(plan: Plan) -> None:
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             hint = "" if step.weights else f" Name its weights: {step.name}:weights=FILE."
             raise UsageError(
-                f"--reduce {_spec.format(step.method)}: {where} does not fit. Expected {', '.join(wrong[:4])}{more}.{hint}"
+                f"--reduce {_spec.format(step.method)}: {where} does not fit this model. Expected {', '.join(wrong[:4])}{more}.{hint}"
             )
 
 

@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_refused_in_words(checkpoints: dict[str, Path], tmp
             tiny.plan(checkpoints[family], specs, Request(1, SIZES.get(family)))
         return str(found.value)
 
-    assert "the model's own checkpoint, does not fit" in refused("ldpv2")
+    assert "the model's own checkpoint, does not fit this model" in refused("ldpv2")
     assert "ldpv2:weights=FILE" in refused("ldpv2")
     assert "Put it first" in refused("divprune:keep=4", "ldpv2")
     assert "whole raster" in refused("uniform:keep=4", "ldpv2")

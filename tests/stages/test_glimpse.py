@@ -19,6 +19,7 @@ from transformers.vision_utils import get_vision_window_index
 from exporter.checkpoint import Checkpoint
 from exporter.errors import UsageError
 from exporter.families._contract import Request
+from exporter.journal import Journal
 from exporter.pipeline import Job, run_build, run_export
 from exporter.stages._store import WeightFile
 from exporter.weights import FileSource, Source
@@ -160,7 +161,8 @@ def test_tensorrt_rtx_builds_it(spec: Spec, checkpoints: dict[str, Path], tmp_pa
 def test_a_methods_own_tensors_are_not_quantised(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Though they stand in MatMul as those of the layers do."""
     value = ir.Value(name="weight", shape=ir.Shape([64, 64]))
-    file = WeightFile(tmp_path / "llm.data", Checkpoint(checkpoints["llava"]), {}, torch.float32, (32,))
+    journal, checkpoint = Journal(tmp_path, {}), Checkpoint(checkpoints["llava"])
+    file = WeightFile(tmp_path / "llm.data", journal, checkpoint, {}, torch.float32, (32,))
     assert file._block(value, Source("weight", (64, 64), False)) == 32
     assert file._block(value, FileSource("weight", (64, 64), False, tmp_path)) is None
 

@@ -84,9 +84,11 @@ def test_each_frame_of_a_clip_has_a_token_that_the_question_asks_for(
 ) -> None:
     (step,) = tiny.unchecked(folder, (OF_CLIPS,), Request(3)).steps
     plan = tiny.plan(folder, (f"{OF_CLIPS},weights={tiny.weights(step, tmp_path / 'w.safetensors')}",), Request(3))
-    case = Exported(plan, tmp_path, export(plan, tmp_path))
+    out = tmp_path / "graphs"
+    out.mkdir()
+    case = Exported(plan, out, export(plan, out))
     theirs, ours = case.theirs(), engine(case)
-    (reader,), asked = readers(tmp_path / "processor"), tiny.question(ours.graphs)
+    (reader,), asked = readers(out / "processor"), tiny.question(ours.graphs)
     found = []
     for text in TEXTS:
         side = reader.side([text])

@@ -28,6 +28,7 @@ import exporter.embedded
 from exporter.checkpoint import Checkpoint
 from exporter.errors import UsageError
 from exporter.families._contract import Request
+from exporter.journal import Journal
 from exporter.plan import Plan
 from exporter.runtime import images
 from exporter.stages import _task
@@ -74,8 +75,11 @@ class Drawn:
         vision = draw_vision(plan, modules.vision, torch.float32)
         reduce = draw_reduce(plan, modules.reduce, vision, torch.float32)
         known = origins(plan, modules)
+        folder = folder / "graphs"
+        folder.mkdir()
+        journal = Journal(folder, {})
         for name, model in (("vision", vision), ("reduce", reduce)):
-            with WeightFile(folder / f"{name}.data", plan.checkpoint, known[name], torch.float32) as file:
+            with WeightFile(folder / f"{name}.data", journal, plan.checkpoint, known[name], torch.float32) as file:
                 file.attach(model)
             ir.save(model, folder / f"{name}.onnx")
         return cls(plan, folder)
