@@ -247,15 +247,17 @@ def exported(
         raise SystemExit(f"the export ended with {process.returncode}")
     flush(out)
     on_disk = time.perf_counter() - begin
-    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    sizes = {path: path.stat().st_size for path in out.rglob("*") if path.is_file()}
+    weights = sum(size for path, size in sizes.items() if path.suffix in (".data", ".npy"))
     return {
-        "total_s": total, "on_disk_s": on_disk, "written_bytes": written, "peak_rss_mib": memory.peak,
+        "total_s": total, "on_disk_s": on_disk, "written_bytes": sum(sizes.values()), "weights_bytes": weights,
+        "peak_rss_mib": memory.peak,
         "peak_anonymous_mib": memory.anonymous, "peak_file_mib": memory.file, **json.loads(said),
     }  # fmt: skip
 
 
 def resumed(checkpoint: Path, profile: str, out: Path, threads: int, size: int) -> dict[str, Any]:
-    """Kill an export when it has written half of `size` bytes, and start it again."""
+    """Kill an export when it has written half of `size` bytes of weights, and start it again."""
     first = exported(checkpoint, profile, out, threads, size / 2)
     lines = (out / f"{PART}graphs" / JOURNAL).read_text().splitlines()[1:]
     kept = sum(int(json.loads(line)["size"]) for line in lines)
@@ -282,7 +284,7 @@ def measure(scratch: Path, name: str, precisions: list[str], threads: int) -> It
         _common.say(f"{precision}: {found}")
         shutil.rmtree(out)
         forget(checkpoint)
-        again = resumed(checkpoint, PROFILES[precision], out, threads, found["written_bytes"])
+        again = resumed(checkpoint, PROFILES[precision], out, threads, found["weights_bytes"])
         _common.say(f"{precision}, killed: {again}")
         shutil.rmtree(out)
         yield {
