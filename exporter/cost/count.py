@@ -20,14 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from exporter.cost.work import Engine, Operator, Stage, Work
+from exporter.cost.work import BITS, Engine, Operator, Stage, Work
 from exporter.plan import Plan
 from exporter.stages._llm import Inputs, call_llm, llm_inputs
 from exporter.stages.export import DTYPES, Modules, build_modules, reduce_inputs
 from profiles._schema import Precision
-
-BITS = {"int4": 4}
-"""Of a weight, by what [precision] calls it."""
 
 
 @dataclass(frozen=True)

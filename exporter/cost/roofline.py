@@ -7,14 +7,14 @@ engines were measured to take is in docs/estimate.md. No torch here but in `esti
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from exporter.cost.formulas import cache_bytes
 from exporter.cost.work import Engine, Stage, Work
 from exporter.errors import EnvironmentMismatch, UsageError
-from profiles._schema import Profile
+from profiles._schema import Limits, Memory, Profile
 
 if TYPE_CHECKING:
     from exporter.plan import Plan
@@ -32,6 +32,11 @@ class Use:
 
     text: int = 64
     new_tokens: int = 64
+
+    @classmethod
+    def within(cls, limits: Limits) -> Use:
+        """The usual one, or as much of it as fits."""
+        return cls(min(cls.text, limits.text), min(cls.new_tokens, limits.new_tokens))
 
 
 @dataclass(frozen=True)
@@ -114,17 +119,28 @@ class Estimate:
         if self.refusals:
             raise EnvironmentMismatch(" ".join(self.refusals))
 
+    def record(self) -> dict[str, Any]:
+        """As data, with what follows from it."""
+        bounds = [{**asdict(stage), "bound": stage.bound} for stage in self.stages]
+        return {**asdict(self), "stages": bounds, "fits": self.fits}
 
-def estimate(plan: Plan, profile: Profile, use: Use = Use()) -> Estimate:
+
+def estimate(plan: Plan, profile: Profile, use: Use | None = None) -> Estimate:
     """What the plan would cost with another profile, or its own. Reads no weights and writes nothing.
 
     Raises:
         UsageError: more tokens than the profile's limits. CheckpointError: see `count.count`.
     """
+    use = use or Use.within(profile.limits)
     return against(replace(plan, profile=profile), work_of(plan, profile, use), use)
 
 
-def work_of(plan: Plan, profile: Profile, use: Use = Use()) -> Work:
+def foresee(plan: Plan) -> Estimate | None:
+    """The plan's estimate where there is something to compare it with: the profile knows the device's memory."""
+    return None if plan.profile.memory == Memory() else estimate(plan, plan.profile)
+
+
+def work_of(plan: Plan, profile: Profile, use: Use) -> Work:
     """What there is to do and to hold. Of the profile only precision and limits matter, not the device."""
     from exporter.cost.count import Load, count
 
@@ -217,10 +233,11 @@ def _refusals(found: Estimate) -> list[str]:
         return []
     weights = sum(e.weight_bytes for e in found.engines)
     activations = sum(e.activation_bytes for e in found.engines)
-    twice = [e.name for e in found.engines if e.name in ("prefill", "decode")]
-    if weights > found.have_bytes and len(twice) == 2:
+    alone = next((e.weight_bytes for e in found.engines if e.name == "decode"), 0)
+    if alone and found.need_bytes - alone <= found.have_bytes:
         hint = (
-            "Prefill and decode are engines of their own, as something is dropped inside the language model: a reduction before it needs one. "
+            "Something is dropped inside the language model, so prefill and decode are engines of their own, with its weights in "
+            "both: reduce before it instead."
         )
     elif weights > found.have_bytes:
         hint = "Take INT4 weights, a smaller model or a larger device."
@@ -229,7 +246,7 @@ def _refusals(found: Estimate) -> list[str]:
     return [
         f"Profile `{found.profile}`: does not fit. The engines need {gib(found.need_bytes)} GiB at the profile's limits (weights "
         f"{gib(weights)}, activations {gib(activations)}, keys and values twice {gib(found.cache_bytes)}), {found.device} has "
-        f"{gib(found.have_bytes)}. {hint.strip()}"
+        f"{gib(found.have_bytes)}. {hint}"
     ]
 
 
@@ -250,7 +267,10 @@ def _warnings(found: Estimate, profile: Profile) -> list[str]:
             )
     worst = max(found.engines, key=lambda e: e.build_bytes or 0)
     build = worst.build_bytes or 0
-    if profile.stack.builds_on_device and found.have_bytes is not None and build > found.have_bytes:
+    shared = (
+        profile.stack.jetpack is not None
+    )  # else the host's memory, of which nothing is known, is what a build takes
+    if shared and found.have_bytes is not None and build > found.have_bytes:
         said.append(
             f"Building {worst.name} takes about {gib(build)} GiB ({build / worst.weight_bytes:.1f} × its weights), {found.device} "
             f"has {gib(found.have_bytes)}: give it swap."

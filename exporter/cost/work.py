@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+BITS = {"int4": 4}
+"""Of a weight, by what [precision] calls it."""
+
 
 @dataclass(frozen=True)
 class Operator:

@@ -5,8 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from exporter.cost.work import BITS
+from exporter.errors import UsageError
 from exporter.nn.specs import DecoderShape
+
+if TYPE_CHECKING:
+    from exporter.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -57,3 +63,27 @@ class Accounting(ABC):
         """Seconds from the prompt to the last of `new_tokens`. `cached`: what each layer's cache holds behind prefill."""
         steps = (self.decode(spec, [n + i for n in cached], bits, rates).seconds for i in range(new_tokens))
         return self.prefill(spec, prompt, bits, rates).seconds + sum(steps)
+
+
+def reckon(accounting: Accounting, plan: Plan, text: int, new_tokens: int) -> dict[str, Reckoned]:
+    """A plan's prefill, and its decode in the middle of the answer.
+
+    Raises:
+        UsageError: the plan's profile does not know what an accounting needs.
+    """
+    mode, precision = plan.profile.mode, plan.profile.precision
+    wide = mode.fp32_tflops if precision.compute == "fp32" else mode.fp16_tflops
+    if wide is None or mode.bandwidth_gb_s is None:
+        raise UsageError(
+            f"--accounting: profile `{plan.profile.name}` does not say how fast {plan.profile.device.title} computes and what its "
+            "bandwidth is. Take another, or one of your own."
+        )
+    rates = Rates(mode.bandwidth_gb_s * 1e9, wide * 1e12, (mode.int8_tops or wide) * 1e12)
+    whole = 32 if precision.compute == "fp32" else 16
+    bits = Bits(BITS.get(precision.weights, whole), whole, whole)
+    spec = plan.family.decoder(plan.checkpoint)
+    cached = [kept + text + new_tokens // 2 for kept in plan.kv.cached]
+    return {
+        "prefill": accounting.prefill(spec, [kept + text for kept in plan.kv.entering], bits, rates),
+        "decode": accounting.decode(spec, cached, bits, rates),
+    }
