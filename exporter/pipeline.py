@@ -261,6 +261,7 @@ def run_bench(
 
     import numpy as np
 
+    from exporter import device
     from exporter.stages import bench
 
     job = Job.read(work)
@@ -289,7 +290,7 @@ def run_bench(
         found = bench.measure(variants, np.asarray(pixels[0]), prompts, new_tokens, rounds, log=log, side=sides[0])
     record = {
         "executed": what,
-        "machine": bench.machine(),
+        "machine": device.machine(),
         "versions": versions(),
         "threads": threads,
         "rounds": rounds,

@@ -142,6 +142,14 @@ def questions_option(function: F) -> F:
     )(function)  # fmt: skip
 
 
+def baselines_option(function: F) -> F:
+    """--baselines → Path."""
+    return click.option(
+        "--baselines", type=click.Path(file_okay=False, path_type=Path), default=Path("baselines"), show_default=True,
+        metavar="FOLDER", help="Where latency baselines are kept; meant to be committed.",
+    )(function)  # fmt: skip
+
+
 def rounds_option(function: F) -> F:
     """--rounds → int."""
     return click.option(

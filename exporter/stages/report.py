@@ -303,7 +303,7 @@ def _stack(profile: Profile) -> str:
 
 def _machine(found: Mapping[str, Any] | None) -> str:
     if found is None:
-        from exporter.stages.bench import machine
+        from exporter.device import machine
 
         found = machine()
     return f"{found['processor']} ({found['cores']} cores)"
