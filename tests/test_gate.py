@@ -132,3 +132,56 @@ def test_too_much_noise_is_no_verdict() -> None:
     for slowdown, wrong in ((1.0, "slower"), (SLOWER, "not slower")):
         found, sessions = verdicts(loud(rng), slowdown)
         assert found["cannot tell"] > 0.9 * RUNS and found[wrong] < 0.01 * RUNS and sessions > MOST - 1
+
+
+def test_quantiles_of_students_t() -> None:
+    """Abramowitz & Stegun, table 26.10."""
+    table = {(0.95, 1): 6.314, (0.99, 2): 6.965, (0.99, 4): 3.747, (0.995, 9): 3.250, (0.975, 30): 2.042, (0.9995, 120): 3.373}
+    for (probability, freedom), value in table.items():
+        assert gate.student(probability, freedom) == pytest.approx(value, abs=6e-4)
+
+
+def test_what_would_settle_it() -> None:
+    """Half of the interval with n sessions is t(n − 1) · s / √n; the first n where it is at most log 1.025."""
+    rng = np.random.default_rng(5)
+    ratios = rng.normal(0, 1, 6)
+    ratios = (ratios - ratios.mean()) / ratios.std(ddof=1) * 0.03
+    found = gate.paired(ratios, LIMIT, STAGES)
+    assert found.verdict == "cannot tell" and found.needed is not None
+    halves = [gate.student(1 - 0.001, n - 1) * 0.03 / n**0.5 for n in (found.needed - 1, found.needed)]
+    assert halves[1] <= np.log(1.025) < halves[0]
+    assert gate.paired(100 * ratios, LIMIT).needed is None
+
+
+def starts(rng: np.random.Generator, count: int, spread: float) -> np.ndarray:
+    """Levels of starts: [runs, count]. Three openings each, one in twenty of which is half as slow again."""
+    openings = rng.normal(0, spread, (RUNS, count, 1)) + rng.normal(0, spread / 2, (RUNS, count, 3))
+    openings += np.where(rng.random(openings.shape) < 0.05, np.log(1.5), 0)
+    return gate.level(10 * np.exp(openings))
+
+
+@pytest.mark.parametrize(("count", "spread"), [(6, 0.002), (10, 0.004), (30, 0.006)])
+def test_stored_sessions(count: int, spread: float) -> None:
+    """As many as docs/gate.md asks for."""
+    rng = np.random.default_rng(6)
+    stored, now = starts(rng, count, spread), starts(rng, 1, spread)
+    for slowdown, right, wrong in ((1.0, "not slower", "slower"), (SLOWER, "slower", "not slower")):
+        both = zip(stored, now + np.log(slowdown), strict=True)
+        found = Counter(gate.unpaired(levels, level, LIMIT, STAGES).verdict for levels, level in both)
+        assert found[right] > 0.95 * RUNS and found[wrong] < 0.01 * RUNS, found
+
+
+def test_one_stored_session_tells_nothing() -> None:
+    """However slow the candidate is: a start may be as slow as that."""
+    found = gate.unpaired([0.0], [0.5], LIMIT)
+    assert (found.verdict, found.needed) == ("cannot tell", 3)
+    assert gate.unpaired([0.0, 0.001], [0.5], LIMIT).verdict == "cannot tell"
+    assert gate.unpaired([0.0, 0.001, 0.002], [0.5], LIMIT).verdict == "slower"
+
+
+def test_starts_that_were_recorded_differ_too_much() -> None:
+    """8 % from start to start on that machine: no number of stored sessions tells 5 %, and pairs do."""
+    entry = json.loads(RECORD.read_text())
+    levels = [float(gate.level(s["ttft"])) for s in entry["starts"]]
+    found = gate.unpaired(levels[:-1], levels[-1:], LIMIT)
+    assert (found.verdict, found.needed) == ("cannot tell", None)

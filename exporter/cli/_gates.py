@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,24 @@ def _what_would(finding: Finding, checked: Check) -> str:
     more = finding.needed - finding.sessions
     runs = "1 more" if more == 1 else f"{more} more"
     return f"{runs} with `bench --save-baseline` would" if stored else f"{runs} (--sessions {finding.needed}) would"
+
+
+def accuracy_cases(record: Mapping[str, Any]) -> list[Case]:
+    """Every gate of a validation."""
+    stages = [
+        Case(
+            "fidelity",
+            row["stage"],
+            "passed" if row["passed"] else "failed",
+            f"{row['gate']}; found {row['cosine'] if row['agreement'] is None else row['agreement']:.4f}",
+        )
+        for row in record["fidelity"]
+        if row["passed"] is not None
+    ]
+    return stages + [
+        Case("quality", gate["name"], "passed" if gate["passed"] else "failed", gate["words"])
+        for gate in record.get("gates", [])
+    ]
 
 
 def saved(path: Path, baseline: Baseline) -> tuple[dict[str, Any], str]:
