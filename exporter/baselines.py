@@ -146,26 +146,36 @@ def stored(folder: Path, profile: str) -> list[tuple[Path, Baseline]]:
     return [(path, load(path)) for path in sorted((folder / profile).glob("*.json"))]
 
 
+HOW = "`edgetrim bench FOLDER --save-baseline` makes one; --against OTHER_FOLDER compares two bundles without."
+
+
+def of_model(folder: Path, profile: str, model: Mapping[str, str]) -> list[tuple[Path, Baseline]]:
+    """The baselines of a profile that are of this model, under whatever conditions.
+
+    Args:
+        model: conditions, of which those in `MODEL` are compared.
+    Raises:
+        UsageError: there are none.
+    """
+    wanted = {k: model.get(k) for k in MODEL}
+    same = [(p, b) for p, b in stored(folder, profile) if {k: b.conditions.get(k) for k in MODEL} == wanted]
+    if not same:
+        name = f"{wanted['checkpoint']} ({wanted['reductions']})"
+        raise UsageError(f"{folder} has no baseline of {name} for profile `{profile}`. {HOW}")
+    return same
+
+
 def find(folder: Path, profile: str, conditions: Mapping[str, str]) -> tuple[Path, Baseline]:
     """The baseline that holds under these conditions.
 
     Raises:
         UsageError: there is none of this model. EnvironmentMismatch: there is one, but it is not comparable; says why.
     """
-    path = Baseline(profile, dict(conditions)).path(folder)
-    if path.is_file():
-        return path, load(path)
-    save = "`edgetrim bench FOLDER --save-baseline` makes one; --against OTHER_FOLDER compares two bundles without."
-    model = {k: conditions.get(k) for k in MODEL}
-    same = [(p, b) for p, b in stored(folder, profile) if {k: b.conditions.get(k) for k in MODEL} == model]
-    if not same:
-        reduced = conditions.get("reductions", "")
-        raise UsageError(
-            f"{folder} has no baseline of {conditions.get('checkpoint')} ({reduced}) for profile `{profile}`. {save}"
-        )
-    path, nearest = min(same, key=lambda entry: len(differences(entry[1].conditions, conditions)))
-    changed = differences(nearest.conditions, conditions)
-    raise EnvironmentMismatch(f"The baseline {path} is not comparable: {in_words(changed)}. {save}")
+    found = of_model(folder, profile, conditions)
+    path, nearest = min(found, key=lambda entry: len(differences(entry[1].conditions, conditions)))
+    if changed := differences(nearest.conditions, conditions):
+        raise EnvironmentMismatch(f"The baseline {path} is not comparable: {in_words(changed)}. {HOW}")
+    return path, nearest
 
 
 def in_words(changed: Sequence[str]) -> str:

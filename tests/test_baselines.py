@@ -13,7 +13,13 @@ from exporter.baselines import Baseline, Session, Spread
 from exporter.errors import EnvironmentMismatch, UsageError, VerificationError
 from exporter.report import history
 
-CONDITIONS = {"checkpoint": "llava", "reductions": "fastv:keep=64", "frames": "1", "image": "336×336", "driver": "540.4"}
+CONDITIONS = {
+    "checkpoint": "llava",
+    "reductions": "fastv:keep=64",
+    "frames": "1",
+    "image": "336×336",
+    "driver": "540.4",
+}
 
 
 def session(ms: float) -> Session:

@@ -93,7 +93,9 @@ def test_two_gpus(tmp_path: Path, no_gpu: Path) -> None:
     assert found["GPU power limit (W)"] == "72.00, 60.00 (2×)"
 
 
-@pytest.mark.parametrize("script", ["echo 'Orin (nvgpu), [N/A], 540.4.0, [N/A]'", "echo 'no devices'; exit 9", "exit 0"])
+@pytest.mark.parametrize(
+    "script", ["echo 'Orin (nvgpu), [N/A], 540.4.0, [N/A]'", "echo 'no devices'; exit 9", "exit 0"]
+)
 def test_a_gpu_that_tells_little(tmp_path: Path, no_gpu: Path, script: str) -> None:
     smi(no_gpu, script)
     found = device.facts(tmp_path)

@@ -136,7 +136,14 @@ def test_too_much_noise_is_no_verdict() -> None:
 
 def test_quantiles_of_students_t() -> None:
     """Abramowitz & Stegun, table 26.10."""
-    table = {(0.95, 1): 6.314, (0.99, 2): 6.965, (0.99, 4): 3.747, (0.995, 9): 3.250, (0.975, 30): 2.042, (0.9995, 120): 3.373}
+    table = {
+        (0.95, 1): 6.314,
+        (0.99, 2): 6.965,
+        (0.99, 4): 3.747,
+        (0.995, 9): 3.250,
+        (0.975, 30): 2.042,
+        (0.9995, 120): 3.373,
+    }
     for (probability, freedom), value in table.items():
         assert gate.student(probability, freedom) == pytest.approx(value, abs=6e-4)
 

@@ -138,7 +138,7 @@ def questions_option(function: F) -> F:
     )(function)  # fmt: skip
     return click.option(
         "--questions", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.jsonl",
-        help='Questions with answers: {"images": […], "question": "…", "answer": "…"} a line. Default: the embedded set.',
+        help='Questions with answers: {"image": "…", "question": "…", "answer": "…"} a line. Default: the embedded set.',
     )(function)  # fmt: skip
 
 

@@ -124,6 +124,8 @@ def _stored(out: Output, subject: Subject, setting: Setting, folder: Path, check
     from exporter.stages import check
 
     name = subject.profile.name
+    if check_it:
+        baselines.of_model(folder, name, subject.model())  # before anything is timed
     with out.stage("bench") as log:
         session, executed = check.start(subject, setting, log)
     conditions = check.conditions(subject, setting, executed)

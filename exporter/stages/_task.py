@@ -25,10 +25,10 @@ class Files(Sequence[Image.Image]):
     """Images of a question, read from their files when they are looked at: a data set does not fit into memory."""
 
     def __init__(self, paths: Sequence[Path], count: int) -> None:
-        self.paths, self.count = tuple(paths), count
+        self.paths, self.wanted = tuple(paths), count
 
     def __len__(self) -> int:
-        return self.count
+        return self.wanted
 
     def __iter__(self) -> Iterator[Image.Image]:
         return (images.load(p) for p in self.paths)
@@ -41,7 +41,7 @@ class Clip(Files):
     """`count` frames of one path, a folder or an animated image: evenly spread from the first to the last."""
 
     def __iter__(self) -> Iterator[Image.Image]:
-        return iter(images.clip(self.paths[0], self.count))
+        return iter(images.clip(self.paths[0], self.wanted))
 
 
 @dataclass(frozen=True)

@@ -255,8 +255,8 @@ def _regressions(work: Workspace, validation: Mapping[str, Any] | None) -> list[
     for row in (validation or {}).get("regressions", {}).get("shown", []):
         image = folder / Path(row["file"]).name
         if image.is_file():
-            words = (row[name] for name in ("kind", "question", "expected", "cause"))
-            found.append(report.Regression(*words, dict(row["answers"]), image.read_bytes()))
+            told = {name: row[name] for name in ("kind", "question", "expected", "cause", "answers")}
+            found.append(report.Regression(**told, image=image.read_bytes()))
     return found
 
 

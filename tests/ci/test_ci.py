@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 from xml.etree import ElementTree as xml
+
+import pytest
 
 import exporter.ci
 from exporter import _discover
@@ -19,7 +20,12 @@ CASES = [
 
 def test_junit() -> None:
     (suite,) = xml.fromstring(_junit.document("cpu_int4", CASES))
-    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped"), suite.get("errors")) == ("3", "1", "1", "0")
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped"), suite.get("errors")) == (
+        "3",
+        "1",
+        "1",
+        "0",
+    )
     told = [(c.get("classname"), c.get("name"), [child.tag for child in c]) for c in suite]
     assert told == [
         ("cpu_int4.latency", "prefill", ["failure"]),
