@@ -161,8 +161,8 @@ def test_what_would_settle_it() -> None:
 
 
 def starts(rng: np.random.Generator, count: int, spread: float) -> np.ndarray:
-    """Levels of starts: [runs, count]. Three openings each, one in twenty of which is half as slow again."""
-    openings = rng.normal(0, spread, (RUNS, count, 1)) + rng.normal(0, spread / 2, (RUNS, count, 3))
+    """Levels of starts: [runs, count]. Five openings each, one in twenty of which is half as slow again."""
+    openings = rng.normal(0, spread, (RUNS, count, 1)) + rng.normal(0, spread / 2, (RUNS, count, 5))
     openings += np.where(rng.random(openings.shape) < 0.05, np.log(1.5), 0)
     return gate.level(10 * np.exp(openings))
 

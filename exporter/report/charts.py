@@ -182,7 +182,7 @@ def tokens(before: int, after: int, most: int) -> Markup:
 
 def history(stage: str, sessions: Sequence[Session]) -> Markup:
     """Milliseconds of one stage, session after session: the median and the range of its openings. A new bundle has a new colour,
-    and a line in front of it."""
+    and a band in front of it."""
     width, height, left, right, top, bottom = 330.0, 200.0, 46.0, 12.0, 14.0, 34.0
     low = min(s.low_ms for s in sessions)
     high = max(s.high_ms for s in sessions)

@@ -33,7 +33,7 @@ SESSION_S = 2.0
 ROUNDS = range(8, 65)
 """Rounds in a session, at least and at most."""
 WARMUP = 2
-OPENINGS = 3
+OPENINGS = 5
 """Sessions of one start that is stored or compared with what is: its number is their median."""
 ALWAYS = ("ttft", "decode")
 SHARE = 0.02
