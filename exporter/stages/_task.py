@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class Question:
         """0..1"""
         return metrics.load(self.metric)(given, (self.answer, *self.also))
 
+    @cached_property
     def key(self) -> str:
         """A hash of what decides the answer: the question, and the images' bytes."""
         digest = hashlib.sha256(self.question.encode())

@@ -291,7 +291,7 @@ def answers(
 ) -> list[str]:
     """Greedy answers, in order. What is `known` is not asked again, and what is asked is known from then on."""
     graphs, known = generator.graphs, known or Answers()
-    keys = [q.key() for q in questions]
+    keys = [q.key for q in questions]
     missing = [i for i, key in enumerate(keys) if key not in known.known]
     for start in range(0, len(missing), batch):
         log(f"{len(questions) - len(missing) + start} of {len(questions)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree as xml
@@ -18,6 +20,15 @@ from exporter.workspace import Workspace
 from tests.conftest import Said
 
 Run = Callable[..., Said]
+ON_DEVICE = """
+import sys
+for name in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors"):
+    sys.modules[name] = None
+from exporter.cli import main
+from exporter.stages import check
+check.ROUNDS = range(2, 3)
+sys.exit(main(sys.argv[1:]) or main([*sys.argv[1:3], "--check", *sys.argv[4:]]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +102,13 @@ def test_a_baseline_from_the_first_session_to_a_verdict(
     ]
     assert "does not pass the latency gate: to first token: +10.0 %" in slower.err
     assert len(baselines.load(path).generations[0].sessions) == 3, "what is slower is not stored"
+
+
+def test_the_gate_needs_no_torch(folder: Path, tmp_path: Path) -> None:
+    arguments = ["bench", str(folder), "--save-baseline", "--baselines", str(tmp_path), "--threads", "1"]
+    done = subprocess.run([sys.executable, "-c", ON_DEVICE, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 more with `bench --save-baseline` would" in done.stderr
 
 
 def test_strict_fails_without_a_verdict(edgetrim: Run, folder: Path, tmp_path: Path, times: list[float]) -> None:

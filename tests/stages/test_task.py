@@ -59,11 +59,11 @@ def test_images_are_read_when_looked_at(ask: Ask, tmp_path: Path) -> None:
 
 def test_the_key_is_of_question_and_pixels(ask: Ask, tmp_path: Path) -> None:
     entry = {"image": "a.png", "question": "What?", "answer": "a"}
-    key = ask(entry).key()
-    assert ask({**entry, "answer": "b", "metric": "contains"}).key() == key, "scored anew, not asked anew"
-    assert ask({**entry, "question": "Who?"}).key() != key
+    key = ask(entry).key
+    assert ask({**entry, "answer": "b", "metric": "contains"}).key == key, "scored anew, not asked anew"
+    assert ask({**entry, "question": "Who?"}).key != key
     Image.new("RGB", (8, 8), "green").save(tmp_path / "a.png")
-    assert ask(entry).key() != key
+    assert ask(entry).key != key
 
 
 GOOD = {"image": "a.png", "question": "What?", "answer": "a"}
