@@ -174,14 +174,15 @@ def questions_for(job: Job, path: Path | None, per_kind: int) -> list[Question]:
 def run_validate(
     work: Workspace, questions: Path | None = None, per_kind: int = 200, threads: int | None = None, log: Log = silent
 ) -> dict[str, Any]:
-    """Fidelity and quality; writes evidence/validation.json and returns it.
+    """Fidelity and quality; writes evidence/validation.json and returns it. Answers that a killed run had are not asked again.
 
     Raises:
         GateError: a gate did not pass. The evidence is written first.
     """
     from exporter.runtime import images
+    from exporter.runtime.generate import Generator
     from exporter.runtime.prompt import Prompt
-    from exporter.stages import validate
+    from exporter.stages import _answers, regressions, validate
 
     job = Job.read(work)
     plan = job.plan()
@@ -203,15 +204,20 @@ def run_validate(
         log("comparing stages with PyTorch")
         gates = plan.profile.gates
         fidelity = validate.compare(plan, runners, graphs, table, pixels, prompts, gates, sides=sides)
-        quality: list[validate.Accuracy] = []
-        shown: list[dict[str, Any]] = []
+        told: list[validate.Asked] = []
+        worse: dict[str, Any] = {}
+        _forget(work, regressions.ANSWERS, regressions.PICTURES)
         if asked and prompt is not None:
-            quality, shown = validate.measure_quality(plan, runners, graphs, table, prompt, asked, log)
-    failed = validate.verdict(fidelity, quality, gates)
-    found = validate.Validation(fidelity, quality, failed, notes, shown)
+            told = validate.ask_all(plan, runners, graphs, table, prompt, asked, work, what, log)
+            log("collecting what got worse")
+            worse = regressions.write(work, told, asked, Generator(runners, graphs, table), prompt)
+    quality = [a.accuracy(asked) for a in told]
+    met = validate.quality_gates(told, gates)
+    failed = validate.verdict(fidelity, met)
+    found = validate.Validation(fidelity, quality, failed, notes, validate.samples(asked, told), met, worse)
     record = {"executed": what, "questions": len(asked), **found.record()}
     work.write("evidence/validation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    _forget(work, MANIFEST)
+    _forget(work, MANIFEST, _answers.FOLDER)
     if failed:
         raise GateError(f"{len(failed)} gate(s) of profile `{plan.profile.name}` did not pass: {'; '.join(failed)}.")
     return record
@@ -261,6 +267,7 @@ def run_bench(
 
     import numpy as np
 
+    from exporter import device
     from exporter.stages import bench
 
     job = Job.read(work)
@@ -289,7 +296,7 @@ def run_bench(
         found = bench.measure(variants, np.asarray(pixels[0]), prompts, new_tokens, rounds, log=log, side=sides[0])
     record = {
         "executed": what,
-        "machine": bench.machine(),
+        "machine": device.machine(),
         "versions": versions(),
         "threads": threads,
         "rounds": rounds,

@@ -138,7 +138,15 @@ def questions_option(function: F) -> F:
     )(function)  # fmt: skip
     return click.option(
         "--questions", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.jsonl",
-        help='Questions with answers: {"images": […], "question": "…", "answer": "…"} a line. Default: the embedded set.',
+        help='Questions with answers: {"image": "…", "question": "…", "answer": "…"} a line. Default: the embedded set.',
+    )(function)  # fmt: skip
+
+
+def baselines_option(function: F) -> F:
+    """--baselines → Path."""
+    return click.option(
+        "--baselines", type=click.Path(file_okay=False, path_type=Path), default=Path("baselines"), show_default=True,
+        metavar="FOLDER", help="Where latency baselines are kept; meant to be committed.",
     )(function)  # fmt: skip
 
 

@@ -85,6 +85,8 @@ def collect(work: Workspace, job: Job) -> report.ReportData:
             full_accuracy=dict((curves or {}).get("full", {})),
             overlays=_overlays(work),
             answers=[report.Answer(**row) for row in (validation or {}).get("samples", [])],
+            regressions=_regressions(work, validation),
+            regressed=dict((validation or {}).get("regressions", {}).get("causes", {})),
             geometry=_geometry(graphs),
             versions=dict((latency or {}).get("versions") or versions()),
             notes=_notes(validation, latency, curves, executed, profile),
@@ -247,6 +249,17 @@ def _overlays(work: Workspace) -> list[report.Overlay]:
     return found
 
 
+def _regressions(work: Workspace, validation: Mapping[str, Any] | None) -> list[report.Regression]:
+    folder = work.evidence / "regressions"
+    found = []
+    for row in (validation or {}).get("regressions", {}).get("shown", []):
+        image = folder / Path(row["file"]).name
+        if image.is_file():
+            told = {name: row[name] for name in ("kind", "question", "expected", "cause", "answers")}
+            found.append(report.Regression(**told, image=image.read_bytes()))
+    return found
+
+
 def _notes(
     validation: Mapping[str, Any] | None,
     latency: Mapping[str, Any] | None,
@@ -259,6 +272,7 @@ def _notes(
         notes.append("Fidelity and quality: not measured; `edgetrim validate` has not run on this folder.")
     else:
         notes += [note[:1].upper() + note[1:] + "." for note in validation["notes"]]
+        notes += [f"Quality: {gate['words']}." for gate in validation.get("gates", [])]
         notes += [f"Gate failed: {words}." for words in validation["failed"]]
     if latency is None:
         notes.append("Latency: not measured; `edgetrim bench` has not run on this folder.")
@@ -303,7 +317,7 @@ def _stack(profile: Profile) -> str:
 
 def _machine(found: Mapping[str, Any] | None) -> str:
     if found is None:
-        from exporter.stages.bench import machine
+        from exporter.device import machine
 
         found = machine()
     return f"{found['processor']} ({found['cores']} cores)"
