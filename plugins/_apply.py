@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plugins._contract import DOMAIN, VERSION, Found, Plugin
+from plugins._contract import DOMAIN, SUFFIX, VERSION, Found, Plugin
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,7 +27,7 @@ def apply(names: Sequence[str], folder: Path, files: Iterable[str], log: Callabl
         model = ir.load(folder / file)
         here = {name: replace(model, name, load(name)) for name in names}
         if any(here.values()):
-            written[file] = f"{Path(file).stem}.plugins.onnx"
+            written[file] = f"{Path(file).stem}{SUFFIX}.onnx"
             ir.save(model, folder / written[file])
         counts = {name: counts[name] + here[name] for name in names}
     for name, count in counts.items():
@@ -74,9 +74,6 @@ def _put(graph: ir.Graph, name: str, plugin: Plugin, found: Found, number: int) 
     )  # fmt: skip
     graph.append(node)
     for old, new in zip(found.outputs, outputs, strict=True):
-        old.replace_all_uses_with(new)
-        for i, output in enumerate(graph.outputs):
-            if output is old:
-                kept, old.name = old.name, f"{old.name}_plain"
-                new.name = kept
-                graph.outputs[i] = new
+        if old.is_graph_output():
+            old.name, new.name = f"{old.name}_plain", old.name
+        old.replace_all_uses_with(new, replace_graph_outputs=True)

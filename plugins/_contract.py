@@ -16,6 +16,9 @@ DOMAIN = "edgetrim"
 
 VERSION = "1"
 
+SUFFIX = ".plugins"
+"""How the name of a graph with plugins in it, and of its engine, ends before the extension."""
+
 
 @dataclass(frozen=True)
 class Found:

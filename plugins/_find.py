@@ -23,12 +23,15 @@ class Part(NamedTuple):
     step: int
 
 
-def made(value: ir.Value, kind: str, domain: str = "") -> Sequence[ir.Value]:
-    """Inputs of the node of that kind that made a value."""
+def made(value: ir.Value, kind: str, count: int | None = None) -> Sequence[ir.Value]:
+    """Inputs of the node of that kind, and with so many of them, that made a value."""
     node = value.producer()
-    if node is None or node.op_type != kind or node.domain != domain:
+    if node is None or node.op_type != kind or node.domain != "":
         raise NoMatch
-    return [v for v in node.inputs if v is not None]
+    found = [v for v in node.inputs if v is not None]
+    if count not in (None, len(found)):
+        raise NoMatch
+    return found
 
 
 def is_made(value: ir.Value, kind: str) -> bool:
@@ -38,9 +41,8 @@ def is_made(value: ir.Value, kind: str) -> bool:
 
 def part(value: ir.Value) -> Part:
     """A Slice along one axis, with constants."""
-    of, starts, stops, *more = made(value, "Slice")
-    axes, steps = (more[0], more[1]) if len(more) == 2 else (None, None)
-    if axes is None or steps is None or of.shape is None:
+    of, starts, stops, axes, steps = made(value, "Slice", 5)
+    if of.shape is None:
         raise NoMatch
     return Part(of, integer(axes) % len(of.shape), integer(starts), integer(stops), integer(steps))
 
@@ -96,7 +98,7 @@ def uncast(value: ir.Value) -> ir.Value:
     import onnx_ir as ir
 
     if is_made(value, "Cast") and value.dtype == ir.DataType.FLOAT:
-        (before,) = made(value, "Cast")
+        (before,) = made(value, "Cast", 1)
         if before.dtype == ir.DataType.FLOAT16:
             return before
     return value

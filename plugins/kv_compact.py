@@ -60,7 +60,8 @@ class KvCompact(Plugin):
             groups.setdefault((index, tokens, x.dtype, str(x.shape)), []).append((index, x, node.outputs[0], tokens))
         for members in groups.values():
             index, tokens = members[0][0], members[0][3]
-            inputs, outputs = [index], []
+            inputs: list[ir.Value] = [index]
+            outputs: list[ir.Value] = []
             for _, x, left, _ in members:
                 if len(outputs) < TENSORS and x not in behind(outputs):  # else it would wait for itself
                     inputs.append(x)
@@ -81,7 +82,7 @@ def _pruned(left: ir.Value) -> tuple[ir.Value, ir.Value, int]:
         raise NoMatch
     heads, depth = size(x, 1), size(x, 3)
     gathered = made(kept, "Reshape")[0]
-    flat, lifted = made(gathered, "GatherND")
+    flat, lifted = made(gathered, "GatherND", 2)
     before = part(made(flat, "Reshape")[0])
     if before != (x, 2, 0, tokens, 1) or attribute(gathered, "batch_dims", 0) != 1:
         raise NoMatch
@@ -90,7 +91,7 @@ def _pruned(left: ir.Value) -> tuple[ir.Value, ir.Value, int]:
         raise NoMatch
     if (size(kept, 1), size(kept, 3), rank(kept)) != (heads, depth, 4):
         raise NoMatch
-    places, axis = made(lifted, "Unsqueeze")
+    places, axis = made(lifted, "Unsqueeze", 2)
     if number(axis) not in (-1, 2):
         raise NoMatch
     clipped = made(places, "Reshape")[0]
@@ -105,7 +106,7 @@ def _index(each: ir.Value, heads: int) -> ir.Value:
     if is_made(each, "Expand"):
         lifted = made(each, "Expand")[0]
         if is_made(lifted, "Unsqueeze"):
-            index, axis = made(lifted, "Unsqueeze")
+            index, axis = made(lifted, "Unsqueeze", 2)
             if number(axis) in (1, -2) and rank(index) == 2:
                 return index
     if rank(each) != 3 or size(each, 1) != heads:

@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from plugins._contract import Case, Found, Plugin
 from plugins._find import NoMatch, attribute, integer, is_made, made, nodes, number, part, rank, size, uncast, users
 
@@ -57,20 +59,20 @@ class TokenMerge(Plugin):
 
 def _at(tokens: ir.Value) -> Found:
     """The round that returns these tokens."""
-    stay, gone = made(tokens, "Concat")
+    stay, gone = made(tokens, "Concat", 2)
     if attribute(tokens, "axis", 0) != 1:
         raise NoMatch
     merged = made(gone, "Cast")[0] if is_made(gone, "Cast") else gone
-    total, divisor = made(merged, "Div")
-    new_odd_size, axis = made(divisor, "Unsqueeze")
-    own, added = made(total, "Add")
-    into, sources = made(added, "MatMul")
+    total, divisor = made(merged, "Div", 2)
+    new_odd_size, axis = made(divisor, "Unsqueeze", 2)
+    own, added = made(total, "Add", 2)
+    into, sources = made(added, "MatMul", 2)
     weighted = _every_other(own, 1)
     going_weighted, goes = _taken(sources)
     if number(axis) not in (-1, 2) or _every_other(going_weighted, 0) is not weighted:
         raise NoMatch
-    floats, weights = made(weighted, "Mul")
-    new_size, _ = made(weights, "Unsqueeze")
+    floats, weights = made(weighted, "Mul", 2)
+    new_size, _ = made(weights, "Unsqueeze", 2)
     hidden, sizes = uncast(floats), new_size
     staying, stays = _taken(stay)
     if _every_other(staying, 0) is not hidden or rank(hidden) != 3 or rank(sizes) != 2:
@@ -96,8 +98,8 @@ def _every_other(value: ir.Value, start: int) -> ir.Value:
 
 def _taken(value: ir.Value) -> tuple[ir.Value, ir.Value]:
     """(x, index) of a gather along axis 1."""
-    x, lifted = made(value, "GatherND")
-    index, axis = made(lifted, "Unsqueeze")
+    x, lifted = made(value, "GatherND", 2)
+    index, axis = made(lifted, "Unsqueeze", 2)
     if attribute(value, "batch_dims", 0) != 1 or number(axis) not in (-1, 2):
         raise NoMatch
     return x, index
@@ -113,9 +115,9 @@ def _is_taken(value: ir.Value, sizes: ir.Value, stays: ir.Value) -> bool:
 
 def _check_size(new: ir.Value, sizes: ir.Value, into: ir.Value, goes: ir.Value) -> None:
     """size of the odd tokens + into @ size of those that go"""
-    own, added = made(new, "Add")
+    own, added = made(new, "Add", 2)
     product = made(added, "Squeeze")[0]
-    same, column = made(product, "MatMul")
+    same, column = made(product, "MatMul", 2)
     x, index = _taken(made(column, "Unsqueeze")[0])
     if same is not into or index is not goes or _every_other(own, 1) is not sizes or _every_other(x, 0) is not sizes:
         raise NoMatch
@@ -123,9 +125,9 @@ def _check_size(new: ir.Value, sizes: ir.Value, into: ir.Value, goes: ir.Value) 
 
 def _partner(into: ir.Value, goes: ir.Value, odd: int) -> ir.Value:
     """The partners of all even tokens, from the one-hot rows of those that go."""
-    (cast,) = made(into, "Transpose")
-    (equal,) = made(cast, "Cast")
-    column, numbers = made(equal, "Equal")
+    (cast,) = made(into, "Transpose", 1)
+    (equal,) = made(cast, "Cast", 1)
+    column, numbers = made(equal, "Equal", 2)
     if numbers.const_value is None or list(numbers.const_value.numpy().reshape(-1)) != list(range(odd)):
         raise NoMatch
     all_partners, index = _taken(made(column, "Unsqueeze")[0])
@@ -137,15 +139,15 @@ def _partner(into: ir.Value, goes: ir.Value, odd: int) -> ir.Value:
 def _match(partners: ir.Value, goes: ir.Value) -> tuple[ir.Value, int, int]:
     """(metric, r, protected) of a matching."""
     first = made(partners, "Squeeze")[0]
-    similarity, one = made(first, "TopK")
-    ranked, k = made(goes, "TopK")
-    best, r = made(ranked, "TopK")
+    similarity, one = made(first, "TopK", 2)
+    ranked, k = made(goes, "TopK", 2)
+    best, r = made(ranked, "TopK", 2)
     largest = [attribute(v, "largest", 1) for v in (first, goes, ranked)]
     if integer(one) != 1 or integer(k) != integer(r) or largest != [1, 0, 1]:
         raise NoMatch
     protected = 0
     if is_made(best, "Where"):
-        mask, never, best = made(best, "Where")
+        mask, never, best = made(best, "Where", 3)
         if mask.const_value is None or number(never) != NEVER:
             raise NoMatch
         flags = mask.const_value.numpy().reshape(-1)
@@ -154,17 +156,17 @@ def _match(partners: ir.Value, goes: ir.Value) -> tuple[ir.Value, int, int]:
             raise NoMatch
     if made(best, "ReduceMax")[0] is not similarity:
         raise NoMatch
-    (scaled,) = made(similarity, "Round")
-    cosine, snap = made(scaled, "Mul")
-    even, transposed = made(cosine, "MatMul")
-    (odd,) = made(transposed, "Transpose")
+    (scaled,) = made(similarity, "Round", 1)
+    cosine, snap = made(scaled, "Mul", 2)
+    even, transposed = made(cosine, "MatMul", 2)
+    (odd,) = made(transposed, "Transpose", 1)
     unit = _every_other(even, 0)
     if number(snap) != SNAP or _every_other(odd, 1) is not unit:
         raise NoMatch
-    metric, length = made(unit, "Div")
-    (clipped,) = made(length, "Sqrt")
+    metric, length = made(unit, "Div", 2)
+    (clipped,) = made(length, "Sqrt", 1)
     squares = made(made(clipped, "Clip")[0], "ReduceSum")[0]
-    base, exponent = made(squares, "Pow")
+    base, exponent = made(squares, "Pow", 2)
     if base is not metric or number(exponent) != 2:
         raise NoMatch
     return uncast(metric), integer(r), protected
@@ -172,10 +174,10 @@ def _match(partners: ir.Value, goes: ir.Value) -> tuple[ir.Value, int, int]:
 
 def _check_stays(stays: ir.Value, goes: ir.Value, even: int, r: int) -> None:
     """That those which stay are the complement, as `graphs._blocks.complement` draws it."""
-    numbers, counted = made(stays, "Add")
-    (below,) = made(made(counted, "ReduceSum")[0], "Cast")
-    shifted, _ = made(below, "LessOrEqual")
-    index, _ = made(made(shifted, "Unsqueeze")[0], "Sub")
+    numbers, counted = made(stays, "Add", 2)
+    (below,) = made(made(counted, "ReduceSum")[0], "Cast", 1)
+    shifted, _ = made(below, "LessOrEqual", 2)
+    index, _ = made(made(shifted, "Unsqueeze")[0], "Sub", 2)
     if index is not goes or numbers.const_value is None:
         raise NoMatch
     if list(numbers.const_value.numpy().reshape(-1)) != list(range(even - r)):
@@ -198,11 +200,12 @@ def _index(stays: ir.Value) -> ir.Value:
         doubled = node.outputs[0]
         for joined in users(doubled, "Concat"):
             first, *rest = [v for v in joined.inputs if v is not None]
-            if first is doubled and len(rest) == 1 and is_made(rest[0], "Expand"):
-                numbers = made(rest[0], "Expand")[0]
-                odd = None if numbers.const_value is None else list(numbers.const_value.numpy().reshape(-1))
-                if odd == list(range(1, 2 * len(odd or ()), 2)):
-                    return joined.outputs[0]
+            if first is doubled and len(rest) == 1:
+                rows = made(rest[0], "Expand")[0] if is_made(rest[0], "Expand") else rest[0]
+                if rows.const_value is not None:
+                    odd = rows.const_value.numpy()
+                    if (odd == np.arange(1, 2 * odd.shape[-1], 2)).all():
+                        return joined.outputs[0]
     raise NoMatch
 
 

@@ -58,8 +58,8 @@ class TokenSelect(Plugin):
 def _at(sort: ir.Node) -> Found:
     """The selection that ends in a sort."""
     index = sort.outputs[0]
-    ranked, k = made(index, "TopK")
-    score, count = made(ranked, "TopK")
+    ranked, k = made(index, "TopK", 2)
+    score, count = made(ranked, "TopK", 2)
     tokens, keep = size(score, 1), integer(count)
     best = ranked.producer()
     assert best is not None

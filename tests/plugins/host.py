@@ -86,6 +86,8 @@ def values(case: Case, draw: np.random.Generator, dtype: str) -> list[Array]:
             found.append(ascending(shape, case.attributes["tokens"], draw))
         elif name == "size":
             found.append(draw.integers(1, 5, shape).astype(np.float32))
+        elif name == "metric":  # cosines are multiples of 1 / depth, so many are equal
+            found.append(draw.choice([-1, 1], shape).astype(dtype))
         else:
             found.append(draw.normal(size=shape).astype(dtype))
     return found

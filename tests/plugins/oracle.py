@@ -47,6 +47,11 @@ def cosines(metric: Array) -> Array:
     return found
 
 
+def clear(metric: Array) -> bool:
+    """Whether no cosine is so near the middle between two points of the grid that float32 may round it the other way."""
+    return bool(np.abs(cosines(metric) % 1 - 0.5).min() > 1e-3)
+
+
 def token_merge(inputs: Sequence[Array], attributes: Mapping[str, int]) -> list[Array]:
     """Exact where no cosine lies between two points of the grid, see `cosines`."""
     metric, hidden, size = inputs
