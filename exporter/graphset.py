@@ -207,6 +207,8 @@ class GraphSet:
     """Whether a reduction inside the language model keeps other tokens for another question."""
     for_prefill: list[str] = field(default_factory=list)
     """Those of `signals` that `prefill` takes, and not `reduce`."""
+    plugged: dict[str, str] = field(default_factory=dict)
+    """Graph file → the one that has plugins for full TensorRT in the place of some subgraphs. Everything else runs the first."""
     embedding: str = "embedding.npy"
     """File of the token embedding table [vocab, hidden], float16 or float32, memory-mapped."""
 
@@ -253,7 +255,7 @@ class GraphSet:
                 values[name] = kind(
                     **{k: tuple(v) if k in ("mean", "std", "grid", "tiles") and v else v for k, v in raw[name].items()}
                 )
-            for name in [*values["files"].values(), values["embedding"]]:
+            for name in [*values["files"].values(), *values["plugged"].values(), values["embedding"]]:
                 if Path(name).name != name:
                     raise ValueError(f"it names a file outside the folder: {name!r}")
             return cls(**values)

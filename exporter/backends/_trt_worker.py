@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from exporter.backends import _plugins
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
 
 MINIMUM = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 0)}
@@ -44,6 +45,8 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
             f"{request['module']} {trt.__version__} cannot make a builder on this machine: {_errors(messages) or e}. "
             'Full TensorRT builds on the GPU it builds for; option module = "tensorrt_rtx" builds without one.'
         ) from e
+    if request["plugins"] is not None:
+        _plugins.load(trt, request["plugins"]["library"])
     network = _network(trt, builder)
     _parse(trt, network, logger, request)
     config = builder.create_builder_config()

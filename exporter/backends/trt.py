@@ -34,6 +34,7 @@ from typing import Any
 
 import exporter
 from exporter import errors
+from exporter.backends import _plugins
 from exporter.backends._contract import Backend, EngineRecord, Log, Range, Runner, ShapeProfile
 from exporter.bundle import sha256
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
@@ -91,6 +92,8 @@ class TensorRT(Backend):
             digest, size = sha256(engine), engine.stat().st_size
             os.replace(engine, target)
         build_s, peak_rss_mib = facts.pop("build_s"), facts.pop("peak_rss_mib")
+        if plugins := _plugins.needed(graph):
+            facts["plugins"] = plugins["sha256"]
         details = {**facts, "compute_capabilities": chosen.compute_capabilities, "executed": False}
         return EngineRecord(roles, target.name, digest, size, build_s, peak_rss_mib, self.name, details)
 
@@ -176,6 +179,7 @@ def _work(graph: Path, profiles: Sequence[ShapeProfile], chosen: Options, scratc
         "module": chosen.module,
         "compute_capabilities": chosen.compute_capabilities,
         "workspace_mib": chosen.workspace_mib,
+        "plugins": _plugins.needed(graph),
     }
     (scratch / "request.json").write_text(json.dumps(request))
     (scratch / "graph").symlink_to(graph.parent.resolve(), target_is_directory=True)

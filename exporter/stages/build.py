@@ -67,7 +67,8 @@ def build(
     for file, roles in graphs.roles().items():
         log(f"building {', '.join(roles)}")
         shapes = [shape_profile(role, graphs, profile.limits) for role in roles]
-        records.append(backend.build(source / file, roles, shapes, out, options_for(profile), log))
+        built = graphs.plugged.get(file, file) if profile.stack.plugins else file
+        records.append(backend.build(source / built, roles, shapes, out, options_for(profile), log))
     return records
 
 

@@ -10,7 +10,7 @@ import io
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ from exporter.stages._store import WeightFile, as_bytes, slices, to_dtype
 from exporter.transfer import Transfer
 from exporter.weights import Source, elsewhere, fill, sources, text_embeddings, trained
 from graphs._contract import INSTRUCTION_TOKENS
+from plugins._apply import apply as plug
 
 if TYPE_CHECKING:
     from exporter.nn.traced import LanguageModel
@@ -192,6 +193,8 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None) -> GraphSet:
     if target.flavour is not None:
         files |= apply(target.flavour, target.backend, folder, files, log)
     graphs = describe(plan, files, {v.name or "": static_sizes(v) for v in vision.graph.outputs})
+    if target.plugins:
+        graphs = replace(graphs, plugged=plug(target.plugins, folder, files.values(), log))
     graphs.save(folder)
     journal.close()
     return graphs
