@@ -245,7 +245,7 @@ def make_plan(
     if request.clip is not None:
         request = replace(request, clip=request.clip.named(clip.canonical))
     family = find_family(checkpoint)
-    checkpoint = family.reads(checkpoint)
+    checkpoint = family.reads(checkpoint, request)
     _check_limits(request, profile)
     try:
         geometry = family.geometry(checkpoint, request)

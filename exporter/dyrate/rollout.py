@@ -22,8 +22,8 @@ from exporter.nn.seen import Attended
 from exporter.plan import Plan
 from exporter.runtime.generate import Generator
 from exporter.runtime.images import preprocess
-from exporter.runtime.prompt import Prompt
 from exporter.runtime.sequence import arrange, split
+from exporter.stages._processor import prompt_of
 from exporter.stages._task import Question
 from exporter.stages.export import load_reference
 
@@ -76,11 +76,7 @@ class Rollout:
         self.visual, self.layer = plan.kept, layer
         self._generator = Generator(runners, self.graphs, table)
         self._table = torch.from_numpy(np.asarray(table))
-        self._prompt = Prompt.load(
-            plan.checkpoint.folder,
-            self.graphs.text.image_token,
-            rewrite=(self.graphs.visual.mark, self.graphs.visual.written),
-        )
+        self._prompt = prompt_of(plan)
 
     def batch(self, questions: Sequence[Question]) -> Batch:
         """Prepare questions with their answers as the chat template writes them, up to an end-of-sequence token."""

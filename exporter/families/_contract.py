@@ -55,7 +55,7 @@ class Geometry:
     shared: width of `aligned` and `aligned_text`; 0 where the request names no CLIP checkpoint, or there is no CLIP tower.
     mark, written: where the family's processor rewrites what its chat template says: every `mark`, one per image or clip,
     becomes `written`, with an image token per placeholder. template: the chat template of a family whose checkpoints have
-    none. sees: see `VisualLayout`. media: what a chat message calls it.
+    none. spliced, sees: see `VisualLayout`. media: what a chat message calls it.
     fixed: tokens per placeholder that no reduction before the language model sees, see `exporter.nn.specs.Fixed`; `ids` has them
     behind the others. planes: how many more vectors the tower gives for each token, by the signal `deepstack` [batch, frames, tokens, planes * hidden].
     compressor: spec of the one that is this model's projector. numbered: whose tokens `ids` and an index count, where that is
@@ -86,6 +86,7 @@ class Geometry:
     planes: int = 0
     fixed: int = 0
     template: str = ""
+    spliced: str = ""
     sees: Literal["before", "image", "prompt"] = "before"
     compressor: str = ""
     numbered: Site | None = None
@@ -122,7 +123,7 @@ class Family(ABC):
     @abstractmethod
     def decoder(self, checkpoint: Checkpoint) -> DecoderShape: ...
 
-    def reads(self, checkpoint: Checkpoint) -> Checkpoint:
+    def reads(self, checkpoint: Checkpoint, request: Request) -> Checkpoint:
         """The checkpoint as the modules' parameters are called."""
         return checkpoint.named(self.canonical)
 

@@ -79,7 +79,7 @@ class Llava(Family):
 
         return Vit(self.tower(checkpoint.config), taps, geometry.frames, in_tower, geometry.shared)
 
-    def projector(self, checkpoint: Checkpoint, geometry: Geometry) -> nn.Module:
+    def projector(self, checkpoint: Checkpoint, geometry: Geometry) -> nn.Module | None:
         from exporter.nn.projectors import Projector
 
         config = checkpoint.config

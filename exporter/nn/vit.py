@@ -354,7 +354,7 @@ class Vit(nn.Module):
 class HalvedVit(Vit):
     """A tower whose raster is halved bilinearly, rows and columns rounded up, behind the projector; the signals follow."""
 
-    def __init__(self, spec: VitSpec, taps: tuple[str, ...], frames: int, projector: nn.Module) -> None:
+    def __init__(self, spec: VitSpec, taps: tuple[str, ...], frames: int, projector: nn.Module | None) -> None:
         super().__init__(spec, taps, frames)
         self.projector = projector
         for name in taps:

@@ -145,6 +145,8 @@ def test_a_head_with_a_cap(theirs: type[PreTrainedModel], tmp_path: Path) -> Non
         pytest.param(partial(tiny.internvl, use_mean_pooling=False), 1, None, id="internvl with a last norm"),
         pytest.param(tiny.llava_next, 1, (112, 168), id="llava_next"),
         pytest.param(tiny.instructblip, 1, None, id="instructblip"),
+        pytest.param(partial(tiny.mobilevlm, version=1), 1, None, id="mobilevlm"),
+        pytest.param(tiny.mobilevlm, 2, None, id="mobilevlm v2 of two images"),
         pytest.param(tiny.mistral3, 1, (84, 140), id="mistral3"),
         pytest.param(tiny.mistral3, 2, (56, 84), id="mistral3 of two images"),
         pytest.param(tiny.gemma3, 3, None, id="gemma3 of three images"),

@@ -68,7 +68,7 @@ from exporter.families._contract import Request
 from exporter.graphset import GraphSet
 from exporter.plan import Plan, Step, check_weights, make_plan
 from profiles import _schema
-from tests.families import timm_like
+from tests.families import mobilevlm_like, timm_like
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 IMAGE, VIDEO, START, END, EOS = 5, 6, 7, 8, 2
@@ -100,7 +100,7 @@ DECODERS: dict[str, dict[str, Any]] = {
 """Decoder type → what makes it another than Llama, at this size."""
 
 
-def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+def randomize(model: Any, seed: int = 0) -> Any:
     """Weights large enough that every part matters, norms and biases too, and that answers do not repeat themselves."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -280,6 +280,25 @@ def fast_vlm(folder: Path, tied: bool = False) -> PreTrainedModel:
     timm_like.tame(model)
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": 192, "size": {"shortest_edge": 192}}))
+    return model
+
+
+def mobilevlm(
+    folder: Path, tied: bool = False, version: int = 2, tower: bool = True, **text: Any
+) -> mobilevlm_like.MobileVlm:
+    """4 visual tokens per image, each of 2 × 2 patches. tower: whether its weights and its config are in the checkpoint."""
+    projector = {1: mobilevlm_like.Ldp, 2: mobilevlm_like.LdpV2}[version]
+    text = text_config("llama", tied) | text
+    model = mobilevlm_like.MobileVlm(CLIP, text, projector)
+    randomize(model)
+    folder.mkdir(exist_ok=True)
+    config = text | {
+        "model_type": "mobilevlm", "mm_projector_type": {1: "ldpnet", 2: "ldpnetv2"}[version], "image_aspect_ratio": "pad",
+        "mm_vision_tower": "somebody/small-clip", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | ({"vision_config": CLIP} if tower else {})))
+    tensors = {n: x.contiguous() for n, x in model.published().items() if tower or "vision_tower" not in n}
+    save_file({n: x for n, x in tensors.items() if not tied or n != "lm_head.weight"}, folder / "model.safetensors")
     return model
 
 
