@@ -174,6 +174,9 @@ class TextSpec:
     planes: int = 0
     """How many more vectors stand behind each one of `inputs_embeds`, for the first layers (DeepStack); zeros for text."""
 
+    longest: int = 0
+    """Tokens of a conversation that there are positions for, visual ones as in the prompt; 0 where nothing ends."""
+
     @property
     def width(self) -> int:
         """Of `inputs_embeds` and `visual_embeds`."""

@@ -17,7 +17,6 @@ from exporter.errors import UsageError
 from exporter.graphset import GraphSet
 from exporter.nn.cuts import group_shares
 from exporter.nn.decoder import Decoder
-from exporter.nn.layers import RMSNorm
 from exporter.nn.seen import Attended
 from exporter.plan import Plan
 from exporter.runtime.generate import Generator
@@ -135,7 +134,7 @@ class Rollout:
                 hidden = torch.zeros(len(x), 1, seq, seq)
                 hidden[:, 0, seq - steps :, : self.visual] = torch.log(part.clamp_min(1e-9))
                 hidden = hidden.repeat(1, 1, spec.heads // spec.kv_heads, 1)
-        out: Tensor = decoder.lm_head(RMSNorm.forward(decoder.norm, x[:, -steps:]))
+        out: Tensor = decoder.lm_head(decoder.norm.every(x[:, -steps:]))
         return out
 
 

@@ -258,6 +258,7 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
             image_token=g.image_token,
             eos=list(g.eos),
             planes=g.planes,
+            longest=plan.family.decoder(plan.checkpoint).longest,
             per_head=[group for group, apart in enumerate(kv.per_head) if apart],
         ),
         signals=signals,

@@ -187,6 +187,31 @@ def test_what_a_config_leaves_out(text: dict[str, Any]) -> None:
     assert decoder_spec({"text_config": text}) == decoder_spec({"text_config": long})
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"do_layer_norm_before": False}, "'opt' with do_layer_norm_before False is not supported, only with True"),
+        ({"word_embed_proj_dim": 512}, r"narrower \(word_embed_proj_dim\)"),
+    ],
+)
+def test_no_opt_of_another_order(text: dict[str, Any], message: str) -> None:
+    """That of 350M parameters, which differs in both."""
+    with pytest.raises(CheckpointError, match=message):
+        decoder_spec({"text_config": {"model_type": "opt", "hidden_size": 1024, "num_attention_heads": 16, **text}})
+
+
+def test_blip_2_that_is_refused(tmp_path: Path) -> None:
+    tiny.blip_2(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": {"model_type": "t5"}}))
+    with pytest.raises(CheckpointError, match="half of an encoder and a decoder"):
+        tiny.plan(tmp_path)
+    del config["image_token_index"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="no image_token_index"):
+        tiny.plan(tmp_path)
+
+
 def test_no_decoder_that_looks_ahead() -> None:
     with pytest.raises(CheckpointError, match="use_bidirectional_attention"):
         decoder_spec({"text_config": PUBLISHED[-1] | {"use_bidirectional_attention": True}})

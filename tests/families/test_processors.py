@@ -208,6 +208,19 @@ def test_instructblip_has_a_template_of_its_own(tmp_path: Path) -> None:
         prompt.follow(prompt.question("what is this?"), "a cat", "and now?")
 
 
+def test_blip_2_asks_as_its_paper_does(tmp_path: Path) -> None:
+    """Queries before the beginning of text, as its processor puts them; earlier turns in the same words."""
+    tiny.blip_2(tmp_path / "model")
+    template = tiny.plan(tmp_path / "model").geometry.template
+    hf = save(tmp_path / "text", llama_like, None)
+    prompt = Prompt.load(tmp_path / "text", "<image>", template=template)
+    wanted = "<image><s>Question: what is this? Answer:"
+    asked = prompt.question("what is this?")
+    assert prompt.encode(asked) == hf(wanted, add_special_tokens=False)["input_ids"]
+    longer, _ = prompt.follow(asked, "a cat", "and now?")
+    assert prompt.render(longer) == f"{wanted} a cat. Question: and now? Answer:"
+
+
 def test_mobilevlm_cuts_the_prompt_where_an_image_stands(tmp_path: Path) -> None:
     """As the published code does it with SentencePiece: every part encoded apart, the image's number between them."""
     tiny.mobilevlm(tmp_path)

@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 from transformers import (
     AyaVisionConfig,
     AyaVisionForConditionalGeneration,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
@@ -89,6 +91,7 @@ DECODERS: dict[str, dict[str, Any]] = {
         head_dim=24, sliding_window=WINDOW, query_pre_attn_scalar=40, attn_logit_softcapping=2.0,
         final_logit_softcapping=4.0,
     ),
+    "opt": dict(ffn_dim=96, num_key_value_heads=4),
     "gemma3_text": dict(
         head_dim=24, sliding_window=WINDOW, sliding_window_pattern=2, query_pre_attn_scalar=40,
         rope_parameters=dict(
@@ -105,7 +108,7 @@ def randomize(model: Any, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            gain = 2 if "language_model.layers" in name else 1
+            gain = 2 if "language_model." in name and ".layers." in name else 1
             scale = 0.3 if parameter.ndim < 2 else gain * parameter.shape[-1] ** -0.5
             noise = torch.randn(parameter.shape, generator=generator) * scale
             parameter.copy_(noise + (1.0 if parameter.ndim == 1 and parameter.mean() > 0.5 else 0.0))
@@ -264,6 +267,20 @@ def instructblip(folder: Path, tied: bool = False) -> PreTrainedModel:
     )  # fmt: skip
     bert_tokenizer(folder)
     return saved(InstructBlipForConditionalGeneration(config), folder)
+
+
+def blip_2(folder: Path, tied: bool = True) -> PreTrainedModel:
+    """16 patches and a class token, 6 queries."""
+    config = Blip2Config(
+        vision_config=dict(
+            hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=PATCH,
+        ),
+        qformer_config=dict(
+            hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, encoder_hidden_size=48,
+        ),
+        text_config=text_config("opt", tied), num_query_tokens=6, image_token_index=IMAGE, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(Blip2ForConditionalGeneration(config), folder)
 
 
 def fast_vlm(folder: Path, tied: bool = False) -> PreTrainedModel:
