@@ -47,7 +47,9 @@ def compare(theirs: PreTrainedModel, generator: Generator) -> None:
     """Visual features, next-token logits and 32 greedy tokens."""
     asked = tiny.question(generator.graphs)
     arguments = asked.for_transformers(generator.graphs)
-    theirs.generation_config.eos_token_id = None
+    for module in theirs.modules():  # a language model inside may have one of its own
+        if getattr(module, "generation_config", None) is not None:
+            module.generation_config.eos_token_id = None
     visual = generator.reduce(generator.vision(asked.pixels), None, asked.side)
     with torch.no_grad():
         features = vision_features(theirs, arguments)
