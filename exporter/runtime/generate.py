@@ -452,6 +452,11 @@ class Generator:
         return _logits(runner, found)
 
     def _feeds(self, runner: Runner, tokens: Tokens) -> dict[str, Any]:
+        most, last = self.graphs.text.longest, int(tokens.position_ids.max(initial=0)) + 1
+        if most and last > most:
+            raise UsageError(
+                f"The conversation comes to {last} tokens; this model has positions for {most}. Ask for less."
+            )
         feeds = {"inputs_embeds": tokens.embeds, "position_ids": tokens.position_ids, "order": tokens.order}
         if tokens.size is not None:
             feeds["size"] = tokens.size
