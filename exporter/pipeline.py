@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter import __version__
 from exporter.bundle import MANIFEST, SCHEMA, Bundle, contents
-from exporter.errors import EnvironmentMismatch, ExportError, GateError, UsageError
+from exporter.errors import EnvironmentMismatch, ExportError, GateError, UsageError, VerificationError
 from exporter.graphset import GraphSet
 from exporter.workspace import Workspace
 from profiles import _schema
@@ -141,25 +141,61 @@ def open_runners(
 ) -> Iterator[tuple[dict[str, Runner], GraphSet, Any, str]]:
     """Runners for all roles, the graphs, the embedding table, and in words what runs.
 
-    Engines of the profile's backend where they can run here; else ONNX Runtime runs the graphs they were built from.
+    Engines of the profile's backend where they were built and can run here; else ONNX Runtime runs the graphs they are built from.
+
+    Raises:
+        VerificationError: an engine is not what was built or packed.
     """
     from exporter.backends import ort
     from exporter.runtime.generate import embedding
     from exporter.stages.build import backend_for
 
     graphs = GraphSet.load(folder / "graphs")
-    backend = backend_for(profile)
-    missing = backend.missing_to_run()
-    if missing is None and backend.name == "ort":
-        what = "ONNX Runtime, CPU"
-    else:
-        backend, what = ort.BACKEND, f"ONNX Runtime, CPU, on the graphs of {profile.name}"
+    files = {file: folder / "graphs" / file for file in graphs.roles()}
+    backend, what = backend_for(profile), ""
+    if backend.name != ort.BACKEND.name:
+        engines = runnable_engines(folder, graphs, profile)
+        files |= engines
+        if not engines:
+            backend, what = ort.BACKEND, f", on the graphs of {profile.name}"
     with ExitStack() as stack:
         runners: dict[str, Runner] = {}
         for file, roles in graphs.roles().items():
-            runner = backend.runner(folder / "graphs" / file, threads, repeats="decode" in roles)
-            runners |= dict.fromkeys(roles, stack.enter_context(runner))
-        yield runners, graphs, embedding(folder / "graphs", graphs), what
+            runner = stack.enter_context(backend.runner(files[file], threads, repeats="decode" in roles))
+            runners |= dict.fromkeys(roles, runner)
+        yield runners, graphs, embedding(folder / "graphs", graphs), runners["vision"].in_words + what
+
+
+def runnable_engines(folder: Path, graphs: GraphSet, profile: Profile) -> dict[str, Path]:
+    """Graph file → its engine, with the hash that its record and, in a bundle, the manifest say; none where this machine cannot run
+    them, or where they were not built.
+
+    Raises:
+        VerificationError: an engine is missing, or is not what was built or packed.
+    """
+    from exporter.bundle import sha256
+    from exporter.stages.build import backend_for
+
+    if backend_for(profile).missing_to_run() or not (folder / "engines" / "engines.json").is_file():
+        return {}
+    packed = Bundle.open(folder, verify=False).manifest["files"] if (folder / MANIFEST).is_file() else None
+    records = {record.roles: record for record in engine_records(Workspace(folder))}
+    found = {}
+    for file, roles in graphs.roles().items():
+        record = records.get(roles)
+        name = "" if record is None else f"engines/{record.file}"
+        if record is None or Path(record.file).name != record.file or not (folder / name).is_file():
+            raise VerificationError(
+                f"{folder} has no engine for {' and '.join(roles)}. Run `edgetrim build {folder}` again."
+            )
+        digest = sha256(folder / name)
+        if digest != record.sha256 or (packed is not None and packed.get(name, {}).get("sha256") != digest):
+            raise VerificationError(
+                f"{folder / name} is not the engine that was built or packed (its hash differs); it is not loaded. Run "
+                f"`edgetrim build {folder}` again, or copy the bundle again."
+            )
+        found[file] = folder / name
+    return found
 
 
 def questions_for(job: Job, path: Path | None, per_kind: int) -> list[Question]:
@@ -282,6 +318,8 @@ def run_bench(
                 log("exporting the unreduced model to compare with")
                 scratch = stack.enter_context(work.fresh_scratch("unreduced"))
                 run_export(bare, Workspace(scratch))
+                if runnable_engines(work.folder, graphs, profile):
+                    run_build(Workspace(scratch), log)
                 theirs = stack.enter_context(open_runners(scratch, profile, threads))
                 variants.append(bench.Variant("engine_unreduced", *theirs[:3]))
                 variants.append(bench.Variant("reference_unreduced", *reference(bare.plan())))

@@ -94,8 +94,15 @@ class Runner(ABC):
         """Bring a value to the host."""
 
     @property
-    def chunk(self) -> int | None:
-        """Most tokens that a language model runs at once here, be it a limit or what is fastest; None: any number."""
+    def in_words(self) -> str:
+        """What runs, and on what: "ONNX Runtime, CPU"."""
+        return type(self).__name__
+
+    def chunk(self, cached: bool) -> int | None:
+        """Most tokens that a language model runs at once here, be it a limit or what is fastest; None: any number.
+
+        cached: behind a cache, or from the beginning of a prompt.
+        """
         return None
 
     def gather(self, value: Any, rows: npt.NDArray[np.int64]) -> Any:

@@ -11,7 +11,6 @@ TensorRT logs goes to stdout, one message a line, marked with its severity. No t
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
 import os
 import re
@@ -23,9 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from exporter.backends import _trt_module
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
-
-MINIMUM = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 0)}
 
 Bounds = list[tuple[int, int, int]]
 """(min, opt, max) per axis."""
@@ -33,7 +31,7 @@ Bounds = list[tuple[int, int, int]]
 
 def build(request: Mapping[str, Any]) -> dict[str, Any]:
     """Parse, configure, build, write. Returns the facts for the engine's record."""
-    trt = _module(request["module"])
+    trt = _trt_module.load(request["module"])
     started = time.perf_counter()
     messages: list[tuple[str, str]] = []
     logger = _logger(trt, messages)
@@ -78,40 +76,15 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _module(name: str) -> Any:
-    """The TensorRT module. It may be installed and still not load: a library it links to is missing."""
-    try:
-        trt = importlib.import_module(name)
-    except (ImportError, OSError) as e:
-        raise EnvironmentMismatch(f"Python module `{name}` does not load here: {e}") from e
-    if _version(trt.__version__) < MINIMUM[name]:
-        least = ".".join(map(str, MINIMUM[name]))
-        raise EnvironmentMismatch(
-            f"{name} {trt.__version__} is too old; {least} or newer is needed (JetPack 6.2 has 10.3)."
-        )
-    return trt
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
-
-
 def _logger(trt: Any, messages: list[tuple[str, str]]) -> Any:
-    """A logger that prints and keeps all but VERBOSE (25,000 lines for a 24-layer decoder)."""
-    marks = {"INTERNAL_ERROR": "F", "ERROR": "E", "WARNING": "W", "INFO": "I"}
+    """A logger that keeps and prints."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+    def tell(severity: str, line: str) -> None:
+        messages.append((severity, line))
+        sys.stdout.write(f"[{_trt_module.MARKS[severity]}] {line}\n")
+        sys.stdout.flush()
 
-        def log(self, severity: Any, text: str) -> None:
-            if (mark := marks.get(severity.name)) is not None:
-                line = " ".join(text.split())
-                messages.append((severity.name, line))
-                sys.stdout.write(f"[{mark}] {line}\n")
-                sys.stdout.flush()
-
-    return Logger()
+    return _trt_module.logger(trt, tell)
 
 
 def _errors(messages: Sequence[tuple[str, str]]) -> str:

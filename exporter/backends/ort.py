@@ -166,6 +166,10 @@ class OnnxRuntimeRunner(Runner):
         self._loaded()
         return self._outputs
 
+    @property
+    def in_words(self) -> str:
+        return f"ONNX Runtime, {self._backend.provider.upper()}"
+
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         self._loaded()
         if feeds.keys() != self._inputs.keys():
@@ -246,8 +250,7 @@ class OnnxRuntimeRunner(Runner):
             return host
         return np.asarray(value)
 
-    @property
-    def chunk(self) -> int | None:
+    def chunk(self, cached: bool) -> int | None:
         """On a CPU attention pays for every score, masked or not: with 2,080 tokens, five chunks take 0.65 of the time of one."""
         return None if self._bound or self._appended else CHUNK
 

@@ -11,13 +11,12 @@ workspace_mib        limit of the builder's scratch memory
 `tensorrt_rtx` builds ahead of time on a machine without a GPU, byte for byte the same from the same input (detail
 `repeatable`); it knows neither Jetson Orin (SM 87) nor Hopper (SM 90). `tensorrt` builds on the device itself.
 
-Engines are built here, not yet run: there is no execution path, because none could be tested on a machine without a
-GPU. `missing_to_run` says so; the graphs an engine was built from run with the `ort` backend.
+Engines run wherever there is a GPU and the module they were built with (`_trt_runner`). An engine is code: open only those
+of a bundle that you trust, and whose hashes are right.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import json
 import os
@@ -34,7 +33,9 @@ from typing import Any
 
 import exporter
 from exporter import errors
+from exporter.backends import _cuda
 from exporter.backends._contract import Backend, EngineRecord, Log, Range, Runner, ShapeProfile
+from exporter.backends._trt_runner import TensorRtRunner
 from exporter.bundle import sha256
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
 
@@ -63,14 +64,12 @@ class TensorRT(Backend):
         hints = " ".join(map(_how, MODULES))
         return f"Neither Python module `tensorrt` nor `tensorrt_rtx` is installed. {hints}"
 
-    def missing_to_run(self) -> str:
-        """Always something: this version builds TensorRT engines and does not run them."""
-        gpu = gpu_missing()
-        here = f"This machine has {gpu}, and besides" if gpu else "There is a GPU here, but"
-        return (
-            f"{here} this version of EdgeTrim does not run TensorRT engines yet: it builds them. To check the graphs "
-            "they were built from, use a CPU profile (`--profile cpu_fp32`)."
-        )
+    def missing_to_run(self) -> str | None:
+        if missing := self.missing():
+            return missing
+        if gpu := _cuda.missing():
+            return f"TensorRT engines run on an NVIDIA GPU, and this machine has {gpu}."
+        return None
 
     def build(
         self, graph: Path, roles: tuple[str, ...], profiles: Sequence[ShapeProfile], out: Path,
@@ -91,11 +90,13 @@ class TensorRT(Backend):
             digest, size = sha256(engine), engine.stat().st_size
             os.replace(engine, target)
         build_s, peak_rss_mib = facts.pop("build_s"), facts.pop("peak_rss_mib")
-        details = {**facts, "compute_capabilities": chosen.compute_capabilities, "executed": False}
+        details = {**facts, "compute_capabilities": chosen.compute_capabilities}
         return EngineRecord(roles, target.name, digest, size, build_s, peak_rss_mib, self.name, details)
 
     def runner(self, engine: Path, threads: int | None = None, repeats: bool = False) -> Runner:
-        raise EnvironmentMismatch(f"{engine.name} cannot be run here. {self.missing_to_run()}")
+        if missing := self.missing_to_run():
+            raise EnvironmentMismatch(f"{engine.name} cannot be run here. {missing}")
+        return TensorRtRunner(engine)
 
 
 def _installed(module: str) -> bool:
@@ -255,18 +256,6 @@ def check_rtx_header(engine: Path) -> None:
         raise ExportError(
             f"{engine.name} is torn: its header states {stated} bytes, the file has {size}. Build it again."
         )
-
-
-def gpu_missing() -> str | None:
-    """None, or what keeps CUDA from coming up, as the object of "this machine has"."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "no NVIDIA driver (libcuda.so.1)"
-    count = ctypes.c_int(0)
-    if (code := cuda.cuInit(0)) or cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        return f"an NVIDIA driver but no usable GPU (cuInit returned {code})"
-    return None
 
 
 BACKEND = TensorRT()

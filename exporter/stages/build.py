@@ -41,9 +41,9 @@ def why_not_here(profile: Profile) -> str | None:
     if missing := backend_for(profile).missing():
         return missing
     if profile.stack.builds_on_device:
-        from exporter.backends.trt import gpu_missing
+        from exporter.backends import _cuda
 
-        return gpu_missing()
+        return _cuda.missing()
     return None
 
 
