@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_ulonglong, c_void_p
+from dataclasses import dataclass
 from typing import Any
 
 from exporter.backends._contract import Array
@@ -24,6 +25,7 @@ _FUNCTIONS: dict[str, Sequence[Any]] = {
     "cuDriverGetVersion": (POINTER(c_int),),
     "cuDeviceGetCount": (POINTER(c_int),),
     "cuDeviceGet": (POINTER(c_int), c_int),
+    "cuDeviceTotalMem_v2": (POINTER(c_size_t), c_int),
     "cuDeviceGetName": (c_char_p, c_int, c_int),
     "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
@@ -69,6 +71,31 @@ def missing() -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU. compute_capability: 87 for SM 8.7. driver: the CUDA version it was made for, 12060 for 12.6. memory: bytes."""
+
+    name: str
+    compute_capability: int
+    driver: int
+    memory: int
+
+
+def first_gpu() -> Gpu:
+    """The first GPU that this process sees; takes no memory there. Raises EnvironmentMismatch where there is none."""
+    driver, device = _started()
+    text, version, total = ctypes.create_string_buffer(256), c_int(), c_size_t()
+    _call(driver, "cuDeviceGetName", text, len(text), device)
+    _call(driver, "cuDriverGetVersion", ctypes.byref(version))
+    _call(driver, "cuDeviceTotalMem_v2", ctypes.byref(total), device)
+    capability = 0
+    for which in (_MAJOR, _MINOR):
+        value = c_int()
+        _call(driver, "cuDeviceGetAttribute", ctypes.byref(value), which, device)
+        capability = 10 * capability + value.value
+    return Gpu(text.value.decode(errors="replace"), capability, version.value, total.value)
+
+
 class Cuda:
     """The first GPU that this process sees, with a stream of its own. Shares TensorRT's (the primary) context.
 
@@ -77,11 +104,9 @@ class Cuda:
     """
 
     def __init__(self) -> None:
-        if lacking := missing():
-            raise EnvironmentMismatch(f"This machine has {lacking}.")
-        self._driver = _library()
-        self._device, self._context, stream = c_int(), c_void_p(), c_void_p()
-        self._call("cuDeviceGet", ctypes.byref(self._device), 0)
+        self.gpu = first_gpu()
+        self._driver, self._device = _started()
+        self._context, stream = c_void_p(), c_void_p()
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
         self.use()
         self._call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
@@ -99,24 +124,6 @@ class Cuda:
     def stream(self) -> int:
         """The stream's handle, as TensorRT takes it."""
         return self._stream.value or 0
-
-    @property
-    def name(self) -> str:
-        text = ctypes.create_string_buffer(256)
-        self._call("cuDeviceGetName", text, len(text), self._device)
-        return text.value.decode(errors="replace")
-
-    @property
-    def compute_capability(self) -> int:
-        """87 for SM 8.7."""
-        return 10 * self._attribute(_MAJOR) + self._attribute(_MINOR)
-
-    @property
-    def driver_version(self) -> int:
-        """CUDA version that the driver was made for: 12060 for 12.6."""
-        version = c_int()
-        self._call("cuDriverGetVersion", ctypes.byref(version))
-        return version.value
 
     def memory(self) -> tuple[int, int]:
         """Bytes that are free, and bytes in all."""
@@ -173,18 +180,26 @@ class Cuda:
     def drop(self, graph: int) -> None:
         self._call("cuGraphExecDestroy", graph)
 
-    def _attribute(self, which: int) -> int:
-        value = c_int()
-        self._call("cuDeviceGetAttribute", ctypes.byref(value), which, self._device)
-        return value.value
-
     def _call(self, function: str, *arguments: Any) -> None:
-        code = getattr(self._driver, function)(*arguments)
-        if code:
-            name = c_char_p()
-            self._driver.cuGetErrorName(code, ctypes.byref(name))
-            told = (name.value or b"unknown error").decode(errors="replace")
-            raise CudaError(code, f"The NVIDIA driver's {function} failed: {told} ({code}).")
+        _call(self._driver, function, *arguments)
+
+
+def _started() -> tuple[Any, c_int]:
+    """The driver, and its first device."""
+    if lacking := missing():
+        raise EnvironmentMismatch(f"This machine has {lacking}.")
+    driver, device = _library(), c_int()
+    _call(driver, "cuDeviceGet", ctypes.byref(device), 0)
+    return driver, device
+
+
+def _call(driver: Any, function: str, *arguments: Any) -> None:
+    code = getattr(driver, function)(*arguments)
+    if code:
+        name = c_char_p()
+        driver.cuGetErrorName(code, ctypes.byref(name))
+        told = (name.value or b"unknown error").decode(errors="replace")
+        raise CudaError(code, f"The NVIDIA driver's {function} failed: {told} ({code}).")
 
 
 def _library() -> Any:

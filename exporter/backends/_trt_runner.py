@@ -112,7 +112,7 @@ class TensorRtRunner(Runner):
     @property
     def in_words(self) -> str:
         self._loaded()
-        return f"{self._trt.__name__} {self._trt.__version__}, {self._device.cuda.name}"
+        return f"{self._trt.__name__} {self._trt.__version__}, {self._device.cuda.gpu.name}"
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         return self._run(feeds)
@@ -257,9 +257,9 @@ class TensorRtRunner(Runner):
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
                 engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            cuda = self._device.cuda
+            gpu = self._device.cuda.gpu
             raise EnvironmentMismatch(
-                f"{self._path.name} does not open with {module} {self._trt.__version__} on {cuda.name} (SM {cuda.compute_capability / 10:.1f})"
+                f"{self._path.name} does not open with {module} {self._trt.__version__} on {gpu.name} (SM {gpu.compute_capability / 10:.1f})"
                 f"{self._said()} An engine runs with the version and on the GPU it was built for: run `edgetrim build` here."
             )
         return engine

@@ -25,6 +25,10 @@ from typing import Any
 from exporter.backends import _trt_module
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
 
+TIMINGS = "timing.cache"
+"""What the builder measured: read and written in the folder if it is there (empty at first)."""
+TELL_EVERY_S = 0.25
+
 Bounds = list[tuple[int, int, int]]
 """(min, opt, max) per axis."""
 
@@ -48,6 +52,11 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
     _capabilities(trt, config, request)
     if request["workspace_mib"] is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_mib"] << 20)
+    config.profiling_verbosity = (
+        trt.ProfilingVerbosity.DETAILED
+    )  # the inspector names layers; costs no time when it is not asked
+    config.progress_monitor = _monitor(trt)
+    timings = _timings(config)
     shapes = _profiles(builder, network, config, request["profiles"])
     facts = {
         "module": request["module"],
@@ -63,6 +72,8 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
             f"{request['graph']}: {request['module']} {trt.__version__} parsed the graph but could not "
             f"build the engine. It said: {_errors(messages) or 'nothing'}"
         )
+    if timings is not None:
+        Path(TIMINGS).write_bytes(timings.serialize())
     with open("engine", "wb") as f:
         f.write(engine)
         f.flush()
@@ -85,6 +96,45 @@ def _logger(trt: Any, messages: list[tuple[str, str]]) -> Any:
         sys.stdout.flush()
 
     return _trt_module.logger(trt, tell)
+
+
+def _timings(config: Any) -> Any:
+    """The timing cache, where one is wanted. TensorRT itself ignores one of another version or GPU."""
+    path = Path(TIMINGS)
+    if not path.is_file():
+        return None
+    cache = config.create_timing_cache(path.read_bytes())
+    if not config.set_timing_cache(cache, False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    return cache
+
+
+def _monitor(trt: Any) -> Any:
+    """Prints how far the build is: the phases that are under way, outermost first."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.phases: dict[str, tuple[int, int]] = {}
+            self.told = 0.0
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.phases[phase] = (0, steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            self.phases[phase] = (step + 1, self.phases[phase][1])
+            if (now := time.monotonic()) - self.told > TELL_EVERY_S:
+                self.told = now
+                under_way = " · ".join(f"{name} {done}/{steps}" for name, (done, steps) in self.phases.items())
+                sys.stdout.write(f"[P] {under_way}\n")
+                sys.stdout.flush()
+            return True  # go on
+
+        def phase_finish(self, phase: str) -> None:
+            self.phases.pop(phase, None)
+
+    return Monitor()
 
 
 def _errors(messages: Sequence[tuple[str, str]]) -> str:

@@ -27,14 +27,16 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import exporter
 from exporter import errors
-from exporter.backends import _cuda
+from exporter.backends import _cuda, _engine_cache, _trt_module, _trt_worker
 from exporter.backends._contract import Backend, EngineRecord, Log, Range, Runner, ShapeProfile
+from exporter.backends._engine_cache import EngineCache
+from exporter.backends._onnx_file import external_files
 from exporter.backends._trt_runner import TensorRtRunner
 from exporter.bundle import sha256
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
@@ -83,14 +85,23 @@ class TensorRT(Backend):
         out.mkdir(parents=True, exist_ok=True)
         target = out / f"{graph.stem}.engine"
         with tempfile.TemporaryDirectory(prefix=f".{graph.stem}-", suffix=".tmp", dir=out) as scratch:
-            facts = _work(graph, profiles, chosen, Path(scratch), log)
-            engine = Path(scratch, "engine")
+            engine, cached = Path(scratch, "engine"), False
+            cache = EngineCache.default()
+            key = "" if cache is None else _engine_cache.key(_parts(graph, profiles, chosen))
+            facts = None if cache is None else cache.fetch(key, engine)
+            if facts is None:
+                facts = _work(graph, profiles, chosen, Path(scratch), cache, log)
+            else:
+                cached = True
+                log(f"{graph.name}: built before, taken from {cache.folder}")
             if chosen.module == "tensorrt_rtx":
                 check_rtx_header(engine)
             digest, size = sha256(engine), engine.stat().st_size
+            if cache is not None and not cached:
+                cache.store(key, engine, digest, facts)
             os.replace(engine, target)
         build_s, peak_rss_mib = facts.pop("build_s"), facts.pop("peak_rss_mib")
-        details = {**facts, "compute_capabilities": chosen.compute_capabilities}
+        details = {**facts, "compute_capabilities": chosen.compute_capabilities, "cached": cached}
         return EngineRecord(roles, target.name, digest, size, build_s, peak_rss_mib, self.name, details)
 
     def runner(self, engine: Path, threads: int | None = None, repeats: bool = False) -> Runner:
@@ -160,10 +171,9 @@ def _triple(axis: Range | int) -> tuple[int, int, int]:
     return (axis, axis, axis) if isinstance(axis, int) else (axis.min, axis.opt, axis.max)
 
 
-def _work(graph: Path, profiles: Sequence[ShapeProfile], chosen: Options, scratch: Path, log: Log) -> dict[str, Any]:
-    """Run the worker, which writes `scratch/engine`. Returns its facts, or raises what it reports or died of."""
-    request = {
-        "graph": graph.name,
+def _request(profiles: Sequence[ShapeProfile], chosen: Options) -> dict[str, Any]:
+    """What the worker is asked for, but for the graph."""
+    return {
         "profiles": [
             {
                 "name": p.name,
@@ -178,8 +188,40 @@ def _work(graph: Path, profiles: Sequence[ShapeProfile], chosen: Options, scratc
         "compute_capabilities": chosen.compute_capabilities,
         "workspace_mib": chosen.workspace_mib,
     }
+
+
+def _parts(graph: Path, profiles: Sequence[ShapeProfile], chosen: Options) -> dict[str, Any]:
+    """Everything an engine depends on: graph and weights, what is asked for, our builder, TensorRT, and the machine where that one
+    builds for it."""
+    weights = {name: sha256(path) for name, path in external_files(graph).items()}
+    return {
+        "graph": sha256(graph),
+        "weights": weights,
+        "request": _request(profiles, chosen),
+        "builder": sha256(Path(_trt_worker.__file__)),
+        "version": _trt_module.load(chosen.module).__version__,
+        "machine": [platform.system(), platform.machine(), *_built_for(chosen)],
+    }
+
+
+def _built_for(chosen: Options) -> list[Any]:
+    """The GPU and driver that full TensorRT builds for; TensorRT-RTX needs none."""
+    if chosen.module != "tensorrt" or _cuda.missing():
+        return []
+    return list(astuple(_cuda.first_gpu()))
+
+
+def _work(
+    graph: Path, profiles: Sequence[ShapeProfile], chosen: Options, scratch: Path, cache: EngineCache | None, log: Log
+) -> dict[str, Any]:
+    """Run the worker, which writes `scratch/engine`. Returns its facts, or raises what it reports or died of."""
+    request = {"graph": graph.name, **_request(profiles, chosen)}
     (scratch / "request.json").write_text(json.dumps(request))
     (scratch / "graph").symlink_to(graph.parent.resolve(), target_is_directory=True)
+    timings = None
+    if cache is not None and chosen.module == "tensorrt":  # TensorRT-RTX times nothing
+        timings = _engine_cache.key({"version": _trt_module.load(chosen.module).__version__, "gpu": _built_for(chosen)})
+        (scratch / _trt_worker.TIMINGS).write_bytes(cache.timings(timings) or b"")
     code, last = _run(scratch, log)
     result = scratch / "result.json"
     answer: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {}
@@ -187,6 +229,8 @@ def _work(graph: Path, profiles: Sequence[ShapeProfile], chosen: Options, scratc
         raise getattr(errors, answer["error"])(answer["message"])
     if code != 0 or not answer:
         raise ExportError(_death(graph, chosen.module, code, last))
+    if cache is not None and timings is not None:
+        cache.keep_timings(timings, (scratch / _trt_worker.TIMINGS).read_bytes())
     return answer
 
 

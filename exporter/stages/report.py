@@ -174,9 +174,9 @@ def _not_built(profile: Profile) -> str:
 
 def _graph(path: Path) -> tuple[int, int]:
     """Nodes, and bytes with the weights it points to. Needs neither onnx nor onnxruntime."""
-    from exporter.backends.ort import _Onnx
+    from exporter.backends._onnx_file import OnnxFile
 
-    found = _Onnx(path)
+    found = OnnxFile(path)
     external = {path.parent / name for name in found.locations}
     return len(found.operators), sum(p.stat().st_size for p in (path, *external) if p.is_file())
 

@@ -14,6 +14,7 @@ typedef struct CUstream_st *CUstream;
 typedef struct CUgraph_st *CUgraph;
 typedef struct CUgraphExec_st *CUgraphExec;
 #define CUDAAPI
+#define cuDeviceTotalMem cuDeviceTotalMem_v2
 #define cuDevicePrimaryCtxRelease cuDevicePrimaryCtxRelease_v2
 #define cuMemGetInfo cuMemGetInfo_v2
 #define cuMemAlloc cuMemAlloc_v2
@@ -47,6 +48,7 @@ CUresult CUDAAPI cuDeviceGetCount(int *count) { *count = 1; return 0; }
 CUresult CUDAAPI cuDeviceGet(CUdevice *device, int ordinal) { *device = 7; return ordinal ? 101 : 0; }
 CUresult CUDAAPI cuDeviceGetName(char *name, int size, CUdevice device) {
   strncpy(name, device == 7 ? "Fake GPU" : "?", size); return 0; }
+CUresult CUDAAPI cuDeviceTotalMem(size_t *bytes, CUdevice device) { *bytes = TOTAL; return device == 7 ? 0 : 101; }
 CUresult CUDAAPI cuDeviceGetAttribute(int *value, CUdevice_attribute which, CUdevice device) {
   *value = which == 75 ? 8 : which == 76 ? 7 : -1; return device == 7 ? 0 : 101; }
 CUresult CUDAAPI cuDevicePrimaryCtxRetain(CUcontext *made, CUdevice device) {

@@ -14,7 +14,7 @@ import pytest
 
 from exporter.backends import _cuda, trt
 from exporter.backends._contract import EngineRecord
-from exporter.backends._cuda import Cuda
+from exporter.backends._cuda import Cuda, Gpu, first_gpu
 from exporter.backends._device_memory import Device, Pool, size_class
 from exporter.backends._trt_runner import TensorRtRunner
 from exporter.bundle import contents, sha256
@@ -46,7 +46,7 @@ def numbers(seed: int) -> Any:
 
 def test_the_driver_says_what_it_is(driver: ctypes.CDLL) -> None:
     cuda = Cuda()
-    assert (cuda.name, cuda.compute_capability, cuda.driver_version) == ("Fake GPU", 87, 12060)
+    assert cuda.gpu == first_gpu() == Gpu("Fake GPU", 87, 12060, 1 << 30)
     assert cuda.memory() == (1 << 30, 1 << 30)
     cuda.close()
     assert _cuda.missing() is None
