@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,8 @@ class Job:
     frames: int = 1
     image_size: tuple[int, int] | None = None
     clip: str | None = None
+    folder: Path | None = field(default=None, compare=False)
+    """The output folder that it was read from. A profile of the user's own lies there too, and travels with the bundle."""
 
     def plan(self) -> Plan:
         """Check everything, in words. Raises UsageError or CheckpointError."""
@@ -77,10 +79,15 @@ class Job:
         return plan
 
     def loaded_profile(self) -> Profile:
-        return _schema.load(self.profile)
+        own = None if self.folder is None else self.folder / Path(self.profile).name
+        return _schema.load(own if own is not None and own.suffix == ".toml" and own.is_file() else self.profile)
 
-    def text(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+    def save(self, work: Workspace) -> None:
+        """job.json, and the profile if it is a file of the user's."""
+        said = {name: value for name, value in asdict(self).items() if name != "folder"}
+        if Path(self.profile).suffix == ".toml":
+            work.write(Path(self.profile).name, Path(self.profile).read_text(encoding="utf-8"))
+        work.write("job.json", json.dumps(said, indent=1) + "\n")
 
     @classmethod
     def read(cls, work: Workspace) -> Job:
@@ -94,6 +101,7 @@ class Job:
                 int(raw["frames"]),
                 tuple(size) if size else None,
                 raw.get("clip"),
+                work.folder,
             )
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise ExportError(
@@ -111,20 +119,26 @@ def run_export(job: Job, work: Workspace, log: Log = silent) -> GraphSet:
     with work.resumed("graphs", JOURNAL) as folder:
         graphs = export(plan, folder, log)
     _forget(work, "engines", "evidence", "report.html", MANIFEST)
-    work.write("job.json", job.text())
+    job.save(work)
     return graphs
 
 
 def run_build(work: Workspace, log: Log = silent) -> list[EngineRecord]:
-    """Build engines. Raises EnvironmentMismatch where the profile's engines are the device's to build."""
-    from exporter.stages import build
+    """Build engines; of a bundle, if it is what its manifest says.
 
+    Raises:
+        EnvironmentMismatch: the profile's engines are the device's to build. VerificationError: the bundle was changed.
+    """
+    from exporter.stages import build, recipe
+
+    if (work.folder / MANIFEST).is_file():
+        Bundle.open(work.folder)
     job = Job.read(work)
     graphs = GraphSet.load(work.graphs)
     with work.fresh("engines") as folder:
         records = build.build(graphs, work.graphs, folder, job.loaded_profile(), log)
         (folder / "engines.json").write_text(json.dumps(build.record_json(records), indent=1) + "\n")
-    _forget(work, MANIFEST)
+    _forget(work, MANIFEST, recipe.RECIPE, recipe.PAGE)
     return records
 
 
@@ -341,7 +355,8 @@ def run_bench(
 
 
 def run_pack(work: Workspace) -> Bundle:
-    """Write the report and the manifest: the folder is a bundle from then on."""
+    """Write the report, a build recipe where there are no engines, and the manifest: the folder is a bundle from then on."""
+    from exporter.stages import recipe
     from exporter.stages.report import write_report
 
     job = Job.read(work)
@@ -349,6 +364,8 @@ def run_pack(work: Workspace) -> Bundle:
     _forget(work, MANIFEST)
     work.forget_unfinished()
     write_report(work, job)
+    if not (work.engines / "engines.json").is_file():
+        recipe.write(work, graphs, job.loaded_profile())
     files = contents(work.folder)
     manifest = {
         "schema": SCHEMA,

@@ -78,8 +78,9 @@ def test_a_run_that_repeats_is_replayed(driver: ctypes.CDLL, tmp_path: Path) -> 
             found = runner.run({"new": new, "past": EMPTY})
             assert np.array_equal(runner.numpy(found["present"]), new)
             del found
-        # The first run takes its memory in whatever order; from the second on the addresses are the same.
-        assert (context.executed, len(context.recorded), driver.fake_launches()) == (3, 1, 2)
+        # The first run takes memory as it comes; from the second on, if not before, the addresses are the same.
+        assert context.executed in (2, 3)
+        assert (len(context.recorded), driver.fake_launches()) == (1, 5 - context.executed)
         assert context.shaped == 2, "the shapes did not change"
         held = runner.run({"new": new, "past": EMPTY})
         other = runner.run({"new": numbers(9), "past": EMPTY})
