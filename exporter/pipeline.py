@@ -123,9 +123,11 @@ def run_export(job: Job, work: Workspace, log: Log = silent) -> GraphSet:
     return graphs
 
 
-def run_build(work: Workspace, log: Log = silent) -> list[EngineRecord]:
+def run_build(work: Workspace, log: Log = silent, strip_weights: bool = False) -> list[EngineRecord]:
     """Build engines; of a bundle, if it is what its manifest says.
 
+    Args:
+        strip_weights: build engines without weights; whoever opens them takes those of the graphs.
     Raises:
         EnvironmentMismatch: the profile's engines are the device's to build. VerificationError: the bundle was changed.
     """
@@ -136,7 +138,7 @@ def run_build(work: Workspace, log: Log = silent) -> list[EngineRecord]:
     job = Job.read(work)
     graphs = GraphSet.load(work.graphs)
     with work.fresh("engines") as folder:
-        records = build.build(graphs, work.graphs, folder, job.loaded_profile(), log)
+        records = build.build(graphs, work.graphs, folder, job.loaded_profile(), log, strip_weights)
         (folder / "engines.json").write_text(json.dumps(build.record_json(records), indent=1) + "\n")
     _forget(work, MANIFEST, recipe.RECIPE, recipe.PAGE)
     return records
@@ -167,7 +169,7 @@ def open_runners(
     graphs = GraphSet.load(folder / "graphs")
     files = {file: folder / "graphs" / file for file in graphs.roles()}
     backend, what = backend_for(profile), ""
-    if backend.name != ort.BACKEND.name:
+    if not backend.runs_graphs:
         engines = runnable_engines(folder, graphs, profile)
         files |= engines
         if not engines:
@@ -175,8 +177,8 @@ def open_runners(
     with ExitStack() as stack:
         runners: dict[str, Runner] = {}
         for file, roles in graphs.roles().items():
-            runner = stack.enter_context(backend.runner(files[file], threads, repeats="decode" in roles))
-            runners |= dict.fromkeys(roles, runner)
+            runner = backend.runner(files[file], threads, "decode" in roles, folder / "graphs" / file)
+            runners |= dict.fromkeys(roles, stack.enter_context(runner))
         yield runners, graphs, embedding(folder / "graphs", graphs), runners["vision"].in_words + what
 
 
@@ -187,29 +189,41 @@ def runnable_engines(folder: Path, graphs: GraphSet, profile: Profile) -> dict[s
     Raises:
         VerificationError: an engine is missing, or is not what was built or packed.
     """
-    from exporter.bundle import sha256
     from exporter.stages.build import backend_for
 
-    if backend_for(profile).missing_to_run() or not (folder / "engines" / "engines.json").is_file():
+    backend = backend_for(profile)
+    if backend.runs_graphs or backend.missing_to_run() or not (folder / "engines" / "engines.json").is_file():
         return {}
-    packed = Bundle.open(folder, verify=False).manifest["files"] if (folder / MANIFEST).is_file() else None
     records = {record.roles: record for record in engine_records(Workspace(folder))}
     found = {}
     for file, roles in graphs.roles().items():
-        record = records.get(roles)
-        name = "" if record is None else f"engines/{record.file}"
-        if record is None or Path(record.file).name != record.file or not (folder / name).is_file():
+        if (record := records.get(roles)) is None:
             raise VerificationError(
                 f"{folder} has no engine for {' and '.join(roles)}. Run `edgetrim build {folder}` again."
             )
-        digest = sha256(folder / name)
-        if digest != record.sha256 or (packed is not None and packed.get(name, {}).get("sha256") != digest):
-            raise VerificationError(
-                f"{folder / name} is not the engine that was built or packed (its hash differs); it is not loaded. Run "
-                f"`edgetrim build {folder}` again, or copy the bundle again."
-            )
-        found[file] = folder / name
+        found[file] = checked_engine(folder, record)
     return found
+
+
+def checked_engine(folder: Path, record: EngineRecord) -> Path:
+    """An engine with the hash that its record and, in a bundle, the manifest say: an engine is code.
+
+    Raises:
+        VerificationError: it is not there, or is not what was built or packed.
+    """
+    from exporter.bundle import sha256
+
+    name = f"engines/{record.file}"
+    if Path(record.file).name != record.file or not (folder / name).is_file():
+        raise VerificationError(f"{folder} has no engine {record.file}. Run `edgetrim build {folder}` again.")
+    packed = Bundle.open(folder, verify=False).manifest["files"] if (folder / MANIFEST).is_file() else None
+    digest = sha256(folder / name)
+    if digest != record.sha256 or (packed is not None and packed.get(name, {}).get("sha256") != digest):
+        raise VerificationError(
+            f"{folder / name} is not the engine that was built or packed (its hash differs); it is not loaded. Run "
+            f"`edgetrim build {folder}` again, or copy the bundle again."
+        )
+    return folder / name
 
 
 def questions_for(job: Job, path: Path | None, per_kind: int) -> list[Question]:

@@ -114,6 +114,8 @@ class Backend(ABC):
     """Builds and opens engines. Constructing one imports nothing heavy."""
 
     name: str
+    runs_graphs: bool = False
+    """Whether its engine is the graph itself."""
 
     @abstractmethod
     def missing(self) -> str | None:
@@ -131,10 +133,13 @@ class Backend(ABC):
         """Build one engine from an ONNX file into folder `out`. Raises ExportError with the parser's own words."""
 
     @abstractmethod
-    def runner(self, engine: Path, threads: int | None = None, repeats: bool = False) -> Runner:
+    def runner(
+        self, engine: Path, threads: int | None = None, repeats: bool = False, graph: Path | None = None
+    ) -> Runner:
         """A runner for a built engine.
 
         Args:
+            graph: what it was built from, which has the weights of an engine built without them.
             repeats: whether it will run again and again without a pause, as the decode graph does.
         Raises:
             EnvironmentMismatch: it cannot run here.

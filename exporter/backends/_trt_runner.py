@@ -68,8 +68,8 @@ class TensorRtRunner(Runner):
     addresses, and replayed from then on. `grow` is not: a cache has another length at every step.
     """
 
-    def __init__(self, engine: Path) -> None:
-        self._path = engine
+    def __init__(self, engine: Path, graph: Path | None = None) -> None:
+        self._path, self._graph = engine, graph
         self._open = ExitStack()
         self._context: Any = None
         self._errors: list[str] = []
@@ -86,6 +86,8 @@ class TensorRtRunner(Runner):
             self._device.cuda.use()
             engine = self._load()
             self._engine = engine
+            if engine.refittable:
+                self._refit(engine)
             self._describe(engine)
             stack.callback(self._release)
             self._context = engine.create_execution_context()
@@ -263,6 +265,17 @@ class TensorRtRunner(Runner):
                 f"{self._said()} An engine runs with the version and on the GPU it was built for: run `edgetrim build` here."
             )
         return engine
+
+    def _refit(self, engine: Any) -> None:
+        """Give an engine that was built without weights those of its graph."""
+        if self._graph is None or not self._graph.is_file():
+            raise ExportError(
+                f"{self._path.name} was built without weights, and its graph is not there. Build it again."
+            )
+        refitter = self._trt.Refitter(engine, self._logger)
+        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
+        if not parser.refit_from_file(str(self._graph)) or not refitter.refit_cuda_engine():
+            raise self._failed(f"does not take the weights of {self._graph.name}")
 
     def _release(self) -> None:
         for graph in self._recorded.values():

@@ -52,6 +52,9 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
     _capabilities(trt, config, request)
     if request["workspace_mib"] is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_mib"] << 20)
+    if request["strip_weights"]:
+        for flag in (trt.BuilderFlag.STRIP_PLAN, trt.BuilderFlag.REFIT_IDENTICAL):
+            config.set_flag(flag)
     config.profiling_verbosity = (
         trt.ProfilingVerbosity.DETAILED
     )  # the inspector names layers; costs no time when it is not asked

@@ -53,6 +53,7 @@ class OnnxRuntime(Backend):
     """`build` proves that a graph loads and records what it became; nothing is converted or copied."""
 
     name = "ort"
+    runs_graphs = True
 
     def __init__(self, provider: str = "cpu", threads: int | None = None, accuracy_level: int | None = None) -> None:
         if provider not in PROVIDERS:
@@ -109,7 +110,9 @@ class OnnxRuntime(Backend):
         file = Path(os.path.relpath(graph, out)).as_posix()
         return EngineRecord(roles, file, sha256(graph), size, build_s, peak, self.name, details)
 
-    def runner(self, engine: Path, threads: int | None = None, repeats: bool = False) -> OnnxRuntimeRunner:
+    def runner(
+        self, engine: Path, threads: int | None = None, repeats: bool = False, graph: Path | None = None
+    ) -> OnnxRuntimeRunner:
         self._require()
         backend = OnnxRuntime(self.provider, threads or self.threads, self.accuracy_level)
         return OnnxRuntimeRunner(engine, backend, repeats)

@@ -6,6 +6,8 @@ Options of `build`:
 module               "tensorrt" or "tensorrt_rtx"; without it, whichever is installed (`tensorrt` first)
 compute_capabilities GPUs to build for, e.g. [80, 86, 89, 120]; TensorRT-RTX only, default: portable from Ampere on
 workspace_mib        limit of the builder's scratch memory
+strip_weights        True: engines without weights, which the runner takes from the graph when it opens them. So a bundle holds
+                     the weights once, and engines that share a weight file do not repeat it
 ==================== ================================================================================================
 
 `tensorrt_rtx` builds ahead of time on a machine without a GPU, byte for byte the same from the same input (detail
@@ -42,7 +44,7 @@ from exporter.bundle import sha256
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
 
 MODULES = ("tensorrt", "tensorrt_rtx")
-OPTIONS = ("module", "compute_capabilities", "workspace_mib")
+OPTIONS = ("module", "compute_capabilities", "workspace_mib", "strip_weights")
 WORKER: tuple[str, ...] = ("-m", "exporter.backends._trt_worker")
 KEPT_LINES = 12
 """Log lines shown when the builder's process dies."""
@@ -53,6 +55,7 @@ class Options:
     module: str
     compute_capabilities: list[int] | None
     workspace_mib: int | None
+    strip_weights: bool
 
 
 class TensorRT(Backend):
@@ -101,13 +104,20 @@ class TensorRT(Backend):
                 cache.store(key, engine, digest, facts)
             os.replace(engine, target)
         build_s, peak_rss_mib = facts.pop("build_s"), facts.pop("peak_rss_mib")
-        details = {**facts, "compute_capabilities": chosen.compute_capabilities, "cached": cached}
+        details = {
+            **facts,
+            "compute_capabilities": chosen.compute_capabilities,
+            "stripped": chosen.strip_weights,
+            "cached": cached,
+        }
         return EngineRecord(roles, target.name, digest, size, build_s, peak_rss_mib, self.name, details)
 
-    def runner(self, engine: Path, threads: int | None = None, repeats: bool = False) -> Runner:
+    def runner(
+        self, engine: Path, threads: int | None = None, repeats: bool = False, graph: Path | None = None
+    ) -> Runner:
         if missing := self.missing_to_run():
             raise EnvironmentMismatch(f"{engine.name} cannot be run here. {missing}")
-        return TensorRtRunner(engine)
+        return TensorRtRunner(engine, graph)
 
 
 def _installed(module: str) -> bool:
@@ -144,7 +154,15 @@ def _options(options: Mapping[str, Any]) -> Options:
     workspace = options.get("workspace_mib")
     if workspace is not None and not (_whole(workspace) and workspace > 0):
         raise UsageError(f"Option workspace_mib is {workspace!r}; expected a whole number of MiB, such as 2048.")
-    return Options(module, None if capabilities is None else sorted(set(capabilities)), workspace)
+    strip = options.get("strip_weights", False)
+    if not isinstance(strip, bool):
+        raise UsageError(f"Option strip_weights is {strip!r}; expected true or false.")
+    if strip and module == "tensorrt_rtx" and (gpu := _cuda.missing()):
+        raise EnvironmentMismatch(
+            f"TensorRT-RTX builds engines without weights only where there is a GPU, and this machine has {gpu}. Leave out "
+            "--strip-weights, or build on the RTX machine."
+        )
+    return Options(module, None if capabilities is None else sorted(set(capabilities)), workspace, strip)
 
 
 def _whole(value: Any) -> bool:
@@ -187,6 +205,7 @@ def _request(profiles: Sequence[ShapeProfile], chosen: Options) -> dict[str, Any
         "module": chosen.module,
         "compute_capabilities": chosen.compute_capabilities,
         "workspace_mib": chosen.workspace_mib,
+        "strip_weights": chosen.strip_weights,
     }
 
 

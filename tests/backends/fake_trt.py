@@ -74,8 +74,10 @@ class Runtime:
 class Engine:
     opened: ClassVar[list[Engine]] = []
 
-    def __init__(self, logger: Any, graph: str, profiles: list[dict[str, list[list[int]]]]) -> None:
-        self.logger, self.profiles = logger, profiles
+    def __init__(
+        self, logger: Any, graph: str, profiles: list[dict[str, list[list[int]]]], stripped: bool = False
+    ) -> None:
+        self.logger, self.profiles, self.refittable = logger, profiles, stripped
         self.session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         self.io = {v.name: (v, TensorIOMode.INPUT) for v in self.session.get_inputs()}
         self.io |= {v.name: (v, TensorIOMode.OUTPUT) for v in self.session.get_outputs()}
@@ -98,9 +100,35 @@ class Engine:
         assert self.io[name][1] is TensorIOMode.INPUT
         return self.profiles[i][name]
 
+    def create_engine_inspector(self) -> Engine:
+        return self
+
+    def get_engine_information(self, form: LayerInformationFormat) -> str:
+        assert form is LayerInformationFormat.JSON
+        return json.dumps({"Layers": [{"Name": name} for name in self.io], "Bindings": []})
+
     def create_execution_context(self) -> Context:
+        assert not self.refittable, "an engine without weights"
         self.context = Context(self)
         return self.context
+
+
+class Refitter:
+    def __init__(self, engine: Engine, logger: Any) -> None:
+        self.engine, self.graph = engine, ""
+
+    def refit_cuda_engine(self) -> bool:
+        self.engine.refittable = not Path(self.graph).is_file()
+        return not self.engine.refittable
+
+
+class OnnxParserRefitter:
+    def __init__(self, refitter: Refitter, logger: Any) -> None:
+        self.refitter = refitter
+
+    def refit_from_file(self, path: str) -> bool:
+        self.refitter.graph = path
+        return path.endswith(".onnx")
 
 
 class Context:
@@ -214,7 +242,7 @@ def installed(folder: Path) -> Iterator[ctypes.CDLL]:
     command += [f"-I{HEADERS}"] * HEADERS.is_dir() + ["-o", str(library)]
     subprocess.run(command, check=True, capture_output=True)
     module = ModuleType("tensorrt")
-    for thing in (ILogger, Runtime, TensorIOMode, TensorLocation, LayerInformationFormat):
+    for thing in (ILogger, Runtime, Refitter, OnnxParserRefitter, TensorIOMode, TensorLocation, LayerInformationFormat):
         setattr(module, thing.__name__, thing)
     module.__version__ = VERSION
     module.__spec__ = __spec__

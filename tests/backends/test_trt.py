@@ -253,6 +253,16 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
 
 
 @needs_rtx
+def test_weights_are_stripped_where_there_is_a_gpu_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "LIBRARY", "libno-such-driver.so.1")
+    graph = decoder(tmp_path / "lm.onnx")
+    with pytest.raises(EnvironmentMismatch, match=r"only where there is a GPU(.|\n)*Leave out --strip-weights"):
+        build(graph, PROFILES, strip_weights=True)
+    with pytest.raises(UsageError, match="strip_weights is 'yes'"):
+        build(graph, PROFILES, strip_weights="yes")
+
+
+@needs_rtx
 @pytest.mark.parametrize(
     ("script", "words"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from exporter.backends import _cuda, trt
 from exporter.backends._contract import EngineRecord
 from exporter.backends._cuda import Cuda, Gpu, first_gpu
 from exporter.backends._device_memory import Device, Pool, size_class
+from exporter.backends._trt_layers import layers
 from exporter.backends._trt_runner import TensorRtRunner
 from exporter.bundle import contents, sha256
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, VerificationError
@@ -27,6 +28,7 @@ from exporter.workspace import Workspace
 from profiles import _schema
 from tests.backends import fake_trt
 from tests.backends.test_ort import cache
+from tests.conftest import Said
 from tests.contract.test_runners import GROWS, LIMITS, LONG, PIXELS, generator, on_fake
 from tests.runtime import tiny
 
@@ -242,7 +244,7 @@ def test_an_engine_that_was_changed_is_not_opened(driver: ctypes.CDLL, output: W
         runnable_engines(output.folder, graphs, profile)
     assert not fake_trt.Engine.opened
     engine.unlink()
-    with pytest.raises(VerificationError, match="no engine for vision"):
+    with pytest.raises(VerificationError, match=r"no engine vision\.engine"):
         runnable_engines(output.folder, graphs, profile)
 
 
@@ -251,5 +253,43 @@ def test_an_engine_from_elsewhere_is_refused(driver: ctypes.CDLL, output: Worksp
     (output.folder / "vision.engine").write_bytes((output.engines / "vision.engine").read_bytes())
     records[0]["file"] = "../vision.engine"
     (output.engines / "engines.json").write_text(json.dumps(records))
-    with pytest.raises(VerificationError, match="no engine for vision"):
+    with pytest.raises(VerificationError, match=r"no engine \.\./vision\.engine"):
         runnable_engines(output.folder, GraphSet.load(output.graphs), _schema.load("orin_nano_8gb_int4"))
+
+
+def test_an_engine_without_weights_takes_those_of_its_graph(driver: ctypes.CDLL, output: Workspace) -> None:
+    vision = output.engines / "vision.engine"
+    vision.write_text(json.dumps({**json.loads(vision.read_text()), "stripped": True}))
+    with pytest.raises(ExportError, match=r"vision\.engine was built without weights, and its graph is not there"):
+        trt.BACKEND.runner(vision).__enter__()
+    with trt.BACKEND.runner(vision, graph=output.graphs / "vision.onnx") as runner:
+        assert runner.run({"pixel_values": PIXELS}).keys() == {"hidden", "score"}
+
+
+def test_an_engine_is_inspected(driver: ctypes.CDLL, output: Workspace, edgetrim: Callable[..., Said]) -> None:
+    shown = edgetrim("inspect", output.engines / "vision.engine", "--json")
+    assert shown.code == 0, shown.err
+    data = json.loads(shown.out)
+    assert (data["roles"], data["opened"]) == (["vision"], "tensorrt 10.3.0, Fake GPU")
+    assert [layer["name"] for layer in data["layers"]] == ["pixel_values", "hidden", "score"]
+    (output.engines / "vision.engine").write_bytes(b"another")
+    assert edgetrim("inspect", output.engines / "vision.engine").code == 6
+    (output.engines / "other.engine").write_bytes(b"other")
+    assert edgetrim("inspect", output.engines / "other.engine").code == 2
+
+
+def test_layers_carry_the_scopes_of_their_nodes() -> None:
+    """The form that TensorRT 10 documents for `EngineInspector` with ProfilingVerbosity.DETAILED."""
+    dense = {
+        "Name": "/model/visionzip/TopK + /model/visionzip/Cast", "LayerType": "TopK",
+        "Inputs": [{"Name": "scores", "Location": "Device", "Dimensions": [1, 576], "Format/Datatype": "Row major linear FP32"}],
+        "Outputs": [{"Name": "kept", "Location": "Device", "Dimensions": [1, 64], "Format/Datatype": "Row major Int64"}],
+        "TacticName": "topk_warp",
+        "Metadata": "[ONNX Layer: model/visionzip/TopK]\u001e[ONNX Layer: model/visionzip/Cast]\u001e[ONNX Layer: model/head/MatMul]",
+    }  # fmt: skip
+    found = layers(json.dumps({"Layers": [dense, "__myl_Fc_0"], "Bindings": []}))
+    assert found[0].scopes == ("model/visionzip", "model/head")
+    assert (found[0].output, found[0].tactic) == ("Row major Int64 [1, 64]", "topk_warp")
+    assert found[1].name == "__myl_Fc_0"
+    with pytest.raises(ExportError, match="form that is not known"):
+        layers("[]")
