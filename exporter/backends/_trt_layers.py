@@ -40,7 +40,7 @@ def _layer(entry: Any) -> Layer:
         return Layer(entry, "", (), "", "")
     nodes = re.findall(r"\[ONNX Layer: ([^\]]*)\]", str(entry.get("Metadata", "")))
     scopes = dict.fromkeys(node.rpartition("/")[0] for node in nodes if "/" in node)
-    first = next(iter(entry.get("Outputs", [])), {})
+    first: dict[str, Any] = next(iter(entry.get("Outputs", [])), {})
     told = first.get("Format/Datatype") or first.get("Format") or ""
     output = f"{told} {list(first['Dimensions'])}".strip() if first else ""
     return Layer(entry["Name"], entry.get("LayerType", ""), tuple(scopes), output, str(entry.get("TacticName", "")))

@@ -88,20 +88,9 @@ class TensorRT(Backend):
         out.mkdir(parents=True, exist_ok=True)
         target = out / f"{graph.stem}.engine"
         with tempfile.TemporaryDirectory(prefix=f".{graph.stem}-", suffix=".tmp", dir=out) as scratch:
-            engine, cached = Path(scratch, "engine"), False
-            cache = EngineCache.default()
-            key = "" if cache is None else _engine_cache.key(_parts(graph, profiles, chosen))
-            facts = None if cache is None else cache.fetch(key, engine)
-            if facts is None:
-                facts = _work(graph, profiles, chosen, Path(scratch), cache, log)
-            else:
-                cached = True
-                log(f"{graph.name}: built before, taken from {cache.folder}")
-            if chosen.module == "tensorrt_rtx":
-                check_rtx_header(engine)
+            facts, cached = _made(graph, profiles, chosen, Path(scratch), log)
+            engine = Path(scratch, "engine")
             digest, size = sha256(engine), engine.stat().st_size
-            if cache is not None and not cached:
-                cache.store(key, engine, digest, facts)
             os.replace(engine, target)
         build_s, peak_rss_mib = facts.pop("build_s"), facts.pop("peak_rss_mib")
         details = {
@@ -230,6 +219,22 @@ def _built_for(chosen: Options) -> list[Any]:
     return list(astuple(_cuda.first_gpu()))
 
 
+def _made(
+    graph: Path, profiles: Sequence[ShapeProfile], chosen: Options, scratch: Path, log: Log
+) -> tuple[dict[str, Any], bool]:
+    """`scratch/engine`, from the cache or built. Returns the builder's facts, and whether it was built before."""
+    cache, engine = EngineCache.default(), scratch / "engine"
+    if cache is None:
+        return _work(graph, profiles, chosen, scratch, None, log), False
+    key = _engine_cache.key(_parts(graph, profiles, chosen))
+    if (facts := cache.fetch(key, engine)) is not None:
+        log(f"{graph.name}: built before, taken from {cache.folder}")
+        return facts, True
+    facts = _work(graph, profiles, chosen, scratch, cache, log)
+    cache.store(key, engine, sha256(engine), facts)
+    return facts, False
+
+
 def _work(
     graph: Path, profiles: Sequence[ShapeProfile], chosen: Options, scratch: Path, cache: EngineCache | None, log: Log
 ) -> dict[str, Any]:
@@ -250,6 +255,8 @@ def _work(
         raise ExportError(_death(graph, chosen.module, code, last))
     if cache is not None and timings is not None:
         cache.keep_timings(timings, (scratch / _trt_worker.TIMINGS).read_bytes())
+    if chosen.module == "tensorrt_rtx":
+        check_rtx_header(scratch / "engine")
     return answer
 
 

@@ -27,7 +27,7 @@ def write(work: Workspace, graphs: GraphSet, profile: Profile) -> None:
 
 def collect(work: Workspace, graphs: GraphSet, profile: Profile) -> dict[str, Any]:
     """The recipe as data. Bytes of graphs count their weights; a file that several share counts for each."""
-    engines = []
+    engines: list[dict[str, Any]] = []
     for file, roles in graphs.roles().items():
         path = work.graphs / file
         size = path.stat().st_size + sum(weights.stat().st_size for weights in external_files(path).values())

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from exporter.backends import _cuda, trt
 from exporter.backends._contract import EngineRecord
@@ -276,6 +278,25 @@ def test_an_engine_is_inspected(driver: ctypes.CDLL, output: Workspace, edgetrim
     assert edgetrim("inspect", output.engines / "vision.engine").code == 6
     (output.engines / "other.engine").write_bytes(b"other")
     assert edgetrim("inspect", output.engines / "other.engine").code == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strip", [False, True])
+def test_a_real_engine(tmp_path: Path, strip: bool) -> None:
+    """On a GPU: built, with and without weights, opened, run and replayed, inspected."""
+    if missing := trt.BACKEND.missing_to_run():
+        pytest.skip(missing)
+    graph = cache(tmp_path / "g.onnx")
+    record = trt.BACKEND.build(graph, ("decode",), [GROWS], tmp_path / "out", {"strip_weights": strip}, print)
+    weight = numpy_helper.to_array(onnx.load(graph).graph.initializer[0])
+    with trt.BACKEND.runner(tmp_path / "out" / record.file, graph=graph) as runner:
+        for seed in range(4):
+            found = runner.run({"new": numbers(seed), "past": EMPTY})
+            assert np.array_equal(runner.numpy(found["present"]), numbers(seed))
+            np.testing.assert_allclose(runner.numpy(found["logits"]), numbers(seed) @ weight, atol=1e-2)
+            del found
+        assert any(graph is not None for graph in runner._recorded.values()), "nothing was recorded"
+        assert layers(runner.layers())
 
 
 def test_layers_carry_the_scopes_of_their_nodes() -> None:
