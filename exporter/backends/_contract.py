@@ -98,6 +98,11 @@ class Runner(ABC):
         """What runs, and on what: "ONNX Runtime, CPU"."""
         return type(self).__name__
 
+    @property
+    def batch(self) -> int | None:
+        """Most samples at once, along the first axis of the first input; None: any number."""
+        return None
+
     def chunk(self, cached: bool) -> int | None:
         """Most tokens that a language model runs at once here, be it a limit or what is fastest; None: any number.
 

@@ -141,10 +141,9 @@ class Cuda:
         self._call("cuMemFree_v2", address)
 
     def upload(self, address: int, array: Array) -> None:
-        """Copy a contiguous array to the device. The array may be changed once this returns."""
+        """Copy a contiguous array to the device, in the stream's order. It may be read until `synchronize`."""
         if array.nbytes:
             self._call("cuMemcpyHtoDAsync_v2", address, array.ctypes.data, array.nbytes, self._stream)
-            self.synchronize()  # pinned memory would be read later; pageable memory, before
 
     def download(self, array: Array, address: int) -> None:
         """Fill a contiguous array from the device."""

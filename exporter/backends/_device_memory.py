@@ -141,6 +141,7 @@ class Device:
         self.cuda = Cuda()
         self.pool = Pool(self.cuda.allocate, self.cuda.free, self.cuda.memory)
         self._users = 0
+        self._uploading: list[Array] = []
 
     @classmethod
     def open(cls) -> Device:
@@ -157,11 +158,17 @@ class Device:
             self.cuda.close()
 
     def to_device(self, array: Array) -> DeviceArray:
-        """A copy on the device."""
+        """A copy on the device, there by the next `synchronize`; until then the array must not be changed."""
         array = np.ascontiguousarray(array)
         value = self.pool.array(array.shape, array.dtype)
         self.cuda.upload(value.address, array)
+        self._uploading.append(array)
         return value
+
+    def synchronize(self) -> None:
+        """Wait for everything that was asked for."""
+        self.cuda.synchronize()
+        self._uploading.clear()
 
     def to_host(self, value: DeviceArray) -> Array:
         """A copy on the host."""

@@ -22,8 +22,8 @@ from exporter.workspace import write_bytes, write_text
 LIMIT = 16 * 2**30
 """Bytes of engines; the ones not used for longest go first."""
 LARGEST_FACTS = 16 * 2**20
-LARGEST_TIMINGS = 512 * 2**20
-"""Bytes that are read of a file with facts or timings; a larger one is none of ours."""
+LARGEST_LEARNT = 512 * 2**20
+"""Bytes that are read of a file with facts, or with what TensorRT learnt; a larger one is none of ours."""
 
 
 def key(parts: Mapping[str, Any]) -> str:
@@ -43,7 +43,10 @@ class EngineCache:
         told = os.environ.get("EDGETRIM_CACHE", "")
         if told == "off":
             return None
-        return cls(Path(told) if told else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "edgetrim"))
+        if told:
+            return cls(Path(told))
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        return cls(Path(base, "edgetrim")) if os.path.isabs(base) else None  # a user without a home has none
 
     def fetch(self, key: str, target: Path) -> dict[str, Any] | None:
         """Put the engine of that key at `target`; its facts, or None if there is none whose hash is right."""
@@ -78,18 +81,18 @@ class EngineCache:
             write_text(entry, json.dumps({"sha256": digest, "facts": facts}))
             self._forget_oldest()
 
-    def timings(self, name: str) -> bytes | None:
-        """What the builder measured before on such a machine."""
-        path = self.folder / f"{name}.timings"
+    def recall(self, name: str) -> bytes:
+        """What TensorRT learnt before on such a machine (timings, compiled kernels): bytes of its own, which it checks; b"" if nothing."""
+        path = self.folder / name
         try:
-            return path.read_bytes() if path.stat().st_size <= LARGEST_TIMINGS else None
+            return path.read_bytes() if path.stat().st_size <= LARGEST_LEARNT else b""
         except OSError:
-            return None
+            return b""
 
-    def keep_timings(self, name: str, data: bytes) -> None:
+    def learn(self, name: str, data: bytes) -> None:
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(self.folder / f"{name}.timings", data)
+            write_bytes(self.folder / name, data)
 
     def _paths(self, key: str) -> tuple[Path, Path]:
         return self.folder / f"{key}.engine", self.folder / f"{key}.json"

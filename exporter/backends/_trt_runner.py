@@ -9,7 +9,7 @@ import mmap
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from exporter.backends import _trt_module
+from exporter.backends import _engine_cache, _trt_module
 from exporter.backends._contract import Array, Runner
 from exporter.backends._cuda import CudaError
 from exporter.backends._device_memory import Device, DeviceArray
+from exporter.backends._engine_cache import EngineCache
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
 
 Shape = tuple[int, ...]
@@ -72,6 +73,7 @@ class TensorRtRunner(Runner):
         self._path, self._graph = engine, graph
         self._open = ExitStack()
         self._context: Any = None
+        self._kernels: Any = None
         self._errors: list[str] = []
         self._shapes: Shapes = {}
         self._found: Shapes = {}
@@ -90,7 +92,7 @@ class TensorRtRunner(Runner):
                 self._refit(engine)
             self._describe(engine)
             stack.callback(self._release)
-            self._context = engine.create_execution_context()
+            self._context = self._new_context(engine)
             if self._context is None:
                 raise self._failed("gives no execution context; its scratch memory may not fit on the GPU")
             self._open = stack.pop_all()
@@ -130,6 +132,11 @@ class TensorRtRunner(Runner):
         self._loaded()
         return self._device.to_host(value)
 
+    @property
+    def batch(self) -> int | None:
+        self._loaded()
+        return max(bounds.high[next(iter(self._inputs))][0] for bounds in self._bounds)
+
     def chunk(self, cached: bool) -> int | None:
         """Behind a cache, the most that a profile with a cache takes. A prompt is run whole, in the profile without one."""
         self._loaded()
@@ -162,7 +169,7 @@ class TensorRtRunner(Runner):
             take = self._device.pool.array
             found = {n: take(shape, self._outputs[n], room.get(n)) for n, shape in self._found.items()}
             self._enqueue({**given, **found}, repeats=grown is None)
-            self._device.cuda.synchronize()
+            self._device.synchronize()
         except CudaError as e:
             raise ExportError(f"{self._path.name}: {e}{self._said()}") from e
         return found
@@ -277,12 +284,36 @@ class TensorRtRunner(Runner):
         if not parser.refit_from_file(str(self._graph)) or not refitter.refit_cuda_engine():
             raise self._failed(f"does not take the weights of {self._graph.name}")
 
+    def _new_context(self, engine: Any) -> Any:
+        """TensorRT-RTX compiles kernels when they are first run; it is given what it compiled before on this GPU."""
+        if not hasattr(self._trt, "IRuntimeCache"):
+            return engine.create_execution_context()
+        config = engine.create_runtime_config()
+        self._kernels = config.create_runtime_cache()
+        cache = EngineCache.default()
+        if cache is not None and (known := cache.recall(self._kernels_name())):
+            self._kernels.deserialize(known)
+        config.set_runtime_cache(self._kernels)
+        return engine.create_execution_context(config)
+
+    def _keep_kernels(self) -> None:
+        cache = EngineCache.default()
+        if self._kernels is None or cache is None:
+            return
+        data = self._kernels.serialize()
+        if data is not None and (data := bytes(data)) != cache.recall(self._kernels_name()):
+            cache.learn(self._kernels_name(), data)
+
+    def _kernels_name(self) -> str:
+        return f"{_engine_cache.key({'version': self._trt.__version__, 'gpu': astuple(self._device.cuda.gpu)})}.kernels"
+
     def _release(self) -> None:
+        self._keep_kernels()
         for graph in self._recorded.values():
             if graph is not None:
                 self._device.cuda.drop(graph)
         self._recorded.clear()
-        self._context = self._engine = self._runtime = self._logger = None
+        self._context = self._kernels = self._engine = self._runtime = self._logger = None
 
     def _describe(self, engine: Any) -> None:
         trt, self._inputs, self._outputs = self._trt, dict[str, np.dtype[Any]](), dict[str, np.dtype[Any]]()

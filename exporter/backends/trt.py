@@ -244,8 +244,9 @@ def _work(
     (scratch / "graph").symlink_to(graph.parent.resolve(), target_is_directory=True)
     timings = None
     if cache is not None and chosen.module == "tensorrt":  # TensorRT-RTX times nothing
-        timings = _engine_cache.key({"version": _trt_module.load(chosen.module).__version__, "gpu": _built_for(chosen)})
-        (scratch / _trt_worker.TIMINGS).write_bytes(cache.timings(timings) or b"")
+        machine = {"version": _trt_module.load(chosen.module).__version__, "gpu": _built_for(chosen)}
+        timings = f"{_engine_cache.key(machine)}.timings"
+        (scratch / _trt_worker.TIMINGS).write_bytes(cache.recall(timings))
     code, last = _run(scratch, log)
     result = scratch / "result.json"
     answer: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {}
@@ -254,7 +255,7 @@ def _work(
     if code != 0 or not answer:
         raise ExportError(_death(graph, chosen.module, code, last))
     if cache is not None and timings is not None:
-        cache.keep_timings(timings, (scratch / _trt_worker.TIMINGS).read_bytes())
+        cache.learn(timings, (scratch / _trt_worker.TIMINGS).read_bytes())
     if chosen.module == "tensorrt_rtx":
         check_rtx_header(scratch / "engine")
     return answer

@@ -132,6 +132,11 @@ class Generator:
         for role, runner in (("prefill", self._prefill), ("decode", self._decode)):
             _check(runner, role, ["logits", *self._present.values()])
 
+    @property
+    def batch(self) -> int | None:
+        """Most images (or clips) at once; None: any number."""
+        return self._vision.batch
+
     def generate(
         self,
         pixel_values: Array,

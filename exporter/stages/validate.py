@@ -231,8 +231,9 @@ def answers(generator: Generator, prompt: Prompt, questions: Sequence[Question],
     """Greedy answers, in order."""
     graphs = generator.graphs
     found: list[str] = []
-    for start in range(0, len(questions), BATCH):
-        part = questions[start : start + BATCH]
+    batch = min(BATCH, generator.batch or BATCH)
+    for start in range(0, len(questions), batch):
+        part = questions[start : start + batch]
         pixels = np.concatenate([images.preprocess(q.frames, graphs.image) for q in part])
         ids = [prompt.ask(q.question, graphs.visual.placeholders, graphs.visual.media) for q in part]
         side = prompt.side([q.question for q in part])

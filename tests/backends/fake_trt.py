@@ -100,17 +100,47 @@ class Engine:
         assert self.io[name][1] is TensorIOMode.INPUT
         return self.profiles[i][name]
 
-    def create_engine_inspector(self) -> Engine:
-        return self
+    def create_engine_inspector(self) -> EngineInspector:
+        return EngineInspector(self)
 
-    def get_engine_information(self, form: LayerInformationFormat) -> str:
-        assert form is LayerInformationFormat.JSON
-        return json.dumps({"Layers": [{"Name": name} for name in self.io], "Bindings": []})
+    def create_runtime_config(self) -> IRuntimeConfig:
+        return IRuntimeConfig()
 
-    def create_execution_context(self) -> Context:
+    def create_execution_context(self, config: IRuntimeConfig | None = None) -> Context:
+        self.config = config
         assert not self.refittable, "an engine without weights"
         self.context = Context(self)
         return self.context
+
+
+class EngineInspector:
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def get_engine_information(self, form: LayerInformationFormat) -> str:
+        assert form is LayerInformationFormat.JSON
+        return json.dumps({"Layers": [{"Name": name} for name in self.engine.io], "Bindings": []})
+
+
+class IRuntimeCache:
+    def __init__(self) -> None:
+        self.kernels = b"compiled"
+
+    def serialize(self) -> bytes:
+        return self.kernels
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.kernels = blob + b", again"
+        return True
+
+
+class IRuntimeConfig:
+    def create_runtime_cache(self) -> IRuntimeCache:
+        return IRuntimeCache()
+
+    def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
+        self.cache = cache
+        return True
 
 
 class Refitter:

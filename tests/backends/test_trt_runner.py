@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,7 +31,7 @@ from exporter.workspace import Workspace
 from profiles import _schema
 from tests.backends import fake_trt
 from tests.backends.test_ort import cache
-from tests.conftest import Said
+from tests.conftest import Said, needs_rtx
 from tests.contract.test_runners import GROWS, LIMITS, LONG, PIXELS, generator, on_fake
 from tests.runtime import tiny
 
@@ -46,6 +47,26 @@ def driver(tmp_path: Path) -> Iterator[ctypes.CDLL]:
 
 def numbers(seed: int) -> Any:
     return np.random.default_rng(seed).standard_normal((2, 3, 4)).astype(np.float32)
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("stands_for", "real"),
+    [
+        (fake_trt.Engine, "ICudaEngine"), (fake_trt.Context, "IExecutionContext"), (fake_trt.Runtime, "Runtime"),
+        (fake_trt.IRuntimeConfig, "IRuntimeConfig"), (fake_trt.IRuntimeCache, "IRuntimeCache"),
+        (fake_trt.EngineInspector, "EngineInspector"), (fake_trt.Refitter, "Refitter"), (fake_trt.OnnxParserRefitter, "OnnxParserRefitter"),
+        (fake_trt.TensorIOMode, "TensorIOMode"), (fake_trt.TensorLocation, "TensorLocation"),
+        (fake_trt.DataType, "DataType"), (fake_trt.LayerInformationFormat, "LayerInformationFormat"),
+    ],
+)  # fmt: skip
+def test_the_fake_has_nothing_that_tensorrt_lacks(stands_for: type, real: str) -> None:
+    """Names of methods and enumeration members, against TensorRT-RTX's own classes."""
+    import tensorrt_rtx
+
+    own = {name for name in vars(stands_for) if not name.startswith("_")} - {"opened"}
+    assert own
+    assert own <= set(dir(getattr(tensorrt_rtx, real)))
 
 
 def test_the_driver_says_what_it_is(driver: ctypes.CDLL) -> None:
@@ -120,6 +141,7 @@ def test_shapes_outside_every_profile_are_told(driver: ctypes.CDLL, tmp_path: Pa
             match=r"not built for inputs_embeds \[1, 37, 16\]: it takes \[1, 5, 16\] to \[4, 36, 16\]\. Raise `\[limits\]`",
         ):
             model.generate(PIXELS[:1], [long], 2)
+        assert model.batch == LIMITS.batch
         assert model._decode.chunk(cached=True) == 4
         assert model._decode.chunk(cached=False) is None
         assert model._vision.chunk(cached=True) is None
@@ -266,6 +288,19 @@ def test_an_engine_without_weights_takes_those_of_its_graph(driver: ctypes.CDLL,
         trt.BACKEND.runner(vision).__enter__()
     with trt.BACKEND.runner(vision, graph=output.graphs / "vision.onnx") as runner:
         assert runner.run({"pixel_values": PIXELS}).keys() == {"hidden", "score"}
+
+
+def test_kernels_that_were_compiled_are_kept_for_the_next_process(
+    driver: ctypes.CDLL, output: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TensorRT-RTX has it; full TensorRT compiles when it builds."""
+    monkeypatch.setattr(sys.modules["tensorrt"], "IRuntimeCache", fake_trt.IRuntimeCache, raising=False)
+    monkeypatch.setenv("EDGETRIM_CACHE", str(tmp_path / "cache"))
+    for said in (b"compiled", b"compiled, again"):
+        with trt.BACKEND.runner(output.engines / "vision.engine"):
+            assert fake_trt.Engine.opened[-1].config.cache.kernels == said
+        (kept,) = (tmp_path / "cache").glob("*.kernels")
+        assert kept.read_bytes() == said
 
 
 def test_an_engine_is_inspected(driver: ctypes.CDLL, output: Workspace, edgetrim: Callable[..., Said]) -> None:
