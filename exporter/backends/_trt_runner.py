@@ -85,13 +85,12 @@ class TensorRtRunner(Runner):
         with ExitStack() as stack:
             self._device = Device.open()
             stack.callback(self._device.close)
+            stack.callback(self._release)
             self._device.cuda.use()
-            engine = self._load()
-            self._engine = engine
+            engine = self._engine = self._load()
             if engine.refittable:
                 self._refit(engine)
             self._describe(engine)
-            stack.callback(self._release)
             self._context = self._new_context(engine)
             if self._context is None:
                 raise self._failed("gives no execution context; its scratch memory may not fit on the GPU")
@@ -135,16 +134,14 @@ class TensorRtRunner(Runner):
     @property
     def batch(self) -> int | None:
         self._loaded()
-        return max(bounds.high[next(iter(self._inputs))][0] for bounds in self._bounds)
+        return self._longest[next(iter(self._inputs))][0]
 
     def chunk(self, cached: bool) -> int | None:
         """Behind a cache, the most that a profile with a cache takes. A prompt is run whole, in the profile without one."""
         self._loaded()
-        pasts = [name for name in self._inputs if name.startswith("past_")]
-        if not cached or "inputs_embeds" not in self._inputs:
+        if not cached:
             return None
-        spans = [b.high["inputs_embeds"][1] for b in self._bounds if all(0 not in b.high[name] for name in pasts)]
-        return max(spans, default=None)
+        return self._step or None
 
     def gather(self, value: Any, rows: npt.NDArray[np.int64]) -> Any:
         return self._device.rows(value, rows) if isinstance(value, DeviceArray) else value[rows]
@@ -176,10 +173,8 @@ class TensorRtRunner(Runner):
 
     def _room(self, present: Shape, past: str) -> Shape:
         """The shape of a cache that is as long as the engine takes it, and one step more."""
-        most = tuple(map(max, zip(*(bounds.high[past] for bounds in self._bounds), strict=True)))
-        longer = (size + (self.chunk(cached=True) or 0) for size in most)
-        grows = (before != now for before, now in zip(self._shapes[past], present, strict=True))
-        return tuple(room if grew else now for room, grew, now in zip(longer, grows, present, strict=True))
+        axes = zip(self._shapes[past], present, self._longest[past], strict=True)
+        return tuple(now if now == before else longest + self._step for before, now, longest in axes)
 
     def _given(self, name: str, value: Any) -> DeviceArray:
         wanted = self._inputs[name]
@@ -331,6 +326,14 @@ class TensorRtRunner(Runner):
             Bounds(*({n: tuple(engine.get_tensor_profile_shape(n, i)[end]) for n in self._inputs} for end in (0, 2)))
             for i in range(engine.num_optimization_profiles)
         ]
+        self._longest = {n: tuple(map(max, zip(*(b.high[n] for b in self._bounds), strict=True))) for n in self._inputs}
+        pasts = [name for name in self._inputs if name.startswith("past_")]
+        spans = [
+            bounds.high["inputs_embeds"][1]
+            for bounds in self._bounds
+            if "inputs_embeds" in bounds.high and all(0 not in bounds.high[name] for name in pasts)
+        ]
+        self._step = max(spans, default=0)  # most tokens behind a cache
         self._profile, self._shapes = 0, {}
 
     def _note(self, severity: str, text: str) -> None:
