@@ -81,7 +81,7 @@ the device builds its own, from this folder alone: no PyTorch, no network.
 ```
 pip install edgetrim      # without extras; in an environment that sees the system's TensorRT (--system-site-packages)
 {" ".join(recipe["command"])}
-edgetrim validate . && edgetrim bench . && edgetrim pack .
+edgetrim bench . --no-compare && edgetrim pack .
 ```
 
 It needs {stack}, a GPU of {targets}, about {needs["memory_mib"]:,} MiB of memory for the largest engine (swap counts) and
