@@ -113,12 +113,13 @@ def run_export(job: Job, work: Workspace, log: Log = silent) -> GraphSet:
     """Export into the workspace. What a killed export of the same had finished is kept. Later stages' results, which no longer
     belong to these graphs, are removed."""
     from exporter.journal import JOURNAL
+    from exporter.stages import recipe
     from exporter.stages.export import export
 
     plan = job.plan()
     with work.resumed("graphs", JOURNAL) as folder:
         graphs = export(plan, folder, log)
-    _forget(work, "engines", "evidence", "report.html", MANIFEST)
+    _forget(work, "engines", "evidence", "report.html", recipe.RECIPE, recipe.PAGE, MANIFEST)
     job.save(work)
     return graphs
 
