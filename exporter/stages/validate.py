@@ -291,6 +291,7 @@ def answers(
 ) -> list[str]:
     """Greedy answers, in order. What is `known` is not asked again, and what is asked is known from then on."""
     graphs, known = generator.graphs, known or Answers()
+    batch = min(batch, generator.batch or batch)
     keys = [q.key for q in questions]
     missing = [i for i, key in enumerate(keys) if key not in known.known]
     for start in range(0, len(missing), batch):
