@@ -27,11 +27,11 @@ def command(path: Path, profile: str | None, as_json: bool) -> None:
     from profiles import _schema
 
     out = Output(as_json)
-    files, own = _graphs(path)
-    chosen = profile or own
+    chosen = profile or _own_profile(path)
     if chosen is None:
         raise UsageError(f"Which target is {path} for? Pass --profile; `edgetrim list profiles` shows them.")
     target = _schema.load(chosen)
+    files = _graphs(path, target.stack.flavour)
     table = table_for(target.stack)
     if table is None:
         raise UsageError(
@@ -56,21 +56,29 @@ def command(path: Path, profile: str | None, as_json: bool) -> None:
         )
 
 
-def _graphs(path: Path) -> tuple[list[Path], str | None]:
-    """The ONNX files, and the profile they were exported for, where that is known."""
-    from exporter.bundle import MANIFEST, Bundle
-    from exporter.errors import UsageError
-    from exporter.graphset import GraphSet
+def _own_profile(path: Path) -> str | None:
+    """The profile that a folder was exported for."""
     from exporter.pipeline import Job
     from exporter.workspace import Workspace
 
+    return Job.read(Workspace(path)).profile if (path / "job.json").is_file() else None
+
+
+def _graphs(path: Path, flavour: str | None) -> list[Path]:
+    """The file, or a folder's graphs: those of the flavour where it has them, the plain ones else."""
+    from exporter.bundle import MANIFEST, Bundle
+    from exporter.errors import UsageError
+    from exporter.flavours._apply import plain_name
+    from exporter.graphset import GraphSet
+
     if path.is_file() and path.suffix == ".onnx":
-        return [path], None
-    if not (path / "graphs" / "graphs.json").is_file():
+        return [path]
+    folder = path / "graphs"
+    if not (folder / "graphs.json").is_file():
         raise UsageError(
             f"{path} is neither an .onnx file nor a folder with graphs/graphs.json. `edgetrim export` makes one."
         )
     if (path / MANIFEST).is_file():
         Bundle.open(path)
-    files = [path / "graphs" / file for file in GraphSet.load(path / "graphs").roles()]
-    return files, Job.read(Workspace(path)).profile
+    files = GraphSet.load(folder).roles()
+    return [folder / (file if f".{flavour}." in file else plain_name(file)) for file in files]

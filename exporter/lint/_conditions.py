@@ -51,10 +51,6 @@ def input_given(node: ir.Node, opset: int, input: int) -> bool:
     return _input(node, input) is not None
 
 
-def input_absent(node: ir.Node, opset: int, input: int) -> bool:
-    return _input(node, input) is None
-
-
 def input_computed(node: ir.Node, opset: int, input: int) -> bool:
     """It depends on an input of the graph, in a subgraph or function also on what comes from outside."""
     value = _input(node, input)
@@ -118,19 +114,6 @@ def size_exceeds(node: ir.Node, opset: int, first: int, second: int) -> bool:
     """Some fixed size of the first input is above that of the second."""
     pairs = zip(_dims(node, first) or [], _dims(node, second) or [], strict=False)
     return any(isinstance(a, int) and isinstance(b, int) and a > b for a, b in pairs)
-
-
-def branches_differ(node: ir.Node, opset: int) -> bool:
-    """The branches of an If yield different fixed sizes."""
-    then, other = (node.attributes[name].as_graph().outputs for name in ("then_branch", "else_branch"))
-    for a, b in zip(then, other, strict=False):
-        if a.shape is not None and b.shape is not None:
-            sizes = list(zip(a.shape, b.shape, strict=False))
-            if len(a.shape) != len(b.shape) or any(
-                isinstance(x, int) and isinstance(y, int) and x != y for x, y in sizes
-            ):
-                return True
-    return False
 
 
 def opset_from(node: ir.Node, opset: int, version: int) -> bool:

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -90,10 +91,12 @@ def table_for(stack: Stack) -> Table | None:
     found = sorted((_release(name), name) for name in names() if name.split("-")[0] == stack.module)
     if not found or stack.tensorrt is None:
         return None
-    wanted = _release(f"-{stack.tensorrt}")
-    return load([name for version, name in found if version <= wanted or version == found[0][0]][-1])
+    oldest, *newer = found
+    fitting = [name for version, name in newer if version <= _release(f"-{stack.tensorrt}")]
+    return load([oldest[1], *fitting][-1])
 
 
+@cache
 def load(name: str) -> Table:
     """The table in `<name>.toml`. Raises ExportError where it does not say what a table says."""
     return read(FOLDER / f"{name}.toml")
@@ -139,7 +142,7 @@ class _Reader:
         if not holds:
             raise ExportError(f"{self.file}: {text}.")
 
-    def no_others(self, entry: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    def no_others(self, entry: Mapping[str, Any], known: Iterable[str], where: str) -> None:
         for key in entry:
             self.check(key in known, f"unknown key '{key}' in {where}; {nearest(key, known).rstrip('.')}")
 
@@ -156,13 +159,13 @@ class _Reader:
         return entry[key]
 
     def importers(self, entry: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-        self.no_others(entry, {"names": 0, "domain": 0, "source": 0}, "[[operators]]")
+        self.no_others(entry, ("names", "domain", "source"), "[[operators]]")
         domain = self.value({"domain": "", **entry}, "domain", "str", "[[operators]]")
         source = self.value(entry, "source", "text", "[[operators]]")
         return [(domain, name, source) for name in self.value(entry, "names", "list[str]", "[[operators]]")]
 
     def types(self, entry: Mapping[str, Any]) -> dict[str, Types]:
-        self.no_others(entry, {"operators": 0, "types": 0, "input": 0, "source": 0}, "[[types]]")
+        self.no_others(entry, ("operators", "types", "input", "source"), "[[types]]")
         number = self.value({"input": 0, **entry}, "input", "int", "[[types]]")
         taken = frozenset(self.value(entry, "types", "list[str]", "[[types]]"))
         source = self.value(entry, "source", "text", "[[types]]")
@@ -171,8 +174,8 @@ class _Reader:
     def rule(self, entry: Mapping[str, Any], subject: tuple[str, str]) -> Rule:
         """subject: the first two parameters of the conditions that may be used."""
         where = "[[rule]]" if subject[0] == "node" else "[[function]]"
-        named = {"operators": 0} if subject[0] == "node" else {}
-        self.no_others(entry, {"when": 0, "verdict": 0, "what": 0, "fix": 0, "source": 0, **named}, where)
+        named = ("operators",) if subject[0] == "node" else ()
+        self.no_others(entry, (*named, "when", "verdict", "what", "fix", "source"), where)
         verdict = self.value(entry, "verdict", "text", where)
         self.check(
             verdict in get_args(Verdict), f"verdict '{verdict}'; {nearest(verdict, get_args(Verdict)).rstrip('.')}"
@@ -184,13 +187,7 @@ class _Reader:
         return Rule(operators, held, verdict, what, fix, source)
 
     def condition(self, name: str, settings: Any, subject: tuple[str, str]) -> Callable[..., bool]:
-        offered = {
-            key: function
-            for key, function in vars(_conditions).items()
-            if inspect.isfunction(function)
-            and tuple(inspect.signature(function).parameters)[:2] == subject
-            and key[0] != "_"
-        }
+        offered = _offered(subject)
         self.check(name in offered, f"unknown condition '{name}'; {nearest(name, offered).rstrip('.')}")
         function = offered[name]
         wanted = dict(list(inspect.signature(function).parameters.items())[2:])
@@ -200,6 +197,13 @@ class _Reader:
             kind = str(wanted[key].annotation)
             self.check(_fits(value, kind), f"'{key}' of condition '{name}' must be {kind}; found {value!r}")
         return lambda node, context: function(node, context, **settings)
+
+
+@cache
+def _offered(subject: tuple[str, str]) -> dict[str, Callable[..., bool]]:
+    """The conditions whose first parameters are these."""
+    functions = {k: v for k, v in vars(_conditions).items() if inspect.isfunction(v) and not k.startswith("_")}
+    return {k: v for k, v in functions.items() if tuple(inspect.signature(v).parameters)[:2] == subject}
 
 
 def _fits(value: Any, kind: str) -> bool:
