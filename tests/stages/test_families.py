@@ -11,6 +11,8 @@ import pytest
 import exporter.families
 from exporter import _discover
 from exporter.families._contract import Request
+from exporter.lint import _table
+from exporter.lint._check import lint
 from exporter.stages.export import export
 from tests.families import tiny
 from tests.stages.conftest import Engine, Exported, plain
@@ -61,6 +63,8 @@ def compare(checkpoint: Path, request: Request, reductions: tuple[str, ...], eng
     folder.mkdir()
     said: list[str] = []
     found = Exported(plan, folder, export(plan, folder, said.append))
+    for table in _table.names():
+        assert [f for file in found.graphs.roles() for f in lint(folder / file, _table.load(table))] == []
     asked = tiny.question(found.graphs)
 
     def answer(generator: Any) -> Any:
