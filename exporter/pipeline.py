@@ -124,6 +124,33 @@ def run_export(job: Job, work: Workspace, log: Log = silent) -> GraphSet:
     return graphs
 
 
+def check_graphs(work: Workspace, warn: Log = silent) -> None:
+    """Refuse graphs that the profile's target would refuse or get wrong, as far as there is a table of it.
+
+    Args:
+        warn: told what the target takes, but runs slowly.
+    Raises:
+        EnvironmentMismatch: names the nodes. The graphs stay.
+    """
+    from exporter.lint._check import in_words, lint
+    from exporter.lint._table import table_for
+
+    profile = Job.read(work).loaded_profile()
+    table = table_for(profile.stack)
+    if table is None:
+        return
+    files = GraphSet.load(work.graphs).roles()
+    findings = [finding for file in files for finding in lint(work.graphs / file, table)]
+    for text in in_words([finding for finding in findings if not finding.fatal]):
+        warn(text)
+    if fatal := [finding for finding in findings if finding.fatal]:
+        raise EnvironmentMismatch(
+            f"{table.name}, which profile `{profile.name}` is for, would not run these graphs:\n"
+            + "\n".join(in_words(fatal))
+            + f"\nThe graphs are in {work.graphs}; `edgetrim lint {work.folder}` says this again."
+        )
+
+
 def run_build(work: Workspace, log: Log = silent, strip_weights: bool = False) -> list[EngineRecord]:
     """Build engines; of a bundle, if it is what its manifest says.
 
@@ -455,6 +482,7 @@ def run(
     if not exported(work, job):
         with around("export") as log:
             run_export(job, work, log)
+    check_graphs(work, warn)
     if not (work.engines / "engines.json").is_file():
         try:
             with around("build") as log:

@@ -163,6 +163,8 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None) -> GraphSet:
 
     log("writing weights")
     blocks = tuple(precision.blocks) if precision.weights == "int4" else ()
+    block_mib = plan.profile.memory.largest_block_mib
+    largest = None if block_mib is None else block_mib << 20
     with ExitStack() as stack:
         if not blocks:
             stack.enter_context(_one_thread())
@@ -170,7 +172,7 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None) -> GraphSet:
         def weight_file(name: str) -> WeightFile:
             int4 = blocks if name == "llm" else ()
             path = folder / f"{name}.data"
-            file = WeightFile(path, journal, plan.checkpoint, found[name], dtype, int4, advance)
+            file = WeightFile(path, journal, plan.checkpoint, found[name], dtype, int4, advance, largest)
             return stack.enter_context(file)
 
         weight_files = {name: weight_file(name) for name in found}

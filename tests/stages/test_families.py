@@ -14,6 +14,8 @@ from exporter.errors import UsageError
 from exporter.families._contract import Request
 from exporter.graphset import GraphSet
 from exporter.runtime.prompt import Prompt
+from exporter.lint import _table
+from exporter.lint._check import lint
 from exporter.stages.export import export
 from exporter.stages.validate import controls
 from tests.families import tiny
@@ -88,6 +90,8 @@ def compare(checkpoint: Path, request: Request, reductions: tuple[str, ...], eng
     folder.mkdir()
     said: list[str] = []
     found = Exported(plan, folder, export(plan, folder, said.append))
+    for table in _table.names():
+        assert [f for file in found.graphs.roles() for f in lint(folder / file, _table.load(table))] == []
     asked = tiny.question(found.graphs)
 
     def answer(generator: Any) -> Any:
