@@ -13,9 +13,9 @@ from exporter import _discover
 from exporter.errors import UsageError
 from exporter.families._contract import Request
 from exporter.graphset import GraphSet
-from exporter.runtime.prompt import Prompt
 from exporter.lint import _table
 from exporter.lint._check import lint
+from exporter.runtime.prompt import Prompt
 from exporter.stages.export import export
 from exporter.stages.validate import controls
 from tests.families import tiny
