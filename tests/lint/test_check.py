@@ -70,6 +70,16 @@ def test_the_table_of_a_stack(stack: tuple[Any, str], expected: str) -> None:
     assert table.name == expected
 
 
+def test_a_profiles_plugins_are_taken(tmp_path: Path) -> None:
+    g = Graph()
+    model = g.model(g.op("token_merge", g.input("x", [4, 8]), domain="edgetrim"), shape=[4, 8])
+    onnx.save(model, tmp_path / "g.onnx")
+    for plugins, count in (((), 1), (("token_merge",), 0)):
+        table = _table.table_for(Stack("trt", "tensorrt", "10.3", compute_capabilities=(87,), plugins=plugins))
+        assert table is not None
+        assert len(_check.lint(tmp_path / "g.onnx", table)) == count
+
+
 @pytest.mark.parametrize("name", _schema.names())
 def test_every_profile_of_tensorrt_has_a_table(name: str) -> None:
     stack = _schema.load(name).stack
