@@ -201,7 +201,7 @@ def clip_model_option(function: F) -> F:
     """--clip-model → clip: str | None. Not --clip, which is a clip of images."""
     return click.option(
         "--clip-model", "clip", metavar="FOLDER|HUB_ID",
-        help="The CLIP checkpoint that the model's tower came from, for reductions that read the question with CLIP.",
+        help="The CLIP checkpoint that the model's tower came from: for reductions that read the question with CLIP, and models that do not hold their tower.",
     )(function)  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def collect(work: Workspace, job: Job) -> report.ReportData:
                 report.Reduction(r["name"], r["spec"], PLACES[r["place"]], r["before"], r["after"])
                 for r in graphs.reductions
             ],
-            stages=_stages(work, graphs, profile, bool(executed)),
+            stages=_stages(work, graphs, profile, _ran(executed, profile)),
             fidelity=[_fidelity(row) for row in (validation or {}).get("fidelity", [])],
             quality=[_quality(row) for row in (validation or {}).get("quality", [])],
             latency=[timed[s] for s in ("vision", "question", "reduce", "prefill") if s in timed],
@@ -165,7 +165,12 @@ def _stage(entry: Mapping[str, Any], executed: bool, reason: str, suffix: str = 
         targets = ", ".join(f"SM {c // 10}.{c % 10}" for c in entry["capabilities"])
         note = f"{entry['stack']}{f', for {targets}' if targets else ''}"
     numbers = entry["engine_bytes"], entry["build_s"], entry["peak_rss_mib"]
-    return report.Stage(name, entry["nodes"], entry["graph_bytes"], *numbers, ours and executed, note)
+    return report.Stage(name, entry["nodes"], entry["graph_bytes"], *numbers, executed, note)
+
+
+def _ran(executed: str, profile: Profile) -> bool:
+    """Whether the profile's own engines ran, and not ONNX Runtime in their place."""
+    return bool(executed) and (profile.stack.backend == "ort" or not executed.startswith("ONNX Runtime"))
 
 
 def _not_built(profile: Profile) -> str:
@@ -176,9 +181,9 @@ def _not_built(profile: Profile) -> str:
 
 def _graph(path: Path) -> tuple[int, int]:
     """Nodes, and bytes with the weights it points to. Needs neither onnx nor onnxruntime."""
-    from exporter.backends.ort import _Onnx
+    from exporter.backends._onnx_file import OnnxFile
 
-    found = _Onnx(path)
+    found = OnnxFile(path)
     external = {path.parent / name for name in found.locations}
     return len(found.operators), sum(p.stat().st_size for p in (path, *external) if p.is_file())
 
@@ -285,7 +290,7 @@ def _notes(
             f"process, {latency['new_tokens']} tokens each, {threads}"
             f"{'' if load is None else f'; load average {load} when it was written'}."
         )
-    if executed and profile.stack.backend != "ort":
+    if executed and not _ran(executed, profile):
         notes.append(
             f"Every measured number is from {executed}: it checks the graphs, and says nothing about the speed of {profile.name}."
         )

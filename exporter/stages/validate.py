@@ -291,6 +291,7 @@ def answers(
 ) -> list[str]:
     """Greedy answers, in order. What is `known` is not asked again, and what is asked is known from then on."""
     graphs, known = generator.graphs, known or Answers()
+    batch = min(batch, generator.batch or batch)
     keys = [q.key for q in questions]
     missing = [i for i, key in enumerate(keys) if key not in known.known]
     for start in range(0, len(missing), batch):
@@ -317,13 +318,15 @@ def _scored(variant: str, label: str, found: Sequence[str], questions: Sequence[
 
 
 def controls(plan: Plan) -> list[tuple[str, Plan]]:
-    """The plan with random and with uniform selection in place of what acts before the language model, same count."""
+    """The plan with random and with uniform selection in place of what acts before the language model, same count; behind the
+    model's own projector where that shortens."""
     kept = min(step.after for step in plan.steps)
     per_frame = max(1, kept // plan.geometry.tower.frames)
+    where = ",space=llm" if plan.geometry.compressor else ""
     return [
         (
             f"{name}, {per_frame} per image",
-            make_plan(plan.checkpoint, [f"{name}:keep={per_frame}"], plan.profile, plan.request),
+            make_plan(plan.checkpoint, [f"{name}:keep={per_frame}{where}"], plan.profile, plan.request),
         )
         for name in ("random", "uniform")
     ]
