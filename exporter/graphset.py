@@ -135,6 +135,9 @@ class VisualLayout:
     """What the prompt has there: image tokens, one per placeholder of that image or clip, and what stands around them."""
     template: str = ""
     """The chat template, where the checkpoint has none and its family another one than LLaVA-1.5's."""
+    spliced: str = ""
+    """What the template writes for an image token that is none of the tokenizer's: the text before and behind it is encoded apart, and
+    the image token, an id of nothing, put between."""
     sees: Literal["before", "image", "prompt"] = "before"
     """What a token of the prompt sees: what is before it, for visual tokens all of their image too, or the whole prompt."""
     fixed: int = 0
@@ -170,6 +173,9 @@ class TextSpec:
     """KV groups whose heads keep tokens of their own: their order (and size) is [batch, kv_heads, past]."""
     planes: int = 0
     """How many more vectors stand behind each one of `inputs_embeds`, for the first layers (DeepStack); zeros for text."""
+
+    longest: int = 0
+    """Tokens of a conversation that there are positions for, visual ones as in the prompt; 0 where nothing ends."""
 
     @property
     def width(self) -> int:

@@ -117,13 +117,16 @@ class Gates:
 
     logits_cosine_min: cosine of the logits, worst step. kept_index_overlap_min: share of kept tokens both agree on.
     token_agreement_min: share of greedy tokens both agree on. quality_drop_max: points of task accuracy, 0..100, that
-    this precision may lose.
+    this precision may lose. reduction_drop_max: points that the reduction may, None if that is yours to judge. latency_slowdown_max: percent that a stage may take longer than the baseline, and what it is
+    measured to: twice as much is found.
     """
 
     logits_cosine_min: float = _number(0, 1)
     kept_index_overlap_min: float = _number(0, 1)
     token_agreement_min: float = _number(0, 1)
     quality_drop_max: float = _number(0, 100)
+    reduction_drop_max: float | None = _known(0)
+    latency_slowdown_max: float = field(default=2.5, metadata={"low": 0.1, "high": 1000})
 
 
 @dataclass(frozen=True)
