@@ -129,11 +129,13 @@ def measure(trt: Any, name: str, case: Case, rounds: int) -> dict[str, float]:
     return found | {"times_faster": round(found["subgraph_us"] / found["plugin_us"], 2)}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plugins", nargs="*", choices=[*SIZES, []], help="default: all")
+    parser.add_argument("plugins", nargs="*", default=[*SIZES], help="default: all")
     parser.add_argument("--rounds", type=int, default=50)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
+    if unknown := [name for name in given.plugins if name not in SIZES]:
+        parser.error(f"no sizes for {', '.join(unknown)}; there are {', '.join(SIZES)}")
     library = path()
     if library is None:
         raise SystemExit(f"The library is not built. {HOW}; or set {VARIABLE}.")
@@ -150,7 +152,7 @@ def main() -> None:
     if trt.get_plugin_registry().load_library(str(library)) is None:
         raise SystemExit(f"TensorRT {trt.__version__} cannot load {library}. Build it again: {HOW}")
     print(json.dumps({"device": torch.cuda.get_device_name(), "tensorrt": trt.__version__, "repeats": REPEATS}))
-    for name in given.plugins or SIZES:
+    for name in given.plugins:
         for words, case in SIZES[name]:
             print(json.dumps({"plugin": name, "case": words, **measure(trt, name, case, given.rounds)}), flush=True)
 
