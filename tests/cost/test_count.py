@@ -16,6 +16,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.cost import formulas
 from exporter.cost.count import Load, count
 from exporter.cost.work import Work
+from exporter.errors import CheckpointError
 from exporter.families._contract import Request
 from exporter.nn.specs import DecoderSpec
 from exporter.plan import Plan, make_plan
@@ -170,3 +171,12 @@ def test_every_reduction_is_counted(name: str) -> None:
     assert plan is not None
     work = count(plan, Load(1, 16, 8), Load(1, 16, 8))
     assert all(stage.flops > 0 for stage in work.stages if stage.name != "reduce")
+
+
+def test_a_model_without_a_family_needs_its_weights(tmp_path: Path) -> None:
+    tiny.aya_vision(tmp_path)
+    plan = tiny.plan(tmp_path, (), Request(), "cpu_fp32")
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="lacks 1 of 1 weight shards"):
+        count(plan, Load(1, 8, 4), Load(1, 8, 4))
