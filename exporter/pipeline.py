@@ -139,7 +139,8 @@ def check_graphs(work: Workspace, warn: Log = silent) -> None:
     table = table_for(profile.stack)
     if table is None:
         return
-    files = GraphSet.load(work.graphs).roles()
+    graphs = GraphSet.load(work.graphs)
+    files = [graphs.plugged.get(file, file) if profile.stack.plugins else file for file in graphs.roles()]
     findings = [finding for file in files for finding in lint(work.graphs / file, table)]
     for text in in_words([finding for finding in findings if not finding.fatal]):
         warn(text)
