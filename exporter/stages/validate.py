@@ -287,10 +287,10 @@ def answers(
     questions: Sequence[Question],
     known: Answers | None = None,
     log: Log = lambda text: None,
-    batch: int = BATCH,
+    batch: int | None = None,
 ) -> list[str]:
     """Greedy answers, in order. What is `known` is not asked again, and what is asked is known from then on."""
-    graphs, known = generator.graphs, known or Answers()
+    graphs, known, batch = generator.graphs, known or Answers(), batch or BATCH
     batch = min(batch, generator.batch or batch)
     keys = [q.key for q in questions]
     missing = [i for i, key in enumerate(keys) if key not in known.known]
