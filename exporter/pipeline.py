@@ -26,17 +26,23 @@ if TYPE_CHECKING:
 Log = Callable[[str], None]
 EMBEDDED = "embedded"
 """The name of the model that ships with the package."""
+ESTIMATE = "evidence/estimate.json"
+"""What export foresaw; only of profiles that know their device's memory."""
 
 
-def folder_of(checkpoint: str) -> Path:
-    """The folder of a checkpoint as typed: a path, a hub id, or the embedded model. Raises as `checkpoint.resolve`."""
+def folder_of(checkpoint: str, weights: bool = True) -> Path:
+    """The folder of a checkpoint as typed: a path, a hub id, or the embedded model. Raises as `checkpoint.resolve`.
+
+    Args:
+        weights: whether they are wanted too, or what is about them is enough.
+    """
     from exporter.checkpoint import resolve
 
     if checkpoint == EMBEDDED:
         from exporter.embedded import CHECKPOINT
 
         return CHECKPOINT
-    return resolve(checkpoint)
+    return resolve(checkpoint, weights=weights)
 
 
 def silent(text: str) -> None:
@@ -60,22 +66,27 @@ class Job:
     folder: Path | None = field(default=None, compare=False)
     """The output folder that it was read from. A profile of the user's own lies there too, and travels with the bundle."""
 
-    def plan(self) -> Plan:
-        """Check everything, in words. Raises UsageError or CheckpointError."""
+    def plan(self, weights: bool = True) -> Plan:
+        """Check everything, in words. Raises UsageError or CheckpointError.
+
+        Args:
+            weights: False: the plan is to be reckoned with, not exported, so config.json is enough.
+        """
         from exporter import methods
         from exporter.checkpoint import Checkpoint
         from exporter.families._contract import Request
         from exporter.plan import Unfit, check_weights, make_plan
 
-        folder = folder_of(self.checkpoint)
+        folder = folder_of(self.checkpoint, weights)
         profile = self.loaded_profile()
-        clip = None if self.clip is None else Checkpoint(folder_of(self.clip))
+        clip = None if self.clip is None else Checkpoint(folder_of(self.clip, weights))
         try:
             plan = make_plan(Checkpoint(folder), self.reductions, profile, Request(self.frames, self.image_size, clip))
         except Unfit as e:
             fitting = methods.families_in_words(methods.families(e.method))
             raise UsageError(f"{e} At its defaults it fits: {fitting}.") from e
-        check_weights(plan)
+        if weights:
+            check_weights(plan)
         return plan
 
     def loaded_profile(self) -> Profile:
@@ -109,17 +120,27 @@ class Job:
             ) from e
 
 
-def run_export(job: Job, work: Workspace, log: Log = silent) -> GraphSet:
+def run_export(job: Job, work: Workspace, log: Log = silent, warn: Log = silent) -> GraphSet:
     """Export into the workspace. What a killed export of the same had finished is kept. Later stages' results, which no longer
-    belong to these graphs, are removed."""
+    belong to these graphs, are removed.
+
+    Args:
+        warn: told, before anything is done, what will not fit the profile's device.
+    """
+    from exporter.cost.roofline import foresee
     from exporter.journal import JOURNAL
     from exporter.stages import recipe
     from exporter.stages.export import export
 
     plan = job.plan()
+    foreseen = foresee(plan)
+    for text in () if foreseen is None else (*foreseen.refusals, *foreseen.warnings):
+        warn(text)
     with work.resumed("graphs", JOURNAL) as folder:
         graphs = export(plan, folder, log)
     _forget(work, "engines", "evidence", "report.html", recipe.RECIPE, recipe.PAGE, MANIFEST)
+    if foreseen is not None:
+        work.write(ESTIMATE, json.dumps(foreseen.record(), indent=1, ensure_ascii=False) + "\n")
     job.save(work)
     return graphs
 
@@ -158,19 +179,34 @@ def run_build(work: Workspace, log: Log = silent, strip_weights: bool = False) -
     Args:
         strip_weights: build engines without weights; whoever opens them takes those of the graphs.
     Raises:
-        EnvironmentMismatch: the profile's engines are the device's to build. VerificationError: the bundle was changed.
+        EnvironmentMismatch: the profile's engines are the device's to build, or do not fit it. VerificationError: the bundle was changed.
     """
     from exporter.stages import build, recipe
 
     if (work.folder / MANIFEST).is_file():
         Bundle.open(work.folder)
     job = Job.read(work)
+    refuse_what_does_not_fit(work)
     graphs = GraphSet.load(work.graphs)
     with work.fresh("engines") as folder:
         records = build.build(graphs, work.graphs, folder, job.loaded_profile(), log, strip_weights)
         (folder / "engines.json").write_text(json.dumps(build.record_json(records), indent=1) + "\n")
     _forget(work, MANIFEST, recipe.RECIPE, recipe.PAGE)
     return records
+
+
+def refuse_what_does_not_fit(work: Workspace) -> None:
+    """Raises EnvironmentMismatch with what export foresaw."""
+    if (work.folder / ESTIMATE).is_file():
+        found = work.read_json(ESTIMATE, "Run `edgetrim export` again.")
+        try:
+            said = [str(text) for text in found["refusals"]]
+        except (KeyError, TypeError) as e:
+            raise ExportError(
+                f"{work.folder / ESTIMATE} is damaged ({type(e).__name__}: {e}). Run `edgetrim export` again."
+            ) from e
+        if said:
+            raise EnvironmentMismatch(" ".join(said))
 
 
 def engine_records(work: Workspace) -> list[EngineRecord]:
@@ -483,7 +519,7 @@ def run(
     around = stage or (lambda title: nullcontext(silent))
     if not exported(work, job):
         with around("export") as log:
-            run_export(job, work, log)
+            run_export(job, work, log, warn)
     check_graphs(work, warn)
     if not (work.engines / "engines.json").is_file():
         try:

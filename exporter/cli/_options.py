@@ -103,6 +103,14 @@ def profile_option(default: str | None = "cpu_fp32") -> Callable[[F], F]:
     )  # fmt: skip
 
 
+def profiles_option(function: F) -> F:
+    """--profile, repeatable → profiles: tuple[str, ...], names or absolute paths."""
+    return click.option(
+        "--profile", "-p", "profiles", multiple=True, type=ProfileType(), metavar="NAME|TOML",
+        help="Target; repeat to compare. `edgetrim list profiles` shows them.",
+    )(function)  # fmt: skip
+
+
 def output_option(default: str | None = None) -> Callable[[F], F]:
     """--output → Path. Required without a default."""
     return click.option(
