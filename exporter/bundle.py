@@ -13,6 +13,8 @@ from exporter.graphset import GraphSet
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+DEVICES = "devices"
+"""Records that devices made of a bundle lie in it and are no part of it."""
 LARGEST_MANIFEST = 16 * 2**20
 """Bytes."""
 
@@ -30,9 +32,11 @@ def contents(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
+        if not _belongs(name):
+            continue
         if path.is_symlink():
             raise VerificationError(f"{path} is a link. A bundle holds files only; remove it.")
-        if path.is_file() and name.as_posix() != MANIFEST and not any(p.startswith(".") for p in name.parts):
+        if path.is_file():
             found[name.as_posix()] = {"sha256": sha256(path), "bytes": path.stat().st_size}
     return found
 
@@ -110,4 +114,9 @@ class Bundle:
 def contents_names(folder: Path) -> list[str]:
     """Names of the files that `contents` would hash, and of links, which it would refuse."""
     names = (p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file() or p.is_symlink())
-    return [n.as_posix() for n in names if n.as_posix() != MANIFEST and not any(p.startswith(".") for p in n.parts)]
+    return [n.as_posix() for n in names if _belongs(n)]
+
+
+def _belongs(name: Path) -> bool:
+    """Whether a file at that place is part of a bundle: the manifest is not, nor dot-files, nor devices' records."""
+    return name.as_posix() != MANIFEST and name.parts[0] != DEVICES and not any(p.startswith(".") for p in name.parts)
