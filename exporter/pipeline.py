@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter import __version__
-from exporter.bundle import MANIFEST, SCHEMA, Bundle, contents
+from exporter.bundle import MANIFEST, SCHEMA, SIGNATURE, Bundle, contents
 from exporter.errors import EnvironmentMismatch, ExportError, GateError, UsageError
 from exporter.graphset import GraphSet
 from exporter.workspace import Workspace
@@ -79,6 +79,14 @@ class Job:
     def loaded_profile(self) -> Profile:
         return _schema.load(self.profile)
 
+    def carried_by(self, work: Workspace) -> Job:
+        """The job as the folder keeps it: a profile of the user's own is copied there, so that the folder is complete without it."""
+        profile = Path(self.profile)
+        if profile.name == self.profile:
+            return self
+        work.write(profile.name, profile.read_text(encoding="utf-8"))
+        return replace(self, profile=f"./{profile.name}")
+
     def text(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
 
@@ -90,7 +98,7 @@ class Job:
             return cls(
                 str(raw["checkpoint"]),
                 tuple(raw["reductions"]),
-                str(raw["profile"]),
+                _carried(work, str(raw["profile"])),
                 int(raw["frames"]),
                 tuple(size) if size else None,
                 raw.get("clip"),
@@ -111,7 +119,7 @@ def run_export(job: Job, work: Workspace, log: Log = silent) -> GraphSet:
     with work.resumed("graphs", JOURNAL) as folder:
         graphs = export(plan, folder, log)
     _forget(work, "engines", "evidence", "report.html", MANIFEST)
-    work.write("job.json", job.text())
+    work.write("job.json", job.carried_by(work).text())
     return graphs
 
 
@@ -181,7 +189,7 @@ def run_validate(
     """
     from exporter.runtime import images
     from exporter.runtime.prompt import Prompt
-    from exporter.stages import validate
+    from exporter.stages import _recorded, validate
 
     job = Job.read(work)
     plan = job.plan()
@@ -202,7 +210,9 @@ def run_validate(
             notes.append("fidelity: measured on synthetic images and random token ids")
         log("comparing stages with PyTorch")
         gates = plan.profile.gates
-        fidelity = validate.compare(plan, runners, graphs, table, pixels, prompts, gates, sides=sides)
+        work.evidence.mkdir(exist_ok=True)
+        record_to = work.folder / _recorded.FILE
+        fidelity = validate.compare(plan, runners, graphs, table, pixels, prompts, gates, sides=sides, record=record_to)
         quality: list[validate.Accuracy] = []
         shown: list[dict[str, Any]] = []
         if asked and prompt is not None:
@@ -214,6 +224,37 @@ def run_validate(
     _forget(work, MANIFEST)
     if failed:
         raise GateError(f"{len(failed)} gate(s) of profile `{plan.profile.name}` did not pass: {'; '.join(failed)}.")
+    return record
+
+
+def run_validate_recorded(work: Workspace, threads: int | None = None, log: Log = silent) -> dict[str, Any]:
+    """Fidelity alone, against what PyTorch gave where the model was exported: needs neither PyTorch nor the checkpoint.
+
+    Writes evidence/validation.json and returns it; quality stays what was measured there.
+
+    Raises:
+        GateError: a gate did not pass. The evidence is written first.
+    """
+    from exporter.stages import _recorded, report, validate
+
+    job = Job.read(work)
+    profile = job.loaded_profile()
+    samples = _recorded.load(work.folder / _recorded.FILE)
+    before = report.optional(work, "evidence/validation.json") or {}
+    log(f"comparing stages with {len(samples)} recorded sample(s)")
+    with open_runners(work.folder, profile, threads) as (runners, graphs, table, what):
+        fidelity = validate.compare_recorded(samples, runners, graphs, table, profile.gates)
+    failed = validate.verdict(fidelity, [], profile.gates)
+    notes = [
+        f"fidelity: measured against outputs of PyTorch that were recorded for {len(samples)} sample(s) at export",
+        *(["quality: measured where the model was exported"] if before.get("quality") else []),
+    ]
+    record = {"questions": 0, "quality": [], "samples": [], **before, "executed": what, "recorded": True}
+    record |= {"fidelity": [asdict(row) for row in fidelity], "failed": failed, "notes": notes}
+    work.write("evidence/validation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    _forget(work, MANIFEST)
+    if failed:
+        raise GateError(f"{len(failed)} gate(s) of profile `{profile.name}` did not pass: {'; '.join(failed)}.")
     return record
 
 
@@ -257,8 +298,6 @@ def run_bench(
     Args:
         compare: also time the PyTorch reference, and both without reduction (exported to a scratch folder for this).
     """
-    from dataclasses import replace
-
     import numpy as np
 
     from exporter.stages import bench
@@ -302,13 +341,18 @@ def run_bench(
     return record
 
 
-def run_pack(work: Workspace) -> Bundle:
-    """Write the report and the manifest: the folder is a bundle from then on."""
+def run_pack(work: Workspace, key: Path | None = None) -> Bundle:
+    """Write the report and the manifest: the folder is a bundle from then on. The same folder gives the same bytes.
+
+    Args:
+        key: an OpenSSH key to sign the manifest with.
+    """
+    from exporter import signature
     from exporter.stages.report import write_report
 
     job = Job.read(work)
     graphs = GraphSet.load(work.graphs)
-    _forget(work, MANIFEST)
+    _forget(work, MANIFEST, SIGNATURE)
     work.forget_unfinished()
     write_report(work, job)
     files = contents(work.folder)
@@ -329,6 +373,8 @@ def run_pack(work: Workspace) -> Bundle:
         "files": files,
     }
     work.write(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    if key is not None:
+        signature.sign(work.folder / MANIFEST, key, work.folder / SIGNATURE)
     return Bundle.open(work.folder, verify=False)
 
 
@@ -353,11 +399,21 @@ def versions() -> dict[str, str]:
 
 
 def exported(work: Workspace, job: Job) -> bool:
-    """Whether the workspace already holds this very job's graphs."""
+    """Whether the workspace already holds this very job's graphs: the profile counts by what it says."""
     try:
-        return (work.graphs / "graphs.json").is_file() and Job.read(work) == job
+        found = Job.read(work)
+        same = found.loaded_profile() == job.loaded_profile() and replace(found, profile=job.profile) == job
+        return same and (work.graphs / "graphs.json").is_file()
     except (UsageError, ExportError):
         return False
+
+
+def _carried(work: Workspace, profile: str) -> str:
+    """A profile as job.json names it: of the package by its name, the folder's own as `./name.toml`. Nothing else is read."""
+    name = profile.removeprefix("./")
+    if Path(name).name != name:
+        raise ValueError(f"profile {profile!r} is not in the folder")
+    return name if name == profile else str(work.folder / name)
 
 
 def run(

@@ -28,7 +28,7 @@ Log = Callable[[str], None]
 
 STEPS: dict[str, tuple[str, ...]] = {
     "build": ("build", "--json"),
-    "validate": ("validate", "--json"),
+    "validate": ("validate", "--against", "recorded", "--json"),
     "bench": ("bench", "--no-compare", "--json"),
     "pack": ("pack", "--json"),
 }
@@ -92,7 +92,7 @@ def deploy(
 
 def _deploy(bundle: Bundle, device: Connection, request: Request, log: Log) -> Outcome:
     profile, files = preflight.profile_of(bundle), _sent(bundle)
-    builds = preflight.builds_there(bundle, profile, bundle.graphs)
+    builds = preflight.builds_there(bundle, profile)
     log("reading what the device has")
     facts = device.ask("facts")
     look = device.ask("look", files=files)
@@ -124,7 +124,7 @@ def _deploy(bundle: Bundle, device: Connection, request: Request, log: Log) -> O
         "host": label,
         "folder": device.folder,
         "release": release,
-        "manifest": sha256(bundle.folder / MANIFEST),
+        "manifest": bundle.digest,
         "through": request.through,
         "facts": facts,
         "preflight": [asdict(row) for row in rows],
@@ -156,7 +156,7 @@ def release_name(bundle: Bundle, facts: Mapping[str, Any], through: str) -> str:
         else {}
     )
     text = json.dumps({"through": through, **stack}, sort_keys=True)
-    return f"{sha256(bundle.folder / MANIFEST)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{bundle.digest}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _sent(bundle: Bundle) -> dict[str, Any]:
@@ -167,6 +167,8 @@ def _send(bundle: Bundle, device: Connection, release: str, files: Mapping[str, 
     """Send what the device lacks until every hash is right there."""
     paths = {entry["sha256"]: bundle.folder / name for name, entry in files.items()}
     manifest = (bundle.folder / MANIFEST).read_text(encoding="utf-8")
+    if hashlib.sha256(manifest.encode()).hexdigest() != bundle.digest:
+        raise VerificationError(f"{bundle.folder} was packed again meanwhile. Deploy it again.")
     missing = device.ask("begin", log, release=release, manifest=manifest)["missing"]
     for _ in range(ROUNDS):
         _put(device, missing, paths, log)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from exporter.bundle import Bundle
-from exporter.graphset import GraphSet
 from profiles._schema import Profile, newer
 
 MIB = 2**20
@@ -62,7 +61,7 @@ def profile_of(bundle: Bundle) -> Profile:
     return Job.read(Workspace(bundle.folder)).loaded_profile()
 
 
-def builds_there(bundle: Bundle, profile: Profile, graphs: GraphSet) -> bool:
+def builds_there(bundle: Bundle, profile: Profile) -> bool:
     """Whether the engines are the device's to build: full TensorRT's always are, others' where the bundle has none."""
     return profile.stack.builds_on_device or "engines/engines.json" not in bundle.manifest["files"]
 

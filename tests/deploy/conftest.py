@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ class Device:
         path.write_text(
             f"Host device other\n  HostName 127.0.0.1\n  HostKeyAlias device\n  Port {port}\n  User {getpass.getuser()}\n"
             f"  IdentityFile {self.root}/user\n  IdentitiesOnly yes\n  UserKnownHostsFile {known_hosts or self.root / 'known_hosts'}\n"
-            "  GlobalKnownHostsFile /dev/null\n"
+            "  GlobalKnownHostsFile /dev/null\n  KexAlgorithms curve25519-sha256\n"
         )
         return path
 
@@ -68,16 +69,19 @@ def running(root: Path, limit_file_bytes: int | None = None) -> Iterator[Device]
     port = _free_port()
     (root / "known_hosts").write_text(f"device {_key(root / 'host')}\n")
     (root / "home").mkdir()
+    (root / "bin").mkdir()  # a device's PATH: Python, no edgetrim
+    (root / "bin/python3").symlink_to(getattr(sys, "_base_executable", sys.executable))
     (root / "sshd_config").write_text(
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {root}/host\nAuthorizedKeysFile {root}/authorized\nPidFile none\n"
         "StrictModes no\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\n"
-        f"MaxStartups 50\nSetEnv PATH={Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin\n"
+        f"MaxStartups 50\nSetEnv PATH={root}/bin:/usr/bin:/bin\n"
     )
 
     def limit() -> None:
         if limit_file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_bytes, limit_file_bytes))
 
+    sockets = tempfile.mkdtemp(prefix="ssh-")  # a socket's path may have 107 characters only
     log = (root / "log").open("wb")
     process = subprocess.Popen(
         [SSHD, "-D", "-e", "-f", str(root / "sshd_config")],
@@ -93,9 +97,16 @@ def running(root: Path, limit_file_bytes: int | None = None) -> Iterator[Device]
             if process.poll() is not None:
                 pytest.skip(f"sshd does not run here: {(root / 'log').read_text()[-300:]}")
             time.sleep(0.05)
-        device = Device(root, port, Path(), root / "home")
-        yield Device(root, port, device.configure(port), root / "home")
+        config = Device(root, port, Path(), root / "home").configure(port)
+        # Sessions share one connection, which spares a handshake each; tests that cut connections have a configuration of their own.
+        config.write_text(
+            f"{config.read_text()}  ControlMaster auto\n  ControlPath {sockets}/%C\n  ControlPersist 60\n"
+        )
+        yield Device(root, port, config, root / "home")
     finally:
+        if (config := root / f"config-{port}-known").exists():
+            subprocess.run(["ssh", "-F", str(config), "-O", "exit", "device"], capture_output=True, check=False)
+        shutil.rmtree(sockets)
         process.terminate()
         process.wait()
         log.close()

@@ -114,15 +114,15 @@ def test_rollback_to_a_damaged_release_is_refused(make: Make, device: Device) ->
 
 
 def test_old_releases_are_removed_but_never_the_live_one_and_the_one_before(make: Make, device: Device) -> None:
-    bundles = [make(f"b{i}", {"graphs/x": str(i).encode()}) for i in range(4)]
+    bundles = [make(f"b{i}", {"graphs/x": str(i).encode()}) for i in range(3)]
     for bundle in bundles:
         copy(bundle, device)
     assert len(list((device.home / "app/releases").iterdir())) == 2
     deploy.rollback(to(device), device.config)
-    assert is_live(bundles[2], device)
+    assert is_live(bundles[1], device)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 12))])
 def test_a_connection_cut_anywhere_leaves_the_old_bundle_live_and_goes_on(
     make: Make, device: Device, seed: int
 ) -> None:
