@@ -113,6 +113,7 @@ def test_rollback_to_a_damaged_release_is_refused(make: Make, device: Device) ->
     assert is_live(second, device)
 
 
+@pytest.mark.slow
 def test_old_releases_are_removed_but_never_the_live_one_and_the_one_before(make: Make, device: Device) -> None:
     bundles = [make(f"b{i}", {"graphs/x": str(i).encode()}) for i in range(3)]
     for bundle in bundles:
@@ -122,7 +123,7 @@ def test_old_releases_are_removed_but_never_the_live_one_and_the_one_before(make
     assert is_live(bundles[1], device)
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 12))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 12))])
 def test_a_connection_cut_anywhere_leaves_the_old_bundle_live_and_goes_on(
     make: Make, device: Device, seed: int
 ) -> None:
@@ -153,6 +154,7 @@ def test_a_full_disk_leaves_the_old_bundle_live(make: Make, tmp_path: Path) -> N
         assert is_live(old, device)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="mounting a small disk needs root")
 def test_a_disk_that_is_really_full(make: Make, device: Device) -> None:
     disk = device.home / "disk"
@@ -206,7 +208,7 @@ def test_a_configuration_cannot_switch_host_keys_off(make: Make, device: Device)
 
 
 @pytest.mark.parametrize(
-    "where", ["with space", "; touch pwned", "-rf", "$(touch pwned)", 'it\'s "quoted"', "umläut\n2"], ids=repr
+    "where", ["-r; $(touch pwned)", pytest.param('it\'s "quoted"\nü', marks=pytest.mark.slow)], ids=repr
 )
 def test_hostile_folder_names_are_only_names(make: Make, device: Device, where: str) -> None:
     folder = make(
@@ -251,6 +253,7 @@ def test_two_at_once_one_is_refused_and_a_dead_one_holds_nothing(make: Make, dev
     assert is_live(folder, device)
 
 
+@pytest.mark.slow
 def test_many_at_once_leave_one_whole_bundle(make: Make, device: Device) -> None:
     bundles = [make(f"b{i}", {"graphs/x": bytes([i]) * 200_000}) for i in range(4)]
     found: list[object] = []
