@@ -81,7 +81,7 @@ def _bundle(folder: Path, verify: bool) -> tuple[dict[str, Any], list[Any]]:
         "largest": _largest(files),
         **found.data,
     }
-    return data, ["\n".join(lines), *found.parts, _sizes(files)]
+    return data, ["\n".join(lines), *found.parts, _sizes(files), *_devices(folder)]
 
 
 LISTED = 8
@@ -93,6 +93,24 @@ def _largest(files: dict[str, Any]) -> list[dict[str, Any]]:
         {"file": n, "bytes": e["bytes"]}
         for n, e in sorted(files.items(), key=lambda f: (-f[1]["bytes"], f[0]))[:LISTED]
     ]
+
+
+def _devices(folder: Path) -> list[Any]:
+    """What devices recorded that this bundle was deployed to; no part of what is verified."""
+    from exporter.deploy.deploy import medians, records
+    from exporter.deploy.ssh import printable
+
+    def told(value: Any) -> str | None:
+        return None if value is None else printable(str(value))[:60]
+
+    rows = []
+    for record in records(folder):
+        facts = record.get("facts") if isinstance(record.get("facts"), dict) else {}
+        ttft = medians(record).get("ttft")
+        stack = (told(facts.get(key)) for key in ("model", "jetpack", "tensorrt", "power_mode"))
+        rows.append((told(record.get("host")), told(record.get("utc")), *stack, ttft and f"{ttft:.1f} ms"))
+    columns = ("device", "deployed (UTC)", "model", "JetPack", "TensorRT", "power mode", ">to first token")
+    return [table("Devices", columns, rows)] if rows else []
 
 
 def _sizes(files: dict[str, Any]) -> Any:

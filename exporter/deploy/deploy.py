@@ -5,13 +5,15 @@ Until the switch the old bundle is live; whatever breaks off before it is gone o
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import hashlib
 import json
 import re
 import socket
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,7 @@ def deploy(
         EnvironmentMismatch: it does not fit; all reasons. ExportError and its kinds: what went wrong there; GateError if a gate did.
     """
     log("connecting")
-    with Connection(host, request.config, stop) as device:
+    with Connection(host, request.config, stop) as device, _read(host):
         return _deploy(bundle, device, request, log)
 
 
@@ -126,6 +128,7 @@ def _deploy(bundle: Bundle, device: Connection, request: Request, log: Log) -> O
         "release": release,
         "manifest": bundle.digest,
         "through": request.through,
+        "utc": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "facts": facts,
         "preflight": [asdict(row) for row in rows],
         **device.ask("evidence", release=release),
@@ -140,7 +143,7 @@ def _deploy(bundle: Bundle, device: Connection, request: Request, log: Log) -> O
 
 def rollback(host: Host, config: Path | None = None, stop: threading.Event | None = None) -> dict[str, Any]:
     """Make the release live again that was before the live one. Returns {"before", "live"}."""
-    with Connection(host, config, stop) as device:
+    with Connection(host, config, stop) as device, _read(host):
         device.ask("lock", who=f"{getpass.getuser()}@{socket.gethostname()}")
         return {"host": host.label, "folder": device.folder, **device.ask("rollback")}
 
@@ -157,6 +160,15 @@ def release_name(bundle: Bundle, facts: Mapping[str, Any], through: str) -> str:
     )
     text = json.dumps({"through": through, **stack}, sort_keys=True)
     return f"{bundle.digest}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+@contextlib.contextmanager
+def _read(host: Host) -> Iterator[None]:
+    """Answers of a device of another form than the agent's are its fault."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ExportError(f"{host.label} gave an answer that cannot be read ({type(e).__name__}: {e}).") from e
 
 
 def _sent(bundle: Bundle) -> dict[str, Any]:
@@ -249,13 +261,20 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.get("schema") == RECORD_SCHEMA else None
 
 
+def records(folder: Path) -> list[dict[str, Any]]:
+    """What devices recorded of a bundle, as far as it can be read."""
+    found = (read_record(path) for path in sorted((folder / DEVICES).glob("*.json")))
+    return [record for record in found if record is not None]
+
+
 def compare(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     """Medians of the stages that both records have, in ms. What a difference means is `bench`'s to say."""
-    old, new = _medians(before or {}), _medians(now)
+    old, new = medians(before or {}), medians(now)
     return [(stage, old[stage], new[stage]) for stage in new if stage in old]
 
 
-def _medians(record: Mapping[str, Any]) -> dict[str, float]:
+def medians(record: Mapping[str, Any]) -> dict[str, float]:
+    """Stage → median in ms, of a device's record."""
     try:
         stages = next(iter(record["latency"]["variants"].values()))
         return {printable(str(stage)): float(timing["median_ms"]) for stage, timing in stages.items()}

@@ -345,6 +345,25 @@ def test_everything_is_checked_there_before_the_switch_and_recorded(make: Make, 
     assert (stand_in / "calls").read_text().split() == ["build", "validate", "bench", "pack"]  # nothing again
 
 
+def test_inspect_lists_the_devices(
+    make: Make, device: Device, stand_in: Path, edgetrim: Callable[..., tuple[int, str, str]]
+) -> None:
+    folder = make("a", {})
+    whole(folder, device)
+    code, out, err = edgetrim("inspect", folder)
+    assert (code, err) == (0, "")
+    line = out.rstrip().splitlines()[-1]
+    assert line.split()[0].startswith("device:") and line.split()[-2:] == ["12.5", "ms"]
+
+
+def test_answers_of_another_form_are_the_devices_fault(
+    make: Make, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Connection, "ask", lambda *_, **__: {"missing_bytes": "x"})
+    with pytest.raises(ExportError, match="gave an answer that cannot be read"):
+        copy(make("a", {}), device)
+
+
 def test_a_gate_that_fails_there_leaves_the_old_bundle_live_and_goes_on_behind_what_was_done(
     make: Make, device: Device, stand_in: Path
 ) -> None:
