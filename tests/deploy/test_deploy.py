@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import threading
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -420,6 +421,43 @@ def test_a_device_without_edgetrim_is_told_how_to_get_it(
     assert "edgetrim: not installed, expected installed" in text
     assert "`--install WHEEL`" in text
     assert not (device.home / "app").exists()
+
+
+def small_wheel(folder: Path) -> Path:
+    """A wheel whose `edgetrim` says a version and does nothing; its record of hashes is left empty, as pip allows."""
+    path = folder / "edgetrim-7.5-py3-none-any.whl"
+    info = "edgetrim-7.5.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(
+            "small.py",
+            "import sys\ndef main():\n    if sys.argv[1:] == ['--version']: print('edgetrim, version 7.5')\n",
+        )
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: edgetrim\nVersion: 7.5\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/entry_points.txt", "[console_scripts]\nedgetrim = small:main\n")
+        archive.writestr(f"{info}/RECORD", "".join(f"{n},,\n" for n in [*archive.namelist(), f"{info}/RECORD"]))
+    return path
+
+
+@pytest.mark.slow
+def test_edgetrim_is_installed_there_from_a_wheel(make: Make, device: Device, tmp_path: Path) -> None:
+    folder = make("a", {})
+    request = Request(config=device.config, wheels=(small_wheel(tmp_path),))
+    try:
+        found = deploy.deploy(Bundle.open(folder), to(device), request)
+    except ExportError as e:
+        if "ensurepip" in str(e):
+            pytest.skip("Python's venv is not complete here (`apt install python3-venv`)")
+        raise
+    assert found.data["facts"]["edgetrim"] == "7.5"
+    assert list(found.data["steps"]) == ["build", "validate", "bench", "pack"]
+    assert (device.home / "app/venv/bin/edgetrim").is_file()
+    broken = tmp_path / "broken-1-py3-none-any.whl"
+    broken.write_bytes(b"PK")
+    with pytest.raises(ExportError, match=r"pip install .*failed"):
+        deploy.deploy(Bundle.open(folder), to(device), Request(config=device.config, wheels=(broken,)))
 
 
 def test_a_login_shell_that_talks_does_no_harm(make: Make, device: Device) -> None:
