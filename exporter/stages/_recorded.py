@@ -103,7 +103,7 @@ class Recorder:
         return found
 
     def _keep(self, group: str, values: Mapping[str, Any]) -> None:
-        self._now |= {f"{group}.{name}": np.array(value) for name, value in values.items()}
+        self._now |= {f"{group}.{name}": np.asarray(value) for name, value in values.items()}
 
 
 class Recording:
