@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,6 +164,8 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None) -> GraphSet:
     log("writing weights")
     blocks = tuple(precision.blocks) if precision.weights == "int4" else ()
     with ExitStack() as stack:
+        if not blocks:
+            stack.enter_context(_one_thread())
 
         def weight_file(name: str) -> WeightFile:
             int4 = blocks if name == "llm" else ()
@@ -214,6 +216,17 @@ def made_from(plan: Plan) -> dict[str, Any]:
 
 def _own_weights(plan: Plan, step: Step) -> Collection[Stored]:
     return trained_tensors(plan, step).values() if step.method.trained(step.site) else ()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Pieces of a matrix are transposed as fast by one thread as by several, and while they spin nothing is written."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _bytes(plan: Plan, found: dict[str, dict[str, Source]], embedding: Source) -> int:
