@@ -57,6 +57,7 @@ def test_another_signer(signed: tuple[Path, Path, Path], tmp_path: Path) -> None
 def test_a_signature_for_something_else(signed: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """The same key, the same bytes, another purpose."""
     manifest, made, signers = signed
+    made.unlink()
     subprocess.run(
         ["ssh-keygen", "-q", "-Y", "sign", "-n", "file", "-f", tmp_path / "ada", manifest],
         check=True,

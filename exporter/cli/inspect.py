@@ -105,7 +105,7 @@ def _devices(folder: Path) -> list[Any]:
 
     rows = []
     for record in records(folder):
-        facts = record.get("facts") if isinstance(record.get("facts"), dict) else {}
+        facts = found if isinstance(found := record.get("facts"), dict) else {}
         ttft = medians(record).get("ttft")
         stack = (told(facts.get(key)) for key in ("model", "jetpack", "tensorrt", "power_mode"))
         rows.append((told(record.get("host")), told(record.get("utc")), *stack, ttft and f"{ttft:.1f} ms"))

@@ -135,6 +135,8 @@ class Recording:
 
     def step(self, cache: Cache, tokens: Ints) -> Logits:
         self._step += 1
+        if self._step >= len(self._now["logits"]):
+            raise VerificationError("The recorded reference ends before its own last token. Copy the bundle again.")
         return self._now["logits"][self._step : self._step + 1]
 
     def _group(self, name: str) -> dict[str, Array]:

@@ -86,8 +86,8 @@ def test_inspect_lists_the_largest_files(edgetrim: Run, finished: tuple[Path, in
     start = lines.index("Files, largest first")
     sizes = {p: p.stat().st_size for p in finished[0].rglob("*") if p.is_file() and p.name != MANIFEST}
     largest = max(sizes, key=lambda p: sizes[p]).relative_to(finished[0]).as_posix()
-    assert lines[start + 3].split()[0] == largest
-    assert lines[start + 11].split()[:2] == [str(len(sizes) - 8), "more"]
+    assert lines[start + 4].split()[0] == largest
+    assert lines[start + 12].split()[:2] == [str(len(sizes) - 8), "more"]
 
 
 def test_a_profile_of_ones_own_travels(edgetrim: Run, tmp_path: Path) -> None:
