@@ -666,5 +666,11 @@ def serve(source: int, sink: int) -> None:
         return
 
 
+def _leave(number: int, frame: Any) -> None:
+    raise Gone
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGHUP, signal.SIGTERM):  # what is being run ends too, in any case
+        signal.signal(number, _leave)
     serve(0, 1)

@@ -21,7 +21,7 @@ from typing import Any
 from exporter import errors
 from exporter.bundle import DEVICES, MANIFEST, Bundle, sha256
 from exporter.deploy import preflight
-from exporter.deploy.ssh import Connection, Host, printable
+from exporter.deploy.ssh import Connection, Host, Lost, printable
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, VerificationError
 from exporter.transfer import Transfer
 from exporter.workspace import write_text
@@ -65,7 +65,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened on one device. sent_bytes: None if nothing was asked to be sent; record: as in devices/<host>.json."""
+    """What happened on one device. missing_bytes: what it lacked; live, before: releases; data: as in devices/<host>.json, where `record` says."""
 
     host: str
     folder: str
@@ -110,16 +110,10 @@ def _deploy(bundle: Bundle, device: Connection, request: Request, log: Log) -> O
     if request.dry:
         return Outcome(label, device.folder, rows, missing, look.get("live"), look.get("live"))
 
-    device.ask("lock", who=f"{getpass.getuser()}@{socket.gethostname()}")
-    if request.wheels:
-        _install(device, request.wheels, log)
-        facts = device.ask("facts")
-    release = release_name(bundle, facts, request.through)
-    _send(bundle, device, release, files, log)
-    skipped = () if builds else ("build",)
-    for name in request.steps:
-        if name not in skipped:
-            _step(device, release, name, log)
+    try:
+        release, facts = _prepare(bundle, device, request, facts, files, builds, log)
+    except Lost as e:
+        raise Lost(f"{e} What was live still is. Run the same command again: it goes on where it was.") from e
     switched = device.ask("switch", release=release, why="deploy")
     record = {
         "schema": RECORD_SCHEMA,
@@ -141,10 +135,30 @@ def _deploy(bundle: Bundle, device: Connection, request: Request, log: Log) -> O
     return Outcome(label, device.folder, rows, missing, release, switched.get("before"), path, record, compared)
 
 
+def _prepare(
+    bundle: Bundle, device: Connection, request: Request, facts: dict[str, Any], files: Mapping[str, Any], builds: bool, log: Log
+) -> tuple[str, dict[str, Any]]:  # fmt: skip
+    """Everything before the switch: a complete release there, built and checked. Returns its name, and what the device is by now."""
+    device.ask("lock", who=_who())
+    if request.wheels:
+        _install(device, request.wheels, log)
+        facts = device.ask("facts")
+    release = release_name(bundle, facts, request.through)
+    _send(bundle, device, release, files, log)
+    for name in request.steps:
+        if builds or name != "build":
+            _step(device, release, name, log)
+    return release, facts
+
+
+def _who() -> str:
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
+
 def rollback(host: Host, config: Path | None = None, stop: threading.Event | None = None) -> dict[str, Any]:
     """Make the release live again that was before the live one. Returns {"before", "live"}."""
     with Connection(host, config, stop) as device, _read(host):
-        device.ask("lock", who=f"{getpass.getuser()}@{socket.gethostname()}")
+        device.ask("lock", who=_who())
         return {"host": host.label, "folder": device.folder, **device.ask("rollback")}
 
 
