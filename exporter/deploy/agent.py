@@ -65,7 +65,7 @@ class Channel:
     """Two file descriptors that speak lines of JSON, and bytes where a line announces them."""
 
     def __init__(self, source: int, sink: int) -> None:
-        self._source, self._sink, self._buffer = source, sink, b""
+        self._source, self._sink, self._buffer = source, sink, bytearray()
         self._heard = time.monotonic()
 
     def _more(self, timeout: float) -> bool:
@@ -81,18 +81,23 @@ class Channel:
         return True
 
     def request(self) -> dict[str, Any]:
-        while b"\n" not in self._buffer:
-            if len(self._buffer) > LARGEST_LINE or not self._more(IDLE_S):
+        seen = 0
+        while (end := self._buffer.find(b"\n", seen)) < 0:
+            seen = len(self._buffer)
+            if seen > LARGEST_LINE or not self._more(IDLE_S):
                 raise Gone
-        line, self._buffer = self._buffer.split(b"\n", 1)
-        found = json.loads(line)
+        found = json.loads(self._take(end + 1))
         return found if isinstance(found, dict) else {}
 
     def bytes(self, count: int) -> bytes:
         while len(self._buffer) < count:
             if not self._more(IDLE_S):
                 raise Gone
-        found, self._buffer = self._buffer[:count], self._buffer[count:]
+        return self._take(count)
+
+    def _take(self, count: int) -> bytes:
+        found = bytes(self._buffer[:count])
+        del self._buffer[:count]
         return found
 
     def say(self, **message: Any) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,9 @@ OPTIONS = (
 BOOTSTRAP = 'python3 -I -c \'import sys; f = sys.stdin.buffer; exec(compile(f.read(int(f.readline())), "edgetrim-agent", "exec"))\''
 """The whole command line on the device, the same for everybody."""
 SILENCE_S = 120.0
-CHUNK = 4 * 2**20
-"""Bytes sent before an answer is awaited: on a slow line what a cut costs, on a fast one a few milliseconds each."""
+CHUNK = 2**20
+WINDOW = 8
+"""Chunks on their way before an answer is awaited, so that a slow line is kept busy; what a cut costs at most."""
 LARGEST_GREETING = 64 * 1024
 """Bytes that a login shell may print before the agent speaks."""
 FOLDER = "edgetrim"
@@ -150,6 +152,7 @@ class Connection:
             VerificationError: it has changed here meanwhile.
         """
         offset, size = int(entry["have"]), int(entry["bytes"])
+        waiting: deque[int] = deque()
         with path.open("rb") as file:
             file.seek(offset)
             while offset < size:
@@ -157,10 +160,16 @@ class Connection:
                 if not content:
                     raise VerificationError(f"{path} became shorter while it was sent. Pack the bundle again.")
                 request = {"op": "put", "sha256": entry["sha256"], "offset": offset, "length": len(content)}
-                self._send(json.dumps(request).encode() + b"\n" + content)
-                self._answer(lambda text: None)
+                self._send(json.dumps(request).encode() + b"\n")
+                self._send(content)
                 offset += len(content)
-                advance(len(content))
+                waiting.append(len(content))
+                if len(waiting) >= WINDOW:
+                    self._answer(lambda text: None)
+                    advance(waiting.popleft())
+        while waiting:
+            self._answer(lambda text: None)
+            advance(waiting.popleft())
 
     def _send(self, content: bytes) -> None:
         process = self._running()
