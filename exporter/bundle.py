@@ -150,3 +150,19 @@ def _leads_out(name: str) -> bool:
     """Whether a manifest's name is not that of a file below the bundle, on any system."""
     parts = name.replace("\\", "/").split("/")
     return not all(parts) or ".." in parts or "." in parts or ":" in parts[0] or "\0" in name
+
+
+def identity(folder: Path) -> str:
+    """What the graphs and engines of a folder are, as one SHA-256: evidence and the report may change meanwhile. A bundle is verified
+    on the way.
+
+    Raises:
+        VerificationError: it is not what its manifest says.
+    """
+    if (folder / MANIFEST).is_file():
+        files = Bundle.open(folder).manifest["files"]
+    else:
+        parts = [part for part in ("graphs", "engines") if (folder / part).is_dir()]
+        files = {f"{part}/{name}": entry for part in parts for name, entry in contents(folder / part).items()}
+    hashes = sorted((n, e["sha256"]) for n, e in files.items() if n.startswith(("graphs/", "engines/")))
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

@@ -43,8 +43,8 @@ LARGEST_RECORD = 4 * 2**20
 RELEASE = re.compile(r"[0-9a-f]{64}-[0-9a-f]{8}")
 HASH = re.compile(r"[0-9a-f]{64}")
 WHEEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+!-]*\.whl")
-STAGED = ("engines/", "evidence/", "report.html", "manifest.json")
-"""What build, validate, bench and pack replace in a release: not compared with what was sent once they may have run."""
+FIXED = ("graphs/", "job.json")
+"""What build, validate, bench and pack leave as it was sent: the rest of a release is compared with that only before they run."""
 LAST_WORDS = 4000
 """Bytes of a command's output that are sent back, from its end."""
 
@@ -232,7 +232,7 @@ class Device:
     def _files(self, tree: Path) -> dict[str, dict[str, Any]]:
         """What was sent; of a complete release, without what its stages replace."""
         files = checked(json.loads((tree / ".sent.json").read_text(encoding="utf-8"))["files"])
-        return files if tree.parent == self.incoming else {n: e for n, e in files.items() if not n.startswith(STAGED)}
+        return files if tree.parent == self.incoming else {n: e for n, e in files.items() if n.startswith(FIXED)}
 
     def _missing(self, tree: Path) -> list[dict[str, Any]]:
         """One entry per content: hash, bytes, and how many of them are here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.journal import DataFile, Journal
 from exporter.quantize import rtn
+from exporter.stages._split import blocks_of_columns, split_matmuls
 from exporter.stages._trace import symbolic
 from exporter.weights import FileSource, Source
 
@@ -32,7 +34,7 @@ class WeightFile:
 
     def __init__(
         self, path: Path, journal: Journal, checkpoint: Checkpoint, sources: dict[str, Source], dtype: torch.dtype,
-        int4_blocks: tuple[int, ...] = (), progress: Progress = lambda n: None,
+        int4_blocks: tuple[int, ...] = (), progress: Progress = lambda n: None, largest: int | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -42,9 +44,10 @@ class WeightFile:
             int4_blocks: block sizes to try, largest first; empty: no quantisation. Only weights of MatMul nodes with two
                 dimensions are quantised, and never the LM head or a method's own tensors.
             progress: called with the number of checkpoint bytes done.
+            largest: bytes that one matrix of a MatMul may have; larger ones are split in blocks of columns. None: any.
         """
-        self.checkpoint, self.sources, self.dtype = checkpoint, sources, dtype
-        self.blocks, self.progress = int4_blocks, progress
+        self.checkpoint, self.sources, self.dtype = checkpoint, dict(sources), dtype
+        self.blocks, self.progress, self.largest = int4_blocks, progress, largest
         self.written: dict[str, ir.ExternalTensor] = {}
         self._file = DataFile(path, journal)
 
@@ -60,6 +63,8 @@ class WeightFile:
     def attach(self, model: ir.Model) -> None:
         """Write what is not yet written and make the model's symbolic weights point at it."""
         for value in symbolic(model):
+            self._split(model, value)
+        for value in symbolic(model):
             assert value.name is not None
             model.graph.inputs.remove(value)
             source = self.sources[value.name]
@@ -74,9 +79,21 @@ class WeightFile:
             return None
         if isinstance(source, FileSource):  # what a method chooses by is small, and choosing is not forgiving
             return None
-        if any(node.op_type != "MatMul" or index != 1 for node, index in value.uses()):
+        if any(_other_than_matmul(use) for use in value.uses()):
             return None
         return rtn.block_size(source.shape[0], self.blocks)
+
+    def _split(self, model: ir.Model, value: ir.Value) -> None:
+        """Only matrices that nothing but MatMul reads; others are looked up by row, or small."""
+        source = self.sources[value.name or ""]
+        if self.largest is None or len(source.shape) != 2 or any(_other_than_matmul(use) for use in value.uses()):
+            return
+        bits = 8 * self.dtype.itemsize if self._block(value, source) is None else 4
+        if math.prod(source.shape) * bits > 8 * self.largest:
+            blocks = blocks_of_columns(source, bits, self.largest)
+            names = [f"{value.name}.columns_{block.start}" for block in blocks]
+            split_matmuls(model, value, names, [block.shape[1] for block in blocks])
+            self.sources.update(zip(names, blocks, strict=True))
 
     def _point(self, model: ir.Model, value: ir.Value, tensor: ir.ExternalTensor) -> None:
         value.const_value = tensor
@@ -141,6 +158,10 @@ class WeightFile:
         self.written[name] = ir.ExternalTensor(
             path.name, offset, size, kind, shape=ir.Shape(shape), name=name, base_dir=path.parent
         )
+
+
+def _other_than_matmul(use: tuple[ir.Node, int]) -> bool:
+    return use[0].op_type != "MatMul" or use[1] != 1
 
 
 def slices(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

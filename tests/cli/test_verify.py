@@ -88,20 +88,3 @@ def test_inspect_lists_the_largest_files(edgetrim: Run, finished: tuple[Path, in
     largest = max(sizes, key=lambda p: sizes[p]).relative_to(finished[0]).as_posix()
     assert lines[start + 4].split()[0] == largest
     assert lines[start + 12].split()[:2] == [str(len(sizes) - 8), "more"]
-
-
-def test_a_profile_of_ones_own_travels(edgetrim: Run, tmp_path: Path) -> None:
-    from profiles import _schema
-
-    mine = tmp_path / "my_board.toml"
-    mine.write_text((_schema.FOLDER / "cpu_fp32.toml").read_text().replace('device = "', 'device = "My '))
-    out = tmp_path / "out"
-    assert edgetrim("export", "-p", mine, "-o", out, "-r", "uniform:keep=8").code == 0
-    mine.unlink()
-    assert (out / "my_board.toml").is_file()
-    moved = out.rename(tmp_path / "moved")
-    assert edgetrim("build", moved).code == 0
-    job = json.loads((moved / "job.json").read_text())
-    assert job["profile"] == "./my_board.toml"
-    (moved / "job.json").write_text(json.dumps({**job, "profile": "../my_board.toml"}))
-    assert "is not in the folder" in edgetrim("build", moved).err

@@ -30,6 +30,8 @@ from exporter.checkpoint import Checkpoint
 from exporter.errors import UsageError
 from exporter.families._contract import Request
 from exporter.journal import Journal
+from exporter.lint import _table
+from exporter.lint._check import lint
 from exporter.plan import Plan
 from exporter.runtime import images
 from exporter.stages import _task
@@ -175,6 +177,15 @@ def test_the_graph_keeps_what_pytorch_keeps(model: str, name: str, drawn: Any) -
     assert (index == true_index).all()
     assert np.abs(embeds - true_embeds).max() <= 1e-4 * np.abs(true_embeds).max()
     assert [(a == b).all() for a, b in zip(size, true_size, strict=True)] == [True] * found.plan.sized
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_no_target_has_anything_against_it(model: str, name: str, drawn: Any) -> None:
+    if (model, name) not in REFUSED:
+        files = sorted(drawn(model, name).folder.glob("*.onnx"))
+        found = [finding for table in _table.names() for file in files for finding in lint(file, _table.load(table))]
+        assert found == []
 
 
 class Builder:
