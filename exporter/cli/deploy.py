@@ -25,6 +25,10 @@ THROUGH = ("copy", "build", "validate", "bench")
     help="How far to check on the device before the bundle goes live; each includes those before it.",
 )  # fmt: skip
 @click.option(
+    "--not-slower", is_flag=True,
+    help="Time the live bundle there too, in turn: what is slower than the profile's gates allow does not go live (exit code 4).",
+)  # fmt: skip
+@click.option(
     "--install", "wheels", multiple=True, type=click.Path(path_type=Path), metavar="WHEEL",
     help="Install edgetrim on the device from this wheel first; repeat for wheels of what it needs, where the device has no network.",
 )  # fmt: skip
@@ -35,7 +39,7 @@ THROUGH = ("copy", "build", "validate", "bench")
 @click.option("--dry-run", is_flag=True, help="Stop behind the preflight: change nothing.")
 @options.json_option
 def command(
-    folder: Path, to: tuple[str, ...], fleet: Path | None, config: Path | None, jobs: int, through: str, wheels: tuple[Path, ...],
+    folder: Path, to: tuple[str, ...], fleet: Path | None, config: Path | None, jobs: int, through: str, not_slower: bool, wheels: tuple[Path, ...],
     keep: int, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Bring the bundle FOLDER to devices, build, validate and time it there, then make it live.
@@ -48,10 +52,13 @@ def command(
     from exporter.bundle import Bundle
     from exporter.deploy import deploy
     from exporter.deploy import fleet as fleets
+    from exporter.errors import UsageError
 
     out = Output(as_json)
+    if not_slower and through == "copy":
+        raise UsageError("--not-slower runs the bundle there, which --through copy does not.")
     hosts = options.hosts(to, fleet)
-    request = deploy.Request(through, tuple(deploy.wheel(w) for w in wheels), keep, dry_run, config)
+    request = deploy.Request(through, not_slower, tuple(deploy.wheel(w) for w in wheels), keep, dry_run, config)
     with out.stage("verify"):
         bundle = Bundle.open(folder)
     with out.stage("deploy") as log:

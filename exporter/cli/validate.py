@@ -15,7 +15,7 @@ from exporter.cli._output import Output
 @options.folder_argument
 @options.questions_option
 @click.option(
-    "--against", type=click.Choice(("pytorch", "recorded")), default=None,
+    "--reference", type=click.Choice(("pytorch", "recorded")), default=None,
     help="PyTorch, or what it gave where the model was exported. Default: PyTorch if it is installed.",
 )  # fmt: skip
 @options.threads_option
@@ -25,7 +25,7 @@ def command(
     folder: Path,
     questions: Path | None,
     per_kind: int,
-    against: str | None,
+    reference: str | None,
     threads: int | None,
     junit: Path | None,
     annotations: str | None,
@@ -47,7 +47,7 @@ def command(
     from exporter.workspace import Workspace
 
     out = Output(as_json)
-    recorded = against == "recorded" or (against is None and find_spec("torch") is None)
+    recorded = reference == "recorded" or (reference is None and find_spec("torch") is None)
     if recorded and questions is not None:
         raise UsageError(
             "--questions needs PyTorch, which answers them too. Ask them where the model was exported, or leave them out."

@@ -30,7 +30,7 @@ Log = Callable[[str], None]
 
 STEPS: dict[str, tuple[str, ...]] = {
     "build": ("build", "--json"),
-    "validate": ("validate", "--against", "recorded", "--json"),
+    "validate": ("validate", "--reference", "recorded", "--json"),
     "bench": ("bench", "--no-compare", "--json"),
     "pack": ("pack", "--json"),
 }
@@ -47,11 +47,12 @@ LARGEST_RECORD = 16 * 2**20
 class Request:
     """What to do on every device.
 
-    through: one of `THROUGH`. wheels: edgetrim's, and of what it needs there, to install first. keep: releases that stay there.
-    dry: stop behind the preflight. config: an ssh configuration.
+    through: one of `THROUGH`. not_slower: also time the live bundle there, in turn, and refuse what is slower. wheels: edgetrim's, and of
+    what it needs there, to install first. keep: releases that stay there. dry: stop behind the preflight. config: an ssh configuration.
     """
 
     through: str = "bench"
+    not_slower: bool = False
     wheels: tuple[Path, ...] = ()
     keep: int = 2
     dry: bool = False
@@ -111,7 +112,7 @@ def _deploy(bundle: Bundle, device: Connection, request: Request, log: Log) -> O
         return Outcome(label, device.folder, rows, missing, look.get("live"), look.get("live"))
 
     try:
-        release, facts = _prepare(bundle, device, request, facts, files, builds, log)
+        release, facts = _prepare(bundle, device, request, facts, look, files, builds, log)
     except Lost as e:
         raise Lost(f"{e} What was live still is. Run the same command again: it goes on where it was.") from e
     switched = device.ask("switch", release=release, why="deploy")
@@ -136,7 +137,8 @@ def _deploy(bundle: Bundle, device: Connection, request: Request, log: Log) -> O
 
 
 def _prepare(
-    bundle: Bundle, device: Connection, request: Request, facts: dict[str, Any], files: Mapping[str, Any], builds: bool, log: Log
+    bundle: Bundle, device: Connection, request: Request, facts: dict[str, Any], look: Mapping[str, Any], files: Mapping[str, Any],
+    builds: bool, log: Log,
 ) -> tuple[str, dict[str, Any]]:  # fmt: skip
     """Everything before the switch: a complete release there, built and checked. Returns its name, and what the device is by now."""
     device.ask("lock", who=_who())
@@ -147,7 +149,10 @@ def _prepare(
     _send(bundle, device, release, files, log)
     for name in request.steps:
         if builds or name != "build":
-            _step(device, release, name, log)
+            _step(device, release, name, STEPS[name], log)
+    if request.not_slower and look["live"] not in (None, release):
+        against = ("bench", "--against", f"{device.folder}/current", "--json")
+        _step(device, release, f"gate against {look['live']}", against, log)
     return release, facts
 
 
@@ -223,11 +228,11 @@ def _install(device: Connection, wheels: tuple[Path, ...], log: Log) -> None:
     device.ask("install", log)
 
 
-def _step(device: Connection, release: str, name: str, log: Log) -> None:
+def _step(device: Connection, release: str, name: str, arguments: tuple[str, ...], log: Log) -> None:
     """One verb there. Its exit code means there what it means here."""
-    log(f"{name} there")
+    log(f"{arguments[0]} there")
     done = device.ask(
-        "step", lambda text: log(f"{name} there, {text}"), release=release, name=name, arguments=STEPS[name]
+        "step", lambda text: log(f"{arguments[0]} there, {text}"), release=release, name=name, arguments=arguments
     )
     code = int(done["code"])
     if code:
@@ -238,7 +243,7 @@ def _step(device: Connection, release: str, name: str, log: Log) -> None:
             if isinstance(kind, type) and issubclass(kind, ExportError)
         }
         raise kinds.get(code, ExportError)(
-            f"{device.host.label}: `edgetrim {name}` there failed with exit code {code}, so the old bundle stays live. It says: "
+            f"{device.host.label}: `edgetrim {arguments[0]}` there failed with exit code {code}, so the old bundle stays live. It says: "
             f"{words.removeprefix('Error: ')[-1500:] or 'nothing'}"
         )
 

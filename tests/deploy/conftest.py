@@ -22,6 +22,7 @@ import pytest
 
 from exporter.bundle import MANIFEST, SCHEMA, contents
 from exporter.pipeline import Job
+from exporter.workspace import Workspace
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
@@ -179,7 +180,7 @@ def make(tmp_path: Path) -> Callable[..., Path]:
             path = folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        (folder / "job.json").write_text(Job("embedded", (), "cpu_fp32").text())
+        Job("embedded", (), "cpu_fp32").save(Workspace(folder))
         manifest = {"schema": SCHEMA, "edgetrim": "0", "opset": 21, "versions": {}, "files": contents(folder)}
         (folder / MANIFEST).write_text(json.dumps(manifest))
         return folder

@@ -21,7 +21,7 @@ from exporter.cli import main
 from exporter.deploy import deploy
 from exporter.deploy.deploy import Request
 from exporter.deploy.ssh import BOOTSTRAP, Connection, Host
-from exporter.errors import EnvironmentMismatch, ExportError, GateError, UsageError, VerificationError
+from exporter.errors import EnvironmentMismatch, ExportError, GateError, LatencyError, UsageError, VerificationError
 from tests.deploy.conftest import Device, Proxy, running
 
 Make = Callable[..., Path]
@@ -311,7 +311,10 @@ import json, pathlib, sys
 if sys.argv[1] == "--version": print("edgetrim, version 9.9")
 else:
     verb, folder = sys.argv[1], pathlib.Path(sys.argv[-1])
-    with (folder.parents[1] / "calls").open("a") as f: f.write(verb + "\\n")
+    with (folder.parents[1] / "calls").open("a") as f: f.write(verb + ("-against" if "--against" in sys.argv else "") + "\\n")
+    if "--against" in sys.argv and (folder.parents[1] / "slow").exists():
+        assert (pathlib.Path(sys.argv[sys.argv.index("--against") + 1]) / "manifest.json").is_file()
+        sys.stderr.write("Error: prefill is slower.\\n"); sys.exit(4)
     if (folder.parents[1] / f"fail-{{verb}}").exists():
         sys.stderr.write("Error: Too far off.\\n"); sys.exit(3)
     if verb == "bench":
@@ -346,6 +349,21 @@ def test_everything_is_checked_there_before_the_switch_and_recorded(make: Make, 
     assert found.compared == []
     assert whole(folder, device).compared == [("ttft", 12.5, 12.5)]
     assert (stand_in / "calls").read_text().split() == ["build", "validate", "bench", "pack"]  # nothing again
+
+
+def test_what_is_slower_than_the_live_bundle_does_not_go_live(make: Make, device: Device, stand_in: Path) -> None:
+    old, new = make("a", {"graphs/x": b"1"}), make("b", {"graphs/x": b"2"})
+    request = Request(not_slower=True, config=device.config)
+    deploy.deploy(Bundle.open(old), to(device), request)  # nothing is live yet to compare with
+    assert "bench-against" not in (stand_in / "calls").read_text()
+    (stand_in / "slow").touch()
+    with pytest.raises(LatencyError, match=r"`edgetrim bench` there failed with exit code 4.*prefill is slower"):
+        deploy.deploy(Bundle.open(new), to(device), request)
+    assert (live(device) / "graphs/x").read_bytes() == b"1"
+    (stand_in / "slow").unlink()
+    deploy.deploy(Bundle.open(new), to(device), request)
+    assert (live(device) / "graphs/x").read_bytes() == b"2"
+    assert (stand_in / "calls").read_text().split()[-2:] == ["bench-against", "bench-against"]
 
 
 def test_inspect_lists_the_devices(
