@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +30,11 @@ import tempfile
 import time
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # where this file is only read, to be sent
+    fcntl = None  # type: ignore[assignment]
 
 HELLO = "edgetrim-agent 1"
 ALIVE = {"op": "alive"}

@@ -10,6 +10,7 @@ import os
 import re
 import select
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -102,6 +103,8 @@ class Connection:
         """The folder there, absolute."""
 
     def __enter__(self) -> Connection:
+        if sys.platform == "win32":  # there `select` does not wait for pipes
+            raise EnvironmentMismatch("Deploying works from Linux and macOS. On Windows run it in WSL.")
         command = ["ssh", *(word for option in OPTIONS for word in ("-o", option))]
         if self._config is not None:
             command += ["-F", str(self._config)]
