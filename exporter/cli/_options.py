@@ -217,6 +217,14 @@ def seed_option(function: F) -> F:
     )(function)  # fmt: skip
 
 
+def signers_option(function: F) -> F:
+    """--signers → Path | None"""
+    return click.option(
+        "--signers", type=click.Path(path_type=Path), metavar="FILE",
+        help="Also ask for a signature of one of these: OpenSSH's list of allowed signers.",
+    )(function)  # fmt: skip
+
+
 def devices_options(function: F) -> F:
     """--to → to: tuple[str, ...]; --fleet → Path | None; --ssh-config → config: Path | None; --jobs → int."""
     function = click.option(

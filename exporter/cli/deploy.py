@@ -36,11 +36,12 @@ THROUGH = ("copy", "build", "validate", "bench")
     "--keep", type=click.IntRange(1), default=2, show_default=True, metavar="N",
     help="Releases that stay on the device, the live one included.",
 )  # fmt: skip
+@options.signers_option
 @click.option("--dry-run", is_flag=True, help="Stop behind the preflight: change nothing.")
 @options.json_option
 def command(
     folder: Path, to: tuple[str, ...], fleet: Path | None, config: Path | None, jobs: int, through: str, not_slower: bool, wheels: tuple[Path, ...],
-    keep: int, dry_run: bool, as_json: bool,
+    keep: int, signers: Path | None, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Bring the bundle FOLDER to devices, build, validate and time it there, then make it live.
 
@@ -61,6 +62,8 @@ def command(
     request = deploy.Request(through, not_slower, tuple(deploy.wheel(w) for w in wheels), keep, dry_run, config)
     with out.stage("verify"):
         bundle = Bundle.open(folder)
+        if signers is not None:
+            bundle.signer(signers)
     with out.stage("deploy") as log:
         done = fleets.each(
             hosts,

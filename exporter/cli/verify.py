@@ -12,10 +12,7 @@ from exporter.cli._output import Output
 
 @click.command()
 @options.folder_argument
-@click.option(
-    "--signers", type=click.Path(path_type=Path), metavar="FILE",
-    help="Also ask for a signature of one of these: OpenSSH's list of allowed signers.",
-)  # fmt: skip
+@options.signers_option
 @options.json_option
 def command(folder: Path, signers: Path | None, as_json: bool) -> None:
     """Compare every file of the bundle FOLDER with its manifest, and the manifest with its signature.

@@ -533,7 +533,7 @@ def _said(command: list[str]) -> str:
     """What a command prints; empty if it fails, hangs or is not there."""
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=20, check=True
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return ""

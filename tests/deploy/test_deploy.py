@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from exporter.bundle import DEVICES, MANIFEST, Bundle, sha256
+from exporter import signature
+from exporter.bundle import DEVICES, MANIFEST, SIGNATURE, Bundle, sha256
 from exporter.cli import main
 from exporter.deploy import deploy
 from exporter.deploy.deploy import Request
@@ -304,6 +305,28 @@ def test_a_changed_bundle_is_not_deployed(
     code, out, err = edgetrim("deploy", folder, "--to", "device", "--ssh-config", device.config)
     assert (code, out) == (6, "")
     assert "graphs/x was changed" in err
+
+
+def test_an_unsigned_bundle_is_not_deployed_where_a_signature_is_asked_for(
+    make: Make, device: Device, tmp_path: Path, edgetrim: Callable[..., tuple[int, str, str]]
+) -> None:
+    (tmp_path / "signers").write_text(f"ci {(device.root / 'user.pub').read_text()}")
+    folder = make("a", {})
+    arguments = (
+        "deploy",
+        folder,
+        "--to",
+        f"device:{device.home}/app",
+        "--ssh-config",
+        device.config,
+        "--through",
+        COPY,
+    )
+    code, out, err = edgetrim(*arguments, "--signers", tmp_path / "signers")
+    assert (code, out) == (6, "") and "There is no signature" in err
+    signature.sign(folder / MANIFEST, device.root / "user", folder / SIGNATURE)
+    assert edgetrim(*arguments, "--signers", tmp_path / "signers")[0] == 0
+    assert live(device).exists() and not (live(device) / SIGNATURE).exists()
 
 
 STAND_IN = """#!{python}
