@@ -139,7 +139,8 @@ def check_graphs(work: Workspace, warn: Log = silent) -> None:
     table = table_for(profile.stack)
     if table is None:
         return
-    files = GraphSet.load(work.graphs).roles()
+    graphs = GraphSet.load(work.graphs)
+    files = [graphs.plugged.get(file, file) if profile.stack.plugins else file for file in graphs.roles()]
     findings = [finding for file in files for finding in lint(work.graphs / file, table)]
     for text in in_words([finding for finding in findings if not finding.fatal]):
         warn(text)
@@ -192,7 +193,7 @@ def open_runners(
     """
     from exporter.backends import ort
     from exporter.runtime.generate import embedding
-    from exporter.stages.build import backend_for
+    from exporter.stages.build import backend_for, built_from
 
     graphs = GraphSet.load(folder / "graphs")
     files = {file: folder / "graphs" / file for file in graphs.roles()}
@@ -205,7 +206,8 @@ def open_runners(
     with ExitStack() as stack:
         runners: dict[str, Runner] = {}
         for file, roles in graphs.roles().items():
-            runner = backend.runner(files[file], threads, "decode" in roles, folder / "graphs" / file)
+            graph = folder / "graphs" / built_from(file, graphs, profile)
+            runner = backend.runner(files[file], threads, "decode" in roles, graph)
             runners |= dict.fromkeys(roles, stack.enter_context(runner))
         yield runners, graphs, embedding(folder / "graphs", graphs), runners["vision"].in_words + what
 

@@ -166,7 +166,7 @@ def images_options(function: F) -> F:
     """--image, --clip → tuple[Path, ...] each."""
     function = click.option(
         "--clip", "clips", multiple=True, type=click.Path(path_type=Path), metavar="PATH",
-        help="A clip: an animated image, a folder of frames, or repeated, its frames. Sampled to the model's frames.",
+        help="A clip: a video, an animated image, a folder of frames, or repeated, its frames. Sampled to the model's frames.",
     )(function)  # fmt: skip
     return click.option(
         "--image", "-i", "images", multiple=True, type=click.Path(path_type=Path), metavar="PATH",

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from plugins._library import FOLDER, Library, Memory
 COMPILER = os.environ.get("CXX") or "g++"
 
 
-def build(folder: Path) -> Library:
-    """Compile all kernels with the C++ compiler."""
+@cache
+def build(folders: pytest.TempPathFactory) -> Library:
+    """Compile all kernels with the C++ compiler, once in a run."""
+    folder = folders.mktemp("plugins")
     if shutil.which(COMPILER) is None:
         pytest.skip(f"no C++ compiler ({COMPILER}) to compile the kernels for the CPU")
     probe = folder / "probe.cpp"

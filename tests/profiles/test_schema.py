@@ -143,6 +143,28 @@ def test_what_is_refused(tmp_path: Path, old: str, new: str, message: str) -> No
     assert text.replace("mine.toml: ", "", 1).replace(f"{tmp_path}/", "") == f"Profile {message}"
 
 
+def test_plugins_are_names_for_full_tensorrt(tmp_path: Path) -> None:
+    orin = (_schema.FOLDER / "orin_nano_8gb_int4.toml").read_text()
+
+    def chosen(text: str, plugins: str) -> Path:
+        return write(tmp_path, text.replace("[precision]", f"plugins = {plugins}\n\n[precision]", 1))
+
+    assert _schema.load(chosen(orin, '["token_select", "kv_compact"]')).stack.plugins == ("token_select", "kv_compact")
+    assert "[stack] unknown plugin 'tokenselect'. Did you mean 'token_select'?" in refusal(
+        chosen(orin, '["tokenselect"]')
+    )
+    assert "[stack] `plugins` names one twice." in refusal(chosen(orin, '["kv_compact", "kv_compact"]'))
+    assert "[stack] plugins must be a list of names; found 3." in refusal(chosen(orin, "3"))
+    rtx = (
+        orin.replace('module = "tensorrt"', 'module = "tensorrt_rtx"')
+        .replace('"10.3"', '"1.7"')
+        .replace("[87]", "[86]")
+    )
+    assert '`plugins` needs module "tensorrt": TensorRT-RTX has no plugins.' in refusal(chosen(rtx, '["kv_compact"]'))
+    cpu = (_schema.FOLDER / "cpu_fp32.toml").read_text()
+    assert 'backend "ort" has none. Leave it out, the graphs work without.' in refusal(chosen(cpu, '["kv_compact"]'))
+
+
 def test_a_missing_section(tmp_path: Path) -> None:
     text = GOOD.partition("[gates]")[0]
     assert refusal(write(tmp_path, text)) == (
