@@ -6,7 +6,6 @@ import contextlib
 import getpass
 import json
 import os
-import resource
 import shutil
 import socket
 import subprocess
@@ -78,19 +77,12 @@ def running(root: Path, limit_file_bytes: int | None = None) -> Iterator[Device]
         f"MaxStartups 50\nSetEnv PATH={root}/bin:/usr/bin:/bin\n"
     )
 
-    def limit() -> None:
-        if limit_file_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_bytes, limit_file_bytes))
-
+    command = [SSHD, "-D", "-e", "-f", str(root / "sshd_config")]
+    if limit_file_bytes is not None:
+        command = ["sh", "-c", f'ulimit -f {limit_file_bytes // 512} && exec "$@"', "sh", *command]
     sockets = tempfile.mkdtemp(prefix="ssh-")  # a socket's path may have 107 characters only
     log = (root / "log").open("wb")
-    process = subprocess.Popen(
-        [SSHD, "-D", "-e", "-f", str(root / "sshd_config")],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        preexec_fn=limit,
-    )
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         for _ in range(100):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
