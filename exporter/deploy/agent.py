@@ -93,7 +93,7 @@ class Channel:
         found = json.loads(self._take(end + 1))
         return found if isinstance(found, dict) else {}
 
-    def bytes(self, count: int) -> bytes:
+    def payload(self, count: int) -> bytes:
         while len(self._buffer) < count:
             if not self._more(IDLE_S):
                 raise Gone
@@ -184,7 +184,7 @@ class Device:
 
     def put(self, sha256: str, offset: int, length: int) -> dict[str, Any]:
         """Append `length` bytes, which follow, to a file on its way. Complete, it takes its places."""
-        content = self.channel.bytes(length)
+        content = self.channel.payload(length)
         if sha256 not in self._targets:
             raise Refused("failed", f"nobody asked for {sha256}")
         part = self.incoming / "parts" / sha256
