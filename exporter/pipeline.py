@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter import __version__
-from exporter.bundle import MANIFEST, SCHEMA, Bundle, contents
+from exporter.bundle import MANIFEST, SCHEMA, SIGNATURE, Bundle, contents
 from exporter.errors import EnvironmentMismatch, ExportError, GateError, UsageError, VerificationError
 from exporter.graphset import GraphSet
 from exporter.workspace import Workspace
@@ -312,7 +312,7 @@ def run_validate(
     from exporter.runtime import images
     from exporter.runtime.generate import Generator
     from exporter.runtime.prompt import Prompt
-    from exporter.stages import _answers, regressions, validate
+    from exporter.stages import _answers, _recorded, regressions, validate
 
     job = Job.read(work)
     plan = job.plan()
@@ -333,7 +333,9 @@ def run_validate(
             notes.append("fidelity: measured on synthetic images and random token ids")
         log("comparing stages with PyTorch")
         gates = plan.profile.gates
-        fidelity = validate.compare(plan, runners, graphs, table, pixels, prompts, gates, sides=sides)
+        work.evidence.mkdir(exist_ok=True)
+        record_to = work.folder / _recorded.FILE
+        fidelity = validate.compare(plan, runners, graphs, table, pixels, prompts, gates, sides=sides, record=record_to)
         told: list[validate.Asked] = []
         worse: dict[str, Any] = {}
         _forget(work, regressions.ANSWERS, regressions.PICTURES)
@@ -350,6 +352,38 @@ def run_validate(
     _forget(work, MANIFEST, _answers.FOLDER)
     if failed:
         raise GateError(f"{len(failed)} gate(s) of profile `{plan.profile.name}` did not pass: {'; '.join(failed)}.")
+    return record
+
+
+def run_validate_recorded(work: Workspace, threads: int | None = None, log: Log = silent) -> dict[str, Any]:
+    """Fidelity alone, against what PyTorch gave where the model was exported: needs neither PyTorch nor the checkpoint.
+
+    Writes evidence/validation.json and returns it; quality stays what was measured there.
+
+    Raises:
+        GateError: a gate did not pass. The evidence is written first.
+    """
+    from exporter.stages import _recorded, report, validate
+
+    job = Job.read(work)
+    profile = job.loaded_profile()
+    samples = _recorded.load(work.folder / _recorded.FILE)
+    before = report.optional(work, "evidence/validation.json") or {}
+    log(f"comparing stages with {len(samples)} recorded sample(s)")
+    with open_runners(work.folder, profile, threads) as (runners, graphs, table, what):
+        fidelity = validate.compare_recorded(samples, runners, graphs, table, profile.gates)
+    failed = validate.verdict(fidelity, [])
+    notes = [
+        f"fidelity: measured against outputs of PyTorch that were recorded for {len(samples)} sample(s) at export",
+        *(["quality: measured where the model was exported"] if before.get("quality") else []),
+    ]
+    unasked: dict[str, Any] = {"questions": 0, "quality": [], "samples": [], "gates": [], "regressions": {}}
+    record = {**unasked, **before, "executed": what, "recorded": True}
+    record |= {"fidelity": [asdict(row) for row in fidelity], "failed": failed, "notes": notes}
+    work.write("evidence/validation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    _forget(work, MANIFEST)
+    if failed:
+        raise GateError(f"{len(failed)} gate(s) of profile `{profile.name}` did not pass: {'; '.join(failed)}.")
     return record
 
 
@@ -393,8 +427,6 @@ def run_bench(
     Args:
         compare: also time the PyTorch reference, and both without reduction (exported to a scratch folder for this).
     """
-    from dataclasses import replace
-
     import numpy as np
 
     from exporter import device
@@ -441,14 +473,21 @@ def run_bench(
     return record
 
 
-def run_pack(work: Workspace) -> Bundle:
-    """Write the report, a build recipe where there are no engines, and the manifest: the folder is a bundle from then on."""
+def run_pack(work: Workspace, key: Path | None = None) -> Bundle:
+    """Write the report, a build recipe where there are no engines, and the manifest: the folder is a bundle from then on.
+
+    The same folder gives the same bytes.
+
+    Args:
+        key: an OpenSSH key to sign the manifest with.
+    """
+    from exporter import signature
     from exporter.stages import recipe
     from exporter.stages.report import write_report
 
     job = Job.read(work)
     graphs = GraphSet.load(work.graphs)
-    _forget(work, MANIFEST)
+    _forget(work, MANIFEST, SIGNATURE)
     work.forget_unfinished()
     write_report(work, job)
     if not (work.engines / "engines.json").is_file():
@@ -471,6 +510,8 @@ def run_pack(work: Workspace) -> Bundle:
         "files": files,
     }
     work.write(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    if key is not None:
+        signature.sign(work.folder / MANIFEST, key, work.folder / SIGNATURE)
     return Bundle.open(work.folder, verify=False)
 
 
@@ -495,9 +536,11 @@ def versions() -> dict[str, str]:
 
 
 def exported(work: Workspace, job: Job) -> bool:
-    """Whether the workspace already holds this very job's graphs."""
+    """Whether the workspace already holds this very job's graphs: the profile counts by what it says."""
     try:
-        return (work.graphs / "graphs.json").is_file() and Job.read(work) == job
+        found = Job.read(work)
+        same = found.loaded_profile() == job.loaded_profile() and replace(found, profile=job.profile) == job
+        return same and (work.graphs / "graphs.json").is_file()
     except (UsageError, ExportError):
         return False
 

@@ -73,7 +73,7 @@ class Stack:
 
     def accepts_tensorrt(self, version: str) -> bool:
         """Whether an installed TensorRT is new enough."""
-        return self.tensorrt is None or _release(version) >= _release(self.tensorrt)
+        return self.tensorrt is None or newer(version, self.tensorrt)
 
 
 @dataclass(frozen=True)
@@ -376,6 +376,11 @@ def _check(profile: Profile, file: str) -> None:
         raise fail('[precision] `blocks` goes with weights = "int4", and only with it; [128, 64, 32] is usual.')
     if any(b not in (16, 32, 64, 128, 256) for b in precision.blocks):
         raise fail(f"[precision] blocks may hold 16, 32, 64, 128 and 256; found {list(precision.blocks)}.")
+
+
+def newer(version: str, oldest: str) -> bool:
+    """Whether a version is at least `oldest`: "10.16" is newer than "10.3"."""
+    return _release(version) >= _release(oldest)
 
 
 def _release(version: str) -> tuple[int, ...]:
