@@ -70,7 +70,7 @@ def check(facts: Mapping[str, Any], look: Mapping[str, Any], profile: Profile, n
     """Compare what a device says of itself (`agent.facts`, `agent.look`) with the profile and the bundle."""
     stack, memory = profile.stack, profile.memory
     rows = [
-        Row("device", _text(facts, "model") or _text(facts, "machine"), profile.device, None),
+        Row("device", _text(facts, "model") or _text(facts, "machine"), profile.device.title, None),
         Row("system", _text(facts, "system"), None, None),
     ]
     if need.edgetrim:
