@@ -48,7 +48,7 @@ def collect(work: Workspace, graphs: GraphSet, profile: Profile) -> dict[str, An
         "schema": 1,
         "command": ["edgetrim", "build", "."],
         "profile": profile.name,
-        "device": profile.device,
+        "device": profile.device.title,
         "needs": {
             "module": stack.module,
             "tensorrt": stack.tensorrt,
