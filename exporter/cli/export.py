@@ -44,7 +44,7 @@ def command(
     job.plan()  # refuse what does not fit before the folder is made
     with Workspace(output).locked() as work:
         with out.stage("export") as log:
-            graphs = pipeline.run_export(job, work, log)
+            graphs = pipeline.run_export(job, work, log, out.warn)
         pipeline.check_graphs(work, out.warn)
         found = _results.engines(work, job, graphs)
     data = {"folder": output, **_results.described(job, graphs), "graphs": found.data["engines"]}

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from exporter.cli import _options as options
 from exporter.cli._output import Output
+
+if TYPE_CHECKING:
+    from profiles._schema import Stack
 
 
 @click.command()
@@ -31,7 +35,7 @@ def command(path: Path, profile: str | None, as_json: bool) -> None:
     if chosen is None:
         raise UsageError(f"Which target is {path} for? Pass --profile; `edgetrim list profiles` shows them.")
     target = _schema.load(chosen)
-    files = _graphs(path, target.stack.flavour)
+    files = _graphs(path, target.stack)
     table = table_for(target.stack)
     if table is None:
         raise UsageError(
@@ -64,8 +68,8 @@ def _own_profile(path: Path) -> str | None:
     return Job.read(Workspace(path)).profile if (path / "job.json").is_file() else None
 
 
-def _graphs(path: Path, flavour: str | None) -> list[Path]:
-    """The file, or a folder's graphs: those of the flavour where it has them, the plain ones else."""
+def _graphs(path: Path, stack: Stack) -> list[Path]:
+    """The file, or a folder's graphs: those with the flavour or plugins of the stack where it has them, the plain ones else."""
     from exporter.bundle import MANIFEST, Bundle
     from exporter.errors import UsageError
     from exporter.flavours._apply import plain_name
@@ -80,5 +84,6 @@ def _graphs(path: Path, flavour: str | None) -> list[Path]:
         )
     if (path / MANIFEST).is_file():
         Bundle.open(path)
-    files = GraphSet.load(folder).roles()
-    return [folder / (file if f".{flavour}." in file else plain_name(file)) for file in files]
+    graphs = GraphSet.load(folder)
+    files = [file if f".{stack.flavour}." in file else plain_name(file) for file in graphs.roles()]
+    return [folder / (graphs.plugged.get(file, file) if stack.plugins else file) for file in files]

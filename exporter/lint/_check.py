@@ -43,17 +43,17 @@ def lint(path: Path, table: Table) -> list[Finding]:
     Raises:
         EnvironmentMismatch: onnx is not installed. ExportError: the file is no ONNX graph.
     """
-    return list(_findings(path.name, _load(path), table))
+    return list(findings(path.name, read(path), table))
 
 
-def in_words(findings: Sequence[Finding], most: int = 4) -> list[str]:
+def in_words(found: Sequence[Finding], most: int = 4) -> list[str]:
     """One text for what is the same of several nodes; at most `most` of them by name.
 
     >>> in_words([finding])
     ["decode.onnx: TopK `lm/rank` is rejected: `K` is above 3840. Rank by …\\n  Source: …"]
     """
     alike: dict[tuple[str, ...], list[str]] = {}
-    for f in findings:
+    for f in found:
         alike.setdefault((f.graph, f.op, f.verdict, f.what, f.fix, f.source), []).append(f.node)
     texts = []
     for (graph, op, verdict, what, fix, source), nodes in alike.items():
@@ -64,7 +64,8 @@ def in_words(findings: Sequence[Finding], most: int = 4) -> list[str]:
     return texts
 
 
-def _load(path: Path) -> ir.Model:
+def read(path: Path) -> ir.Model:
+    """A graph with the types and shapes of its values. Raises as `lint`."""
     try:
         import onnx_ir as ir
         from onnx_ir.passes import common
@@ -83,7 +84,8 @@ def _load(path: Path) -> ir.Model:
     return model
 
 
-def _findings(graph: str, model: ir.Model, table: Table) -> Iterator[Finding]:
+def findings(graph: str, model: ir.Model, table: Table) -> Iterator[Finding]:
+    """As `lint`, of a graph that has been read. graph: what it is called."""
     import onnx_ir as ir
 
     opset = model.graph.opset_imports.get("", 1)

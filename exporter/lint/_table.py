@@ -20,13 +20,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from exporter.errors import ExportError, nearest
 from exporter.lint import _conditions
+from plugins._contract import DOMAIN
 from profiles._schema import Stack
 
 if sys.version_info >= (3, 11):
@@ -86,14 +87,16 @@ def names() -> list[str]:
 
 
 def table_for(stack: Stack) -> Table | None:
-    """The table of a profile's stack: of its module the newest that is not newer than the profile's version, else the oldest. None if
-    there is none of its module."""
+    """The table of a profile's stack: of its module the newest that is not newer than the profile's version, else the oldest; with the
+    profile's plugins. None if there is none of its module."""
     found = sorted((_release(name), name) for name in names() if name.split("-")[0] == stack.module)
     if not found or stack.tensorrt is None:
         return None
     oldest, *newer = found
     fitting = [name for version, name in newer if version <= _release(f"-{stack.tensorrt}")]
-    return load([oldest[1], *fitting][-1])
+    table = load([oldest[1], *fitting][-1])
+    plugins = {(DOMAIN, name): f"plugins/{name}.py" for name in stack.plugins}
+    return replace(table, operators={**table.operators, **plugins})
 
 
 @cache

@@ -303,13 +303,20 @@ def draw_question(module: ClipText) -> ir.Model:
 
 def draw_reduce(plan: Plan, module: Reduce, vision: ir.Model, dtype: torch.dtype) -> ir.Model:
     """The reduce graph; its inputs are outputs of the vision graph, then what comes from elsewhere."""
-    inputs: dict[str, tuple[Shape, torch.dtype]] = {}
+    signals: dict[str, tuple[Shape, torch.dtype]] = {}
     for value in (v for v in vision.graph.outputs if v.name in plan.for_reduce):
         assert value.name is not None and value.dtype is not None
-        inputs[value.name] = ("batch", *static_sizes(value)), TORCH[value.dtype]
-    for name, (shape, kind) in side_inputs(plan).items():
-        inputs[name] = ("batch", *shape), kind or dtype
+        signals[value.name] = ("batch", *static_sizes(value)), TORCH[value.dtype]
+    inputs = reduce_inputs(plan, signals, dtype)
     return draw(module, inputs, lambda v: module(*v.values()), reduce_outputs(plan.sized))
+
+
+def reduce_inputs(
+    plan: Plan, signals: dict[str, tuple[Shape, torch.dtype]], dtype: torch.dtype
+) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Name → shape and dtype, in order. `signals`: those of vision that reduce takes."""
+    side = {name: (("batch", *shape), kind or dtype) for name, (shape, kind) in side_inputs(plan).items()}
+    return signals | side
 
 
 def side_inputs(plan: Plan) -> dict[str, tuple[tuple[int | str, ...], torch.dtype | None]]:

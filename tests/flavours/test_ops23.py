@@ -34,6 +34,7 @@ CASES: list[tuple[str, tuple[str, ...], tuple[int, int] | None]] = [
     ("qwen2_5_vl", (), (140, 112)),
 ]
 """A prefill graph of its own, with nodes that look at queries and keys; M-RoPE and biases."""
+FIRST_AND_SLOW = [CASES[0], pytest.param(CASES[1], marks=pytest.mark.slow)]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def operators(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in ir.load(path).graph)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c[0])
+@pytest.mark.parametrize("case", FIRST_AND_SLOW, ids=lambda c: c[0])
 def test_one_node_each(flavoured: Any, case: Any) -> None:
     found = flavoured(*case)
     layers = found.graphs.text.layers
@@ -86,7 +87,7 @@ def test_one_node_each(flavoured: Any, case: Any) -> None:
         assert not operators(found.folder / found.plain.files[role])["Attention"], "the graph of record stays plain"
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c[0])
+@pytest.mark.parametrize("case", FIRST_AND_SLOW, ids=lambda c: c[0])
 def test_as_the_plain_graphs(flavoured: Any, case: Any) -> None:
     """Two prompts of different length, the shorter one padded, and steps behind them. In float16 both round, but not alike."""
     found = flavoured(*case)

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from onnx import defs, helper
 
@@ -15,7 +17,7 @@ from exporter.errors import ExportError
 from exporter.lint import _check, _conditions, _table
 from profiles import _schema
 from profiles._schema import Stack
-from tests.lint.graphs import BOOL, CASES, I64, Graph, attend
+from tests.lint.graphs import BOOL, CASES, F32, I64, Graph, attend
 
 TABLES = {name: _table.load(name) for name in _table.names()}
 
@@ -68,6 +70,16 @@ def test_the_table_of_a_stack(stack: tuple[Any, str], expected: str) -> None:
     assert table.name == expected
 
 
+def test_a_profiles_plugins_are_taken(tmp_path: Path) -> None:
+    g = Graph()
+    model = g.model(g.op("token_merge", g.input("x", [4, 8]), domain="edgetrim"), shape=[4, 8])
+    onnx.save(model, tmp_path / "g.onnx")
+    for plugins, count in (((), 1), (("token_merge",), 0)):
+        table = _table.table_for(Stack("trt", "tensorrt", "10.3", compute_capabilities=(87,), plugins=plugins))
+        assert table is not None
+        assert len(_check.lint(tmp_path / "g.onnx", table)) == count
+
+
 @pytest.mark.parametrize("name", _schema.names())
 def test_every_profile_of_tensorrt_has_a_table(name: str) -> None:
     stack = _schema.load(name).stack
@@ -117,6 +129,18 @@ def test_silently_wrong(table: str, tmp_path: Path) -> None:
     for case in ("attention_nonpad", "attention_window", "function_same_name", "function_forwards_attribute"):
         findings = found(CASES[case](), table, tmp_path)
         assert {finding.verdict for finding in findings} == {"miscompiled"}, case
+
+
+def test_causal_decode_is_what_onnx_says(tmp_path: Path) -> None:
+    """The mask begins at the upper left: a single query sees the first key only. So no table calls that miscompiled."""
+    model = attend(24, seq=1, total=8, dtype=F32, is_causal=1)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    shapes = {"q": (1, 4, 1, 32), "k": (1, 2, 8, 32), "v": (1, 2, 8, 32)}
+    given = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    (out,) = session.run(None, given)
+    np.testing.assert_allclose(out, np.repeat(given["v"][:, :, :1], 2, 1), rtol=1e-5)
+    assert found(attend(24, seq=1, is_causal=1), "tensorrt-11.4", tmp_path) == []
 
 
 def test_slow_is_not_fatal(tmp_path: Path) -> None:

@@ -13,14 +13,12 @@ from exporter import _discover
 from exporter.errors import UsageError
 from exporter.families._contract import Request
 from exporter.graphset import GraphSet
-from exporter.lint import _table
-from exporter.lint._check import lint
 from exporter.runtime.prompt import Prompt
 from exporter.stages.export import export
 from exporter.stages.validate import controls
 from tests.families import tiny
 from tests.families.test_processors import sentence_piece
-from tests.stages.conftest import Engine, Exported, plain
+from tests.stages.conftest import Engine, Exported, objections, plain
 
 BEFORE, BEHIND, INSIDE = "uniform:keep_ratio=0.75", "uniform:keep_ratio=0.75,space=llm", "fastv:layer=1,keep_ratio=0.5"
 CASES: dict[str, tuple[Request, tuple[str, ...]]] = {
@@ -90,8 +88,7 @@ def compare(checkpoint: Path, request: Request, reductions: tuple[str, ...], eng
     folder.mkdir()
     said: list[str] = []
     found = Exported(plan, folder, export(plan, folder, said.append))
-    for table in _table.names():
-        assert [f for file in found.graphs.roles() for f in lint(folder / file, _table.load(table))] == []
+    assert [objection for file in found.graphs.roles() for objection in objections(folder / file)] == []
     asked = tiny.question(found.graphs)
 
     def answer(generator: Any) -> Any:

@@ -16,14 +16,12 @@ import exporter
 import exporter.families
 from exporter.errors import UsageError
 from exporter.families._contract import Request
-from exporter.lint import _table
-from exporter.lint._check import lint
 from exporter.runtime.sequence import split
 from graphs import _spec
 from graphs._contract import InLLM, WhileDecoding
 from tests.families import tiny
 from tests.stages import uncached
-from tests.stages.conftest import SIZES, Engine, Export, Exported
+from tests.stages.conftest import SIZES, Engine, Export, Exported, objections
 
 SPLIT = "case"
 TOLERANCE = 1e-4
@@ -173,8 +171,7 @@ def test_graphs_are_plain(case: Exported) -> None:
         }
         assert locations == expected.get(role, set() if role.startswith("shorten_") else {"llm.data"})
         onnx.checker.check_model(case.folder / file, full_check=True)
-        for table in _table.names():
-            assert lint(case.folder / file, _table.load(table)) == []
+        assert objections(case.folder / file) == []
 
 
 def test_nothing_of_this_machine_is_written(case: Exported) -> None:

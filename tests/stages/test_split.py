@@ -42,7 +42,8 @@ def test_blocks(shape: tuple[int, int], bits: int, largest_mib: int, widths: lis
 
 def limited(plan: Plan, largest_mib: int) -> Plan:
     memory = replace(plan.profile.memory, largest_block_mib=largest_mib)
-    return replace(plan, profile=replace(plan.profile, memory=memory))
+    device = replace(plan.profile.device, memory=memory)
+    return replace(plan, profile=replace(plan.profile, device=device))
 
 
 def test_a_large_head_is_split(tmp_path: Path, engine: Engine) -> None:
@@ -67,6 +68,7 @@ def test_a_large_head_is_split(tmp_path: Path, engine: Engine) -> None:
     assert tokens[0] == tokens[1]
 
 
+@pytest.mark.slow
 def test_quantised_matrices_are_split_too(tmp_path: Path, engine: Engine) -> None:
     """Every column has scales of its own, so each block is quantised as the whole is. 64 × 256 in four bits are 8192 bytes."""
     tiny.llava(tmp_path, intermediate_size=256)
