@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 OUTCOMES: dict[str, Outcome] = {"slower": "failed", "not slower": "passed", "cannot tell": "undecided"}
 
 
-def check(folder: Path, checked: Check) -> tuple[dict[str, Any], RenderableType]:
-    """A latency check, as data and as a table."""
+def check(folder: Path, checked: Check) -> tuple[dict[str, Any], str, RenderableType]:
+    """A latency check, as data, in a line, and as a table."""
     data = {
         "folder": folder,
         "baseline": checked.baseline,
@@ -45,13 +45,12 @@ def check(folder: Path, checked: Check) -> tuple[dict[str, Any], RenderableType]
         for s in checked.stages
     ]
     how = "timed in turn" if checked.kind == "paired" else "stored"
-    title = f"Latency against {checked.baseline}: {checked.verdict}"
+    said = f"Latency against {checked.baseline}: {checked.verdict}\n"
     note = (
         f"{checked.sessions} sessions, {how}; {100 * checked.limit:g} % slower is allowed. Runs on: {checked.executed}"
     )
-    return data, table(
-        title, ("stage", ">ms before", ">ms now", ">change", ">surely within", "verdict"), rows, note=note
-    )
+    columns = ("stage", ">ms before", ">ms now", ">change", ">surely within", "verdict")
+    return data, said, table("Stage by stage", columns, rows, note=note)
 
 
 def latency_cases(checked: Check) -> list[Case]:
