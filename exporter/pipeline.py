@@ -48,7 +48,8 @@ class Job:
     """What the user asked for; written to job.json so that every verb can go on from the folder alone.
 
     checkpoint: as typed. profile: a name or a path. image_size: height, width or None. clip: the CLIP checkpoint that
-    the model's tower came from, as typed, or None.
+    the model's tower came from, as typed, or None. quantizer: in place of the profile's. calibration: a file of questions for it;
+    None: some of the embedded set's kind.
     """
 
     checkpoint: str
@@ -57,6 +58,8 @@ class Job:
     frames: int = 1
     image_size: tuple[int, int] | None = None
     clip: str | None = None
+    quantizer: str | None = None
+    calibration: str | None = None
 
     def plan(self) -> Plan:
         """Check everything, in words. Raises UsageError or CheckpointError."""
@@ -77,7 +80,8 @@ class Job:
         return plan
 
     def loaded_profile(self) -> Profile:
-        return _schema.load(self.profile)
+        profile = _schema.load(self.profile)
+        return profile if self.quantizer is None else _schema.with_quantizer(profile, self.quantizer)
 
     def text(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -94,6 +98,8 @@ class Job:
                 int(raw["frames"]),
                 tuple(size) if size else None,
                 raw.get("clip"),
+                raw.get("quantizer"),
+                raw.get("calibration"),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise ExportError(
@@ -108,8 +114,9 @@ def run_export(job: Job, work: Workspace, log: Log = silent) -> GraphSet:
     from exporter.stages.export import export
 
     plan = job.plan()
+    calibration = calibration_for(job, plan)
     with work.resumed("graphs", JOURNAL) as folder:
-        graphs = export(plan, folder, log)
+        graphs = export(plan, folder, log, calibration)
     _forget(work, "engines", "evidence", "report.html", MANIFEST)
     work.write("job.json", job.text())
     return graphs
@@ -169,6 +176,18 @@ def questions_for(job: Job, path: Path | None, per_kind: int) -> list[Question]:
     if path is not None:
         return _task.from_file(path, job.frames)
     return _task.embedded(job.frames, per_kind) if job.checkpoint == EMBEDDED else []
+
+
+def calibration_for(job: Job, plan: Plan) -> list[Question]:
+    """What the plan's quantiser looks at: the user's questions, or embedded ones on digits that no evaluation asks about; none
+    where it looks at nothing."""
+    from exporter.stages import _calibrate, _task
+
+    if not _calibrate.wanted(plan):
+        return []
+    if job.calibration is not None:
+        return _task.from_file(Path(job.calibration), job.frames)
+    return _task.for_calibration(job.frames)
 
 
 def run_validate(

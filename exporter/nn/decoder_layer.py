@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -72,6 +73,16 @@ class Mlp(nn.Module):
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Matrices that read, channel by channel, what one module gives: dividing its weights (and bias) there and multiplying the
+    matrices' rows leaves what the layer computes as it is. columns: of the giver's output."""
+
+    giver: nn.Module
+    columns: slice
+    readers: tuple[Linear, ...]
+
+
 class Layer(Atom):
     """One decoder layer. With `post_norms`, `post_attention_layernorm` is what it is called; without, it is the norm
     before the MLP: the names are the checkpoints'."""
@@ -89,6 +100,20 @@ class Layer(Atom):
 
     def key(self) -> Hashable:
         return self.self_attn.spec
+
+    def pairs(self) -> list[Pair]:
+        """Every group of matrices with one input, but for those that read values which several query heads share."""
+        a, whole = self.self_attn, slice(None)
+        before = self.pre_feedforward_layernorm if a.spec.post_norms else self.post_attention_layernorm
+        found = [
+            Pair(self.input_layernorm, whole, (a.qkv_proj,)),
+            Pair(before, whole, (self.mlp.gate_proj, self.mlp.up_proj)),
+            Pair(self.mlp.up_proj, whole, (self.mlp.down_proj,)),
+        ]
+        if a.spec.heads == a.spec.kv_heads:
+            values = slice(-a.qkv_proj.parts["v_proj"], None)
+            found.append(Pair(a.qkv_proj, values, (a.o_proj,)))
+        return found
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, past_key: Tensor | None, past_value: Tensor | None

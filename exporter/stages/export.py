@@ -7,8 +7,9 @@ time, into the external data files. Memory peaks at one tensor, whatever the mod
 from __future__ import annotations
 
 import io
+import json
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +41,10 @@ from graphs._contract import INSTRUCTION_TOKENS
 
 if TYPE_CHECKING:
     from exporter.nn.traced import LanguageModel
+    from exporter.stages._task import Question
 
+PRECISION = "precision.json"
+"""How the matrices of a quantised language model are stored."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 Log = Callable[[str], None]
@@ -113,15 +117,19 @@ def share(source: nn.Module, target: nn.Module) -> None:
     target.eval()
 
 
-def export(plan: Plan, folder: Path, log: Log = lambda text: None) -> GraphSet:
+def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: Sequence[Question] = ()) -> GraphSet:
     """Write the plan's graphs into `folder` and return their description.
 
     Args:
         folder: empty, or as an export that was killed left it: what it had finished of this plan is kept.
+        calibration: questions whose activations a quantiser may look at.
     Raises:
         CheckpointError: weights that are missing, damaged or of another shape; a CLIP checkpoint without its tokenizer.
         ExportError: the folder holds something else.
+        UsageError: a quantiser that does not fit, or has no calibration data.
     """
+    from exporter.stages import _calibrate
+
     if plan.clip is not None:  # what a runtime will need: refused now, not there
         QuestionTokenizer.load(plan.clip.folder)
     if plan.instruction is not None:
@@ -129,10 +137,14 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None) -> GraphSet:
     precision = plan.profile.precision
     dtype = DTYPES[precision.compute]
     modules = build_modules(plan)
+    calibrated = _calibrate.wanted(plan)
+    if calibrated:
+        _calibrate.check(plan, modules)
     found = origins(plan, modules)
     embedding = Source("text.embed_tokens.weight", (plan.geometry.vocab, plan.geometry.hidden), False)
     advance = Transfer(_bytes(plan, found, embedding), "writing weights", log).advance
-    journal = Journal(folder, made_from(plan))
+    data = _calibrate.fingerprint(calibration) if calibrated else None
+    journal = Journal(folder, made_from(plan) | {"calibration": data})
     for module in modules.stored().values():
         _cast(module, dtype)
     if modules.prefill is not modules.decode:
@@ -162,23 +174,27 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None) -> GraphSet:
         models.append(("question", draw_question(modules.question)))
 
     log("writing weights")
-    blocks = tuple(precision.blocks) if precision.weights == "int4" else ()
+    quantize = None if precision.weights == "none" else precision
     with ExitStack() as stack:
 
         def weight_file(name: str) -> WeightFile:
-            int4 = blocks if name == "llm" else ()
             path = folder / f"{name}.data"
-            file = WeightFile(path, journal, plan.checkpoint, found[name], dtype, int4, advance)
+            how = quantize if name == "llm" else None
+            file = WeightFile(path, journal, plan.checkpoint, found[name], dtype, how, advance)
             return stack.enter_context(file)
 
         weight_files = {name: weight_file(name) for name in found}
+        if calibrated:
+            _calibrate.calibrate(plan, weight_files["llm"], calibration, log)
         for role, model in models:
             weight_files.get(role, weight_files["llm"]).attach(model)
             model.graph.name = f"edgetrim_{role}"
             ir.save(model, folder / files[role])
-    for data in folder.glob("*.data"):
-        if data.stat().st_size == 0:
-            data.unlink()
+    if quantize is not None:
+        _describe_precision(plan, weight_files["llm"], len(calibration) if calibrated else 0, folder)
+    for file in folder.glob("*.data"):
+        if file.stat().st_size == 0:
+            file.unlink()
     _write_embedding(plan, embedding, folder / "embedding.npy", journal, dtype)
     advance(embedding.bytes(plan.checkpoint))
     copy_processor(plan.checkpoint.folder, folder / "processor")
@@ -193,6 +209,19 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None) -> GraphSet:
     graphs.save(folder)
     journal.close()
     return graphs
+
+
+def _describe_precision(plan: Plan, weights: WeightFile, questions: int, folder: Path) -> None:
+    """How every matrix of the language model is stored, what that changes of its output, and why some stay as they are."""
+    precision = plan.profile.precision
+    data = {
+        "compute": precision.compute,
+        "weights": precision.weights,
+        "quantizer": "the checkpoint's" if plan.checkpoint.quantized else precision.quantizer,
+        "calibration_questions": questions,
+        "matrices": weights.notes,
+    }
+    (folder / PRECISION).write_text(json.dumps(data, indent=1) + "\n")
 
 
 def made_from(plan: Plan) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from exporter.backends.ort import OnnxRuntime
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.quantize import rtn
+from exporter.quantize._contract import block_size
 from exporter.runtime.generate import Generator
 from exporter.stages._reference import reference
 from exporter.stages.export import export, load_reference
@@ -84,9 +85,9 @@ def dequantized(found: Exported) -> Generator:
     blocks = found.plan.profile.precision.blocks
     for name, parameter in modules.decode.named_parameters():
         if parameter.ndim == 2 and name != "lm_head.weight":
-            block = rtn.block_size(parameter.shape[0], tuple(blocks))
+            block = block_size(parameter.shape[0], tuple(blocks))
             assert block is not None
-            parameter.data = rtn.dequantize(*rtn.quantize(parameter.data, block), block)
+            parameter.data = rtn.quantize(parameter.data, block).dequantized()
     runners, graphs, table = reference(found.plan, modules)
     return Generator(runners, tiny.endless(graphs), table)
 
