@@ -179,11 +179,11 @@ def questions_for(job: Job, path: Path | None, per_kind: int) -> list[Question]:
 
 
 def calibration_for(job: Job, plan: Plan) -> list[Question]:
-    """What the plan's quantiser looks at: the user's questions, or embedded ones on digits that no evaluation asks about; none
-    where it looks at nothing."""
+    """Whose activations are looked at: the user's questions, or embedded ones on digits that no evaluation asks about; none
+    where nobody looks."""
     from exporter.stages import _calibrate, _task
 
-    if not _calibrate.wanted(plan):
+    if not _calibrate.wanted(plan) and plan.profile.precision.islands == "none":
         return []
     if job.calibration is not None:
         return _task.from_file(Path(job.calibration), job.frames)

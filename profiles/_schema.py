@@ -77,7 +77,8 @@ class Precision:
 
     blocks: weights that share a scale, in order of preference; the first that divides a matrix's input axis is taken.
     quantizer: a name from exporter/quantize, which chooses the integers. error_max: a matrix whose output would change by more than
-    this, squared and relative, stays as it is; None: none does.
+    this, squared and relative, stays as it is; None: none does. islands: "auto" makes tensors that come near float16's end on
+    calibration data float32, with the nodes around them; goes with compute = "fp16".
     """
 
     compute: Literal["fp32", "fp16"]
@@ -85,6 +86,7 @@ class Precision:
     blocks: tuple[int, ...] = ()
     quantizer: str = "rtn"
     error_max: float | None = field(default=None, metadata={"low": 0.0, "high": 1.0})
+    islands: Literal["none", "auto"] = "none"
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,8 @@ def _check(profile: Profile, file: str) -> None:
         raise fail(f"[precision] unknown quantizer '{precision.quantizer}'. {nearest(precision.quantizer, quantizers)}")
     if precision.weights != "int4" and (precision.quantizer != "rtn" or precision.error_max is not None):
         raise fail('[precision] `quantizer` and `error_max` go with weights = "int4".')
+    if precision.islands != "none" and precision.compute != "fp16":
+        raise fail('[precision] `islands` goes with compute = "fp16".')
     if any(b not in (16, 32, 64, 128, 256) for b in precision.blocks):
         raise fail(f"[precision] blocks may hold 16, 32, 64, 128 and 256; found {list(precision.blocks)}.")
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from exporter.stages._task import Question
 
 PRECISION = "precision.json"
-"""How the matrices of a quantised language model are stored."""
+"""How the matrices of a quantised language model are stored, and which nodes of a float16 graph compute in float32."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 Log = Callable[[str], None]
@@ -122,13 +122,13 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: 
 
     Args:
         folder: empty, or as an export that was killed left it: what it had finished of this plan is kept.
-        calibration: questions whose activations a quantiser may look at.
+        calibration: questions whose activations may be looked at, by a quantiser or for overflows.
     Raises:
         CheckpointError: weights that are missing, damaged or of another shape; a CLIP checkpoint without its tokenizer.
         ExportError: the folder holds something else.
         UsageError: a quantiser that does not fit, or has no calibration data.
     """
-    from exporter.stages import _calibrate
+    from exporter.stages import _calibrate, _islands
 
     if plan.clip is not None:  # what a runtime will need: refused now, not there
         QuestionTokenizer.load(plan.clip.folder)
@@ -143,7 +143,7 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: 
     found = origins(plan, modules)
     embedding = Source("text.embed_tokens.weight", (plan.geometry.vocab, plan.geometry.hidden), False)
     advance = Transfer(_bytes(plan, found, embedding), "writing weights", log).advance
-    data = _calibrate.fingerprint(calibration) if calibrated else None
+    data = _calibrate.fingerprint(calibration) if calibration else None
     journal = Journal(folder, made_from(plan) | {"calibration": data})
     for module in modules.stored().values():
         _cast(module, dtype)
@@ -190,8 +190,6 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: 
             weight_files.get(role, weight_files["llm"]).attach(model)
             model.graph.name = f"edgetrim_{role}"
             ir.save(model, folder / files[role])
-    if quantize is not None:
-        _describe_precision(plan, weight_files["llm"], len(calibration) if calibrated else 0, folder)
     for file in folder.glob("*.data"):
         if file.stat().st_size == 0:
             file.unlink()
@@ -206,22 +204,29 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: 
     if target.flavour is not None:
         files |= apply(target.flavour, target.backend, folder, files, log)
     graphs = describe(plan, files, {v.name or "": static_sizes(v) for v in vision.graph.outputs})
+    islands = _islands.insert(plan, graphs, folder, calibration, log) if precision.islands == "auto" else []
+    if quantize is not None or islands:
+        record = _precision_record(plan, weight_files["llm"].notes, len(calibration), islands)
+        (folder / PRECISION).write_text(json.dumps(record, indent=1) + "\n")
     graphs.save(folder)
     journal.close()
     return graphs
 
 
-def _describe_precision(plan: Plan, weights: WeightFile, questions: int, folder: Path) -> None:
-    """How every matrix of the language model is stored, what that changes of its output, and why some stay as they are."""
+def _precision_record(
+    plan: Plan, matrices: dict[str, Any], questions: int, islands: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """How every matrix of the language model is stored, what that changes of its output, why some stay as they are, and what
+    computes in float32."""
     precision = plan.profile.precision
-    data = {
+    return {
         "compute": precision.compute,
         "weights": precision.weights,
         "quantizer": "the checkpoint's" if plan.checkpoint.quantized else precision.quantizer,
         "calibration_questions": questions,
-        "matrices": weights.notes,
+        "matrices": matrices,
+        "islands": islands,
     }
-    (folder / PRECISION).write_text(json.dumps(data, indent=1) + "\n")
 
 
 def made_from(plan: Plan) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -144,3 +147,19 @@ def test_what_does_not_fit_fp16_is_refused(name: str, dtype: torch.dtype, fp16: 
 def _empty(folder: Path) -> Path:
     folder.mkdir()
     return folder
+
+
+def test_the_profile_of_a_run_shows_int4_kernels(int4: Exported, tmp_path: Path) -> None:
+    """What ONNX Runtime says it ran: every quantised product by MatMulNBits, nothing dequantised on the way."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "run")
+    session = onnxruntime.InferenceSession(int4.folder / "decode.onnx", options, providers=["CPUExecutionProvider"])
+    feeds = {}
+    for value in session.get_inputs():
+        sizes = [d if isinstance(d, int) else {"batch": 1, "seq": 2}.get(d, 3) for d in value.shape]
+        feeds[value.name] = np.zeros(sizes, np.float32 if "float" in value.type else np.int64)
+    session.run(None, feeds)
+    events = json.loads(Path(session.end_profiling()).read_text())
+    ran = Counter(e["args"]["op_name"] for e in events if e.get("cat") == "Node" and e["name"].endswith("kernel_time"))
+    assert ran["MatMulNBits"] == QUANTIZED
+    assert "DequantizeLinear" not in ran
