@@ -155,16 +155,35 @@ def flush(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def copied(source: Path, target: Path) -> float:
-    """Seconds that it takes to copy the shards, fsync included."""
+class Others:
+    """What is not done by this process and its children takes of the processors meanwhile: other programs, and the system where
+    it writes to the disk behind their back."""
+
+    def __init__(self) -> None:
+        self._before = self._seconds()
+
+    @property
+    def share(self) -> float:
+        mine, busy, total = (b - a for a, b in zip(self._before, self._seconds(), strict=True))
+        return round(max(0.0, busy - mine) / total, 3) if total else 0.0
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float]:
+        mine, busy, total = _common.Load._seconds()
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return mine + children.ru_utime + children.ru_stime, busy, total
+
+
+def copied(source: Path, target: Path) -> dict[str, float]:
+    """Copy the shards: the seconds that it takes, fsync included."""
     target.mkdir()
-    begin = time.perf_counter()
+    others, begin = Others(), time.perf_counter()
     for path in sorted(source.glob("*.safetensors")):
         with path.open("rb", buffering=0) as a, (target / path.name).open("wb", buffering=0) as b:
             while chunk := a.read(CHUNK):
                 b.write(chunk)
             os.fsync(b.fileno())
-    return time.perf_counter() - begin
+    return {"s": time.perf_counter() - begin, "others_share": others.share}
 
 
 # --- the export, in a process of its own ------------------------------------------------------------------------------
@@ -230,7 +249,7 @@ def exported(
     """Run an export; one that dies after so many bytes has nothing to tell but when that was."""
     code = "import sys; from benchmarks.export import child; child(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(checkpoint), profile, str(out), str(threads), str(dies_after)]
-    memory, begin = Memory(), time.perf_counter()
+    memory, others, begin = Memory(), Others(), time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             while process.poll() is None:
@@ -247,12 +266,12 @@ def exported(
         raise SystemExit(f"the export ended with {process.returncode}")
     flush(out)
     on_disk = time.perf_counter() - begin
-    sizes = {path: path.stat().st_size for path in out.rglob("*") if path.is_file()}
-    weights = sum(size for path, size in sizes.items() if path.suffix in (".data", ".npy"))
+    sizes = {path.name: path.stat().st_size for path in out.rglob("*") if path.is_file()}
+    weights = sum(size for name, size in sizes.items() if name.endswith((".data", ".npy")))
     return {
-        "total_s": total, "on_disk_s": on_disk, "written_bytes": sum(sizes.values()), "weights_bytes": weights,
-        "peak_rss_mib": memory.peak,
-        "peak_anonymous_mib": memory.anonymous, "peak_file_mib": memory.file, **json.loads(said),
+        "total_s": total, "on_disk_s": on_disk, "written_bytes": sum(sizes.values()), "weights_bytes": weights, "peak_rss_mib": memory.peak,
+        "peak_anonymous_mib": memory.anonymous, "peak_file_mib": memory.file, "others_share": others.share,
+        **json.loads(said),
     }  # fmt: skip
 
 
@@ -274,11 +293,12 @@ def measure(scratch: Path, name: str, precisions: list[str], threads: int) -> It
     size = write_checkpoint(checkpoint, subject)
     _common.say(f"{name}: {size / 1e9:.2f} GB written")
     forget(checkpoint)
-    copy_s = copied(checkpoint, scratch / "copy")
-    shutil.rmtree(scratch / "copy")
-    _common.say(f"copied in {copy_s:.1f} s")
     for precision in precisions:
         out = scratch / "out"
+        forget(checkpoint)
+        copy = copied(checkpoint, scratch / "copy")
+        shutil.rmtree(scratch / "copy")
+        _common.say(f"copied: {copy}")
         forget(checkpoint)
         found = exported(checkpoint, PROFILES[precision], out, threads)
         _common.say(f"{precision}: {found}")
@@ -297,9 +317,9 @@ def measure(scratch: Path, name: str, precisions: list[str], threads: int) -> It
             "reductions": [REDUCTION],
             "threads": threads,
             "checkpoint": {"bytes": size, "dtype": subject.dtype},
-            "copy_s": copy_s,
+            "copy": copy,
             "export": found,
-            "against_copy": (found["on_disk_s"] - found["quantising_s"]) / copy_s,
+            "against_copy": (found["on_disk_s"] - found["quantising_s"]) / copy["s"],
             "killed": again,
         }
 
@@ -311,7 +331,7 @@ def row(entry: dict[str, Any]) -> list[object]:
         entry["model"].partition("/")[2], entry["precision"], f"{entry['checkpoint']['bytes'] / 1e9:.1f}",
         f"{found['written_bytes'] / 1e9:.1f}", found["peak_rss_mib"], found["peak_anonymous_mib"], found["peak_file_mib"],
         f"{found['tracing_s']:.0f}", f"{found['writing_s']:.0f}", f"{found['quantising_s']:.0f}", f"{found['on_disk_s']:.0f}",
-        f"{entry['copy_s']:.0f}", f"{entry['against_copy']:.2f}", f"{killed['kept_bytes'] / 1e9:.1f}", f"{killed['again_s']:.0f}",
+        f"{entry['copy']['s']:.0f}", f"{entry['against_copy']:.2f}", f"{killed['kept_bytes'] / 1e9:.1f}", f"{killed['again_s']:.0f}",
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections import deque
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from io import BufferedRandom
 from pathlib import Path
@@ -164,9 +165,19 @@ class DataFile:
         self._file.truncate()
         self._file.seek(offset)
         digest, size = hashlib.sha256(), 0
-        for piece in pieces:
-            self._file.write(piece)
-            digest.update(piece)
-            size += piece.nbytes
+        pending: Future[None] | None = None
+        with ThreadPoolExecutor(1) as writer:  # the next piece is made meanwhile
+            for piece in pieces:
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(self._put, piece, digest)
+                size += piece.nbytes
+            if pending is not None:
+                pending.result()
         self._file.flush()
         return Part(self.path.name, name, offset, size, digest.hexdigest())
+
+    def _put(self, piece: memoryview, digest: hashlib._Hash) -> None:
+        assert self._file is not None
+        self._file.write(piece)
+        digest.update(piece)

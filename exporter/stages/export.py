@@ -10,7 +10,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,6 +176,8 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: 
     log("writing weights")
     quantize = None if precision.weights == "none" else precision
     with ExitStack() as stack:
+        if quantize is None:
+            stack.enter_context(_one_thread())
 
         def weight_file(name: str) -> WeightFile:
             path = folder / f"{name}.data"
@@ -248,6 +250,17 @@ def made_from(plan: Plan) -> dict[str, Any]:
 
 def _own_weights(plan: Plan, step: Step) -> Collection[Stored]:
     return trained_tensors(plan, step).values() if step.method.trained(step.site) else ()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Pieces of a matrix are transposed as fast by one thread as by several, and while they spin nothing is written."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _bytes(plan: Plan, found: dict[str, dict[str, Source]], embedding: Source) -> int:

@@ -53,6 +53,7 @@ def test_shards(tmp_path: Path) -> None:
     assert all(path.stat().st_size < 110_000 for path in checkpoint.shards)
 
 
+@pytest.mark.slow
 def test_an_export_is_measured_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(export.SUBJECTS, "tiny", TINY)
     (entry,) = export.measure(tmp_path, "tiny", ["int4"], 1)
