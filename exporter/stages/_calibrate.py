@@ -29,8 +29,9 @@ from exporter.nn.layers import Linear
 from exporter.plan import Plan
 from exporter.quantize._contract import Quantized, Quantizer, Seen
 from exporter.runtime import images
-from exporter.runtime.generate import Generator, Visual
+from exporter.runtime.generate import Generator, Timings, Visual
 from exporter.runtime.prompt import Prompt
+from exporter.runtime.sequence import split
 from exporter.stages._reference import reference
 from exporter.stages._store import WeightFile
 from exporter.stages._task import Question
@@ -107,9 +108,6 @@ def inputs(
     generator: Generator, graphs: GraphSet, prompt: Prompt, questions: Sequence[Question]
 ) -> tuple[Visual, list[list[int]]]:
     """What the language model gets to see of the questions, and their prompts."""
-    from exporter.runtime.generate import Timings
-    from exporter.runtime.sequence import split
-
     seen, prompts = [], []
     for start in range(0, len(questions), VISION_BATCH):
         some = questions[start : start + VISION_BATCH]
