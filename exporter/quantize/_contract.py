@@ -126,16 +126,18 @@ class Seen:
     """Tokens kept at most; never fewer than half of it, once so many were seen."""
 
     def __init__(self, inputs: int, gram: bool = False) -> None:
-        self.count, self._every = 0, 1
+        self.count, self._every, self._weight = 0, 1, 0.0
         self._magnitude, self._square = torch.zeros(inputs), torch.zeros(inputs)
         self._gram = torch.zeros(inputs, inputs) if gram else None
         self._rows = torch.empty(0, inputs)
 
-    def add(self, x: Tensor) -> None:
-        """x: float32 [tokens, in]."""
+    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """x: float32 [tokens, in]; weight: [tokens], how much each counts, one if not given."""
         numbers = torch.arange(self.count, self.count + len(x))
-        self.count += len(x)
-        self._magnitude += x.abs().sum(0)
+        weight = torch.ones(len(x)) if weight is None else weight
+        self.count, self._weight = self.count + len(x), self._weight + float(weight.sum())
+        self._magnitude += weight @ x.abs()
+        x = x * weight.sqrt()[:, None]
         self._square += x.square().sum(0)
         if self._gram is not None:
             self._gram.addmm_(x.t(), x)
@@ -146,28 +148,29 @@ class Seen:
     @property
     def magnitude(self) -> Tensor:
         """[in], mean of |x|."""
-        return self._magnitude / max(1, self.count)
+        return self._magnitude / max(1.0, self._weight)
 
     @property
     def power(self) -> Tensor:
         """[in], mean of x²."""
-        return self._square / max(1, self.count)
+        return self._square / max(1.0, self._weight)
 
     @property
     def rows(self) -> Tensor:
-        """[tokens, in]"""
+        """[tokens, in], each times the root of its weight."""
         return self._rows
 
     @property
     def gram(self) -> Tensor:
         """[in, in], mean of x xᵀ."""
         assert self._gram is not None, "not asked for"
-        return self._gram / max(1, self.count)
+        return self._gram / max(1.0, self._weight)
 
     def divided(self, scale: Tensor) -> Seen:
         """As if every channel had been divided by `scale` [in]."""
         found = Seen(0)
-        found.count, found._every, found._rows = self.count, self._every, self._rows / scale
+        found.count, found._every, found._weight = self.count, self._every, self._weight
+        found._rows = self._rows / scale
         found._magnitude, found._square = self._magnitude / scale, self._square / scale.square()
         found._gram = None if self._gram is None else self._gram / scale / scale[:, None]
         return found

@@ -97,7 +97,9 @@ def calibrate(plan: Plan, weights: WeightFile, questions: Sequence[Question], lo
         decoder = modules.prefill
         assert isinstance(decoder, Decoder)
         quantizer = quantizer_of(plan)
-        layers = _Layers(decoder, weights, quantizer, plan.profile.precision.error_max, found, plan.checkpoint, log)
+        layers = _Layers(
+            decoder, weights, quantizer, plan.profile.precision.error_max, found, plan.checkpoint, plan.kept, log
+        )
         with layers.streamed():
             generator = Generator(*reference(plan, modules))
             prompt = prompt_of(plan)
@@ -144,7 +146,7 @@ def _modules(plan: Plan) -> Iterator[tuple[Modules, dict[str, Source]]]:
 
 @dataclass
 class _Layers:
-    """Runs a decoder whose layers are not in memory."""
+    """Runs a decoder whose layers are not in memory. visual: visual tokens that enter it, in front."""
 
     decoder: Decoder
     weights: WeightFile
@@ -152,10 +154,12 @@ class _Layers:
     error_max: float | None
     sources: Mapping[str, Source]
     checkpoint: Checkpoint
+    visual: int
     log: Log
 
     def __post_init__(self) -> None:
         self._orders: dict[int, Tensor] = {}
+        self.text = 0
         self._hollow: list[Tensor] = []
 
     @contextmanager
@@ -183,6 +187,8 @@ class _Layers:
 
     def _frame(self, frame: Frame, x: Tensor, positions: Tensor, order: Tensor, *rest: Any) -> Any:
         """Remember which tokens are padding."""
+        if not self._orders:
+            self.text = order.shape[1] - self.visual
         self._orders[order.shape[1]] = order
         return Frame.forward(frame, x, positions, order, *rest)
 
@@ -222,7 +228,7 @@ class _Layers:
 
         def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             assert isinstance(module, Linear)
-            seen[module].add(args[0][self._real])
+            seen[module].add(args[0][self._real], self._weights)
 
         for module in layer.modules():
             if isinstance(module, Linear):
@@ -280,8 +286,23 @@ class _Layers:
         for start in range(0, len(x), each):
             rows = slice(start, start + each)
             self._real = order[rows] != PAD
+            self._weights = self._balanced(self._real)
             some = [t if t is None or t.shape[0] != len(x) else t[rows] for t in rest]
             yield Layer.forward(layer, x[rows], *some)  # type: ignore[arg-type]
+
+    def _balanced(self, real: Tensor) -> Tensor:
+        """How much each real token counts: all visual ones together as much as all text, of which there is far less, and which is all
+        that decoding sees (as in MBQ, Li et al. 2024, arXiv:2412.19509, without its measured sensitivities).
+
+        Args:
+            real: bool [batch, seq], visual tokens in front.
+        """
+        visual = torch.zeros_like(real)
+        visual[:, : real.shape[1] - self.text] = True
+        visual, text = visual & real, ~visual & real
+        weight = torch.where(visual, text.sum() / visual.sum().clamp_min(1), torch.ones(()))
+        found: Tensor = weight[real]
+        return found
 
     def _names(self, i: int) -> list[str]:
         return [name for name in self.sources if name.startswith(f"layers.{i}.")]

@@ -90,18 +90,18 @@ def engine(stack: ExitStack, folder: Path, graphs: GraphSet) -> Generator:
     return Generator(runners, graphs, embedding(folder, graphs))
 
 
-def kl(p: npt.NDArray[np.float32], q: npt.NDArray[np.float32]) -> float:
-    a, b = (torch.log_softmax(torch.from_numpy(x).double(), -1) for x in (p, q))
-    return float((a.exp() * (a - b)).sum(-1).mean())
+def apart(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
+    """Squared error, relative. (A divergence would be that of the one or two questions whose answer changes.)"""
+    return float(((found - expected) ** 2).sum() / (expected**2).sum())
 
 
 def test_calibrated_weights_say_more_nearly_what_the_model_says(exported: Any) -> None:
     plan = exported["rtn"][0]
-    expected = logits(Generator(*reference(plan)), plan)
+    expected = logits(Generator(*reference(plan)), plan, 200)
     with ExitStack() as stack:
-        apart = {n: kl(expected, logits(engine(stack, f, g), p)) for n, (p, f, g, _) in exported.items()}
-    assert apart["gptq"] < 0.7 * apart["rtn"]
-    assert apart["awq"] < apart["rtn"]
+        error = {n: apart(logits(engine(stack, f, g), p, 200), expected) for n, (p, f, g, _) in exported.items()}
+    assert error["gptq"] < 0.5 * error["rtn"]
+    assert error["awq"] < 0.9 * error["rtn"]
 
 
 @pytest.mark.parametrize("name", ["awq", "gptq"])

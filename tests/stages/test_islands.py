@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file
 
+from exporter.backends._contract import Runner
 from exporter.errors import UsageError
 from exporter.plan import Plan
 from exporter.runtime.generate import Generator
@@ -55,6 +58,42 @@ def run(model: ir.Model, x: Any) -> list[Any]:
     return list(session.run(None, {"x": x}))
 
 
+def honest(model: onnx.ModelProto, feeds: dict[str, Any]) -> list[Any]:
+    """In float16 where the graph says so: ONNX Runtime's CPU kernels compute in float32 and would hide an overflow."""
+    with np.errstate(all="ignore"):
+        return list(ReferenceEvaluator(model).run(None, feeds))
+
+
+class Honest(Runner):
+    """`honest` as a runner."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = onnx.load(path)
+        kinds = {HALF: np.float16, onnx.TensorProto.INT64: np.int64}
+        self._inputs = {v.name: np.dtype(kinds[v.type.tensor_type.elem_type]) for v in self._model.graph.input}
+
+    def __enter__(self) -> Honest:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    @property
+    def inputs(self) -> Mapping[str, np.dtype[Any]]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        return [v.name for v in self._model.graph.output]
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        found = honest(self._model, {n: np.asarray(feeds[n], kind) for n, kind in self._inputs.items()})
+        return dict(zip(self.outputs, found, strict=True))
+
+    def numpy(self, value: Any) -> Any:
+        return np.asarray(value)
+
+
 def test_an_island_by_hand() -> None:
     x = np.random.default_rng(1).normal(size=(4, 8)).astype(np.float16) * 4
     twin = ir.serde.deserialize_model(chain())
@@ -68,15 +107,16 @@ def test_an_island_by_hand() -> None:
     assert found["a"] == pytest.approx(np.abs(a).max(), rel=1e-5)
     assert found["a"] < 65504 * 0.5 < 65504 < found["c"]
     plain = ir.serde.deserialize_model(chain())
-    assert not np.isfinite(run(plain, x)[0]).all()
+    assert not np.isfinite(honest(chain(), {"x": x})[0]).all()
     over = {n: v for n, v in found.items() if v > 65504 * 0.5}
     assert set(over) == {"c"}
     (island,) = _islands.widen(plain, over)
     assert island.nodes == ("second", "last")
     onnx.checker.check_model(ir.serde.serialize_model(plain), full_check=True)
-    y, z = run(plain, x)
+    y, z = honest(ir.serde.serialize_model(plain), {"x": x})
     assert y.dtype == z.dtype == np.float16
-    assert np.allclose(y, exact, rtol=3e-3, atol=1e-2)
+    assert np.allclose(y, exact, rtol=1e-2, atol=1)
+    assert np.allclose(run(plain, x)[0], y, rtol=1e-2, atol=1)
     assert (z == -x).all()
     kinds = {n.name: n.op_type for n in plain.graph}
     assert kinds["apart"] == "Neg"
@@ -107,7 +147,7 @@ def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fp16(folder: Path, profile: str, islands: str) -> Plan:
-    plan = tiny.plan(folder, ("fastv:keep=4",), None, profile)
+    plan = tiny.plan(folder, (), None, profile)
     return replace(plan, profile=replace(plan.profile, precision=replace(plan.profile.precision, islands=islands)))
 
 
@@ -127,7 +167,12 @@ def test_a_model_that_overflows(
         asked = tiny.question(bare.graphs)
         run = engine(bare)
         visual = run.reduce(run.vision(asked.pixels))
-        found[islands] = run.prefill(visual, [asked.prompt]).logits.astype(np.float32)
+        decode = Honest(folder / "decode.onnx")
+        runners = {"vision": run._vision, "reduce": run._reduce, "prefill": decode, "decode": decode}
+        slow = Generator(runners, bare.graphs, run._embedding)
+        found[islands] = slow.prefill(visual, [asked.prompt]).logits.astype(np.float32)
+        if islands == "auto":
+            assert cosine(run.prefill(visual, [asked.prompt]).logits, found[islands]) > 0.9999
     assert bare is not None
     runners, graphs, table = reference(fp16(overflowing, profile, "none"))
     theirs = Generator(runners, tiny.endless(graphs), table)
@@ -136,7 +181,7 @@ def test_a_model_that_overflows(
     assert cosine(found["auto"], expected) > (0.9999 if profile == "rtx_fp16" else 0.9)
     record = json.loads((tmp_path / "auto/precision.json").read_text())
     names = {node for island in record["islands"] for node in island["nodes"]}
-    assert {island["file"] for island in record["islands"]} == {"prefill.onnx", "decode.onnx"}
+    assert {island["file"] for island in record["islands"]} == {"decode.onnx"}
     assert all("layers.1/mlp" in name.replace(".mlp", "/mlp") for name in names), names
     assert any("near the end of float16" in line for line in log)
     graph = onnx.load(tmp_path / "auto/decode.onnx", load_external_data=False).graph
