@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from exporter import pipeline
+from exporter import device, pipeline
 from exporter.backends import ort
 from exporter.backends._contract import Array
 from exporter.graphset import GraphSet
@@ -295,7 +295,7 @@ def record(
         "benchmark": benchmark,
         "command": f"python -m benchmarks.{benchmark} --precision {precision} --rounds {settings['rounds']} --threads {settings['threads']}",
         "precision": precision,
-        "machine": bench.machine(),
+        "machine": device.machine(),
         "others_share": load.share,
         "peak_rss_mib": peak_rss_mib(),
         "versions": versions,

@@ -29,11 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _common
-from exporter import _discover, families, pipeline
+from exporter import _discover, device, families, pipeline
 from exporter.embedded import CHECKPOINT
 from exporter.journal import JOURNAL, Journal, Part
 from exporter.quantize import rtn
-from exporter.stages import bench
 from exporter.workspace import PART, Workspace
 
 SHARD = 5_000_000_000
@@ -311,7 +310,7 @@ def measure(scratch: Path, name: str, precisions: list[str], threads: int) -> It
             "benchmark": f"export-{name}",
             "command": f"python -m benchmarks.export --model {name} --precision {precision} --threads {threads}",
             "precision": precision,
-            "machine": bench.machine(),
+            "machine": device.machine(),
             "versions": pipeline.versions(),
             "model": subject.config["_name_or_path"],
             "reductions": [REDUCTION],

@@ -111,3 +111,19 @@ def contents_names(folder: Path) -> list[str]:
     """Names of the files that `contents` would hash, and of links, which it would refuse."""
     names = (p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file() or p.is_symlink())
     return [n.as_posix() for n in names if n.as_posix() != MANIFEST and not any(p.startswith(".") for p in n.parts)]
+
+
+def identity(folder: Path) -> str:
+    """What the graphs and engines of a folder are, as one SHA-256: evidence and the report may change meanwhile. A bundle is verified
+    on the way.
+
+    Raises:
+        VerificationError: it is not what its manifest says.
+    """
+    if (folder / MANIFEST).is_file():
+        files = Bundle.open(folder).manifest["files"]
+    else:
+        parts = [part for part in ("graphs", "engines") if (folder / part).is_dir()]
+        files = {f"{part}/{name}": entry for part in parts for name, entry in contents(folder / part).items()}
+    hashes = sorted((n, e["sha256"]) for n, e in files.items() if n.startswith(("graphs/", "engines/")))
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()

@@ -23,6 +23,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """Small files that a runtime needs; copied into the output."""
 
+SENTENCEPIECE = "tokenizer.model"
+"""What older checkpoints have in the place of `tokenizer.json`."""
+
 INSTRUCTION_FOLDER = "qformer_tokenizer"
 """Where a checkpoint has the tokenizer that its Q-Former reads the question with, and where a copy of its small files has it."""
 
@@ -48,7 +51,13 @@ def resolve(name: str, revision: str | None = None) -> Path:
             f"'{name}' is no folder here, and downloading a hub id needs huggingface_hub. Install edgetrim[export]."
         ) from e
     try:
-        patterns = ["*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES, f"{INSTRUCTION_FOLDER}/*.json"]
+        patterns = [
+            "*.safetensors",
+            "*.safetensors.index.json",
+            *TOKENIZER_FILES,
+            SENTENCEPIECE,
+            f"{INSTRUCTION_FOLDER}/*.json",
+        ]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0]
@@ -57,7 +66,7 @@ def resolve(name: str, revision: str | None = None) -> Path:
         ) from e
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where a tensor with a canonical name is: its file and name there, which of so many equal parts of the first axis it is,
     and its bytes."""
 
@@ -149,6 +158,11 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.folder}: the index names a shard outside the folder: {name!r}. Do not use this checkpoint."
                 )
+        if not index and not (self.folder / names[0]).is_file():
+            raise CheckpointError(
+                f"{self.folder} has no model.safetensors. Download the checkpoint again; weights in pytorch_model.bin are not read, as "
+                "such files can run code: save them as safetensors first (torch.load(…, weights_only=True), safetensors.torch.save_file)."
+            )
         missing = [n for n in names if not (self.folder / n).is_file()]
         if missing:
             raise CheckpointError(
@@ -161,21 +175,21 @@ class Checkpoint:
         return paths
 
     @cached_property
-    def _where(self) -> dict[str, _Place]:
-        where: dict[str, _Place] = {}
+    def _where(self) -> dict[str, Place]:
+        where: dict[str, Place] = {}
         for path in self.shards:
             for key, entry in _check_shard(path).items():
                 if key != "__metadata__":
                     begin, end = (int(offset) for offset in entry["data_offsets"][:2])
                     names = _spelled_out(self._canonical(key))
                     size = (end - begin) // len(names)
-                    where.update((name, _Place(path, key, i, len(names), size)) for i, name in enumerate(names))
+                    where.update((name, Place(path, key, i, len(names), size)) for i, name in enumerate(names))
         return where
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
-    def _found(self, name: str) -> _Place:
+    def _found(self, name: str) -> Place:
         if name not in self._where:
             raise CheckpointError(
                 f"{self.folder} has no tensor for `{name}`. The weights do not match config.json "

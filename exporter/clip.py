@@ -56,7 +56,7 @@ def shared_width(clip: Checkpoint, hidden: int, blocks: int) -> int:
             "their projections. Name the CLIP checkpoint that the model's tower came from."
         )
     try:
-        vision = _part(clip, "vision")
+        vision = part(clip, "vision")
         found, layers = int(vision["hidden_size"]), int(vision["num_hidden_layers"])
         shared = int(clip.config.get("projection_dim", 512))
     except (TypeError, ValueError) as e:
@@ -72,7 +72,7 @@ def shared_width(clip: Checkpoint, hidden: int, blocks: int) -> int:
 def text_tokens(clip: Checkpoint) -> int:
     """Tokens of a question: the text tower's positions. Raises CheckpointError for a config that cannot be read."""
     try:
-        return int(_part(clip, "text")["max_position_embeddings"])
+        return int(part(clip, "text")["max_position_embeddings"])
     except (TypeError, ValueError) as e:
         raise _unreadable(clip, e) from e
 
@@ -82,7 +82,7 @@ def text_spec(clip: Checkpoint) -> ClipTextSpec:
     from exporter.nn.layers import ACTIVATIONS
 
     try:
-        text = _part(clip, "text")
+        text = part(clip, "text")
         spec = ClipTextSpec(
             hidden=int(text["hidden_size"]),
             intermediate=int(text["intermediate_size"]),
@@ -104,7 +104,7 @@ def text_spec(clip: Checkpoint) -> ClipTextSpec:
     return spec
 
 
-def _part(clip: Checkpoint, kind: str) -> dict[str, Any]:
+def part(clip: Checkpoint, kind: str) -> dict[str, Any]:
     """The config of one tower, as transformers reads it: `…_config_dict`, of early checkpoints, comes first."""
     early = clip.config.get(f"{kind}_config_dict")
     given = dict(clip.config.get(f"{kind}_config") or {}) if early is None else dict(early)

@@ -13,10 +13,10 @@ from exporter.nn.specs import DecoderSpec
 
 def layer_flops(spec: DecoderSpec, tokens: int) -> int:
     """Of one decoder layer on `tokens` tokens at once. For heads · head_dim = hidden = d and as many KV heads:
-    8·n·d² + 6·n·d·m + 4·n²·d."""
+    8·n·d² + 6·n·d·m + 4·n²·d; 4·n·d·m where the MLP has no gate."""
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     projections = 4 * tokens * spec.hidden * (queries + keys)
-    mlp = 6 * tokens * spec.hidden * spec.intermediate
+    mlp = (6 if spec.gated else 4) * tokens * spec.hidden * spec.intermediate
     return projections + mlp + 4 * tokens**2 * queries
 
 

@@ -135,6 +135,9 @@ class VisualLayout:
     """What the prompt has there: image tokens, one per placeholder of that image or clip, and what stands around them."""
     template: str = ""
     """The chat template, where the checkpoint has none and its family another one than LLaVA-1.5's."""
+    spliced: str = ""
+    """What the template writes for an image token that is none of the tokenizer's: the text before and behind it is encoded apart, and
+    the image token, an id of nothing, put between."""
     sees: Literal["before", "image", "prompt"] = "before"
     """What a token of the prompt sees: what is before it, for visual tokens all of their image too, or the whole prompt."""
     fixed: int = 0
@@ -170,6 +173,9 @@ class TextSpec:
     """KV groups whose heads keep tokens of their own: their order (and size) is [batch, kv_heads, past]."""
     planes: int = 0
     """How many more vectors stand behind each one of `inputs_embeds`, for the first layers (DeepStack); zeros for text."""
+
+    longest: int = 0
+    """Tokens of a conversation that there are positions for, visual ones as in the prompt; 0 where nothing ends."""
 
     @property
     def width(self) -> int:
@@ -207,6 +213,8 @@ class GraphSet:
     """Whether a reduction inside the language model keeps other tokens for another question."""
     for_prefill: list[str] = field(default_factory=list)
     """Those of `signals` that `prefill` takes, and not `reduce`."""
+    plugged: dict[str, str] = field(default_factory=dict)
+    """Graph file → the one that has plugins for full TensorRT in the place of some subgraphs. Everything else runs the first."""
     embedding: str = "embedding.npy"
     """File of the token embedding table [vocab, hidden], float16 or float32, memory-mapped."""
 
@@ -253,7 +261,7 @@ class GraphSet:
                 values[name] = kind(
                     **{k: tuple(v) if k in ("mean", "std", "grid", "tiles") and v else v for k, v in raw[name].items()}
                 )
-            for name in [*values["files"].values(), values["embedding"]]:
+            for name in [*values["files"].values(), *values["plugged"].values(), values["embedding"]]:
                 if Path(name).name != name:
                     raise ValueError(f"it names a file outside the folder: {name!r}")
             return cls(**values)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter import __version__
 from exporter.bundle import MANIFEST, SCHEMA, Bundle, contents
-from exporter.errors import EnvironmentMismatch, ExportError, GateError, UsageError
+from exporter.errors import EnvironmentMismatch, ExportError, GateError, UsageError, VerificationError
 from exporter.graphset import GraphSet
 from exporter.workspace import Workspace
 from profiles import _schema
@@ -60,6 +60,8 @@ class Job:
     clip: str | None = None
     quantizer: str | None = None
     calibration: str | None = None
+    folder: Path | None = field(default=None, compare=False)
+    """The output folder that it was read from. A profile of the user's own lies there too, and travels with the bundle."""
 
     def plan(self) -> Plan:
         """Check everything, in words. Raises UsageError or CheckpointError."""
@@ -80,11 +82,16 @@ class Job:
         return plan
 
     def loaded_profile(self) -> Profile:
-        profile = _schema.load(self.profile)
+        own = None if self.folder is None else self.folder / Path(self.profile).name
+        profile = _schema.load(own if own is not None and own.suffix == ".toml" and own.is_file() else self.profile)
         return profile if self.quantizer is None else _schema.with_quantizer(profile, self.quantizer)
 
-    def text(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+    def save(self, work: Workspace) -> None:
+        """job.json, and the profile if it is a file of the user's."""
+        said = {name: value for name, value in asdict(self).items() if name != "folder"}
+        if Path(self.profile).suffix == ".toml":
+            work.write(Path(self.profile).name, Path(self.profile).read_text(encoding="utf-8"))
+        work.write("job.json", json.dumps(said, indent=1) + "\n")
 
     @classmethod
     def read(cls, work: Workspace) -> Job:
@@ -100,6 +107,7 @@ class Job:
                 raw.get("clip"),
                 raw.get("quantizer"),
                 raw.get("calibration"),
+                work.folder,
             )
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise ExportError(
@@ -111,27 +119,36 @@ def run_export(job: Job, work: Workspace, log: Log = silent) -> GraphSet:
     """Export into the workspace. What a killed export of the same had finished is kept. Later stages' results, which no longer
     belong to these graphs, are removed."""
     from exporter.journal import JOURNAL
+    from exporter.stages import recipe
     from exporter.stages.export import export
 
     plan = job.plan()
     calibration = calibration_for(job, plan)
     with work.resumed("graphs", JOURNAL) as folder:
         graphs = export(plan, folder, log, calibration)
-    _forget(work, "engines", "evidence", "report.html", MANIFEST)
-    work.write("job.json", job.text())
+    _forget(work, "engines", "evidence", "report.html", recipe.RECIPE, recipe.PAGE, MANIFEST)
+    job.save(work)
     return graphs
 
 
-def run_build(work: Workspace, log: Log = silent) -> list[EngineRecord]:
-    """Build engines. Raises EnvironmentMismatch where the profile's engines are the device's to build."""
-    from exporter.stages import build
+def run_build(work: Workspace, log: Log = silent, strip_weights: bool = False) -> list[EngineRecord]:
+    """Build engines; of a bundle, if it is what its manifest says.
 
+    Args:
+        strip_weights: build engines without weights; whoever opens them takes those of the graphs.
+    Raises:
+        EnvironmentMismatch: the profile's engines are the device's to build. VerificationError: the bundle was changed.
+    """
+    from exporter.stages import build, recipe
+
+    if (work.folder / MANIFEST).is_file():
+        Bundle.open(work.folder)
     job = Job.read(work)
     graphs = GraphSet.load(work.graphs)
     with work.fresh("engines") as folder:
-        records = build.build(graphs, work.graphs, folder, job.loaded_profile(), log)
+        records = build.build(graphs, work.graphs, folder, job.loaded_profile(), log, strip_weights)
         (folder / "engines.json").write_text(json.dumps(build.record_json(records), indent=1) + "\n")
-    _forget(work, MANIFEST)
+    _forget(work, MANIFEST, recipe.RECIPE, recipe.PAGE)
     return records
 
 
@@ -148,25 +165,73 @@ def open_runners(
 ) -> Iterator[tuple[dict[str, Runner], GraphSet, Any, str]]:
     """Runners for all roles, the graphs, the embedding table, and in words what runs.
 
-    Engines of the profile's backend where they can run here; else ONNX Runtime runs the graphs they were built from.
+    Engines of the profile's backend where they were built and can run here; else ONNX Runtime runs the graphs they are built from.
+
+    Raises:
+        VerificationError: an engine is not what was built or packed.
     """
     from exporter.backends import ort
     from exporter.runtime.generate import embedding
     from exporter.stages.build import backend_for
 
     graphs = GraphSet.load(folder / "graphs")
-    backend = backend_for(profile)
-    missing = backend.missing_to_run()
-    if missing is None and backend.name == "ort":
-        what = "ONNX Runtime, CPU"
-    else:
-        backend, what = ort.BACKEND, f"ONNX Runtime, CPU, on the graphs of {profile.name}"
+    files = {file: folder / "graphs" / file for file in graphs.roles()}
+    backend, what = backend_for(profile), ""
+    if not backend.runs_graphs:
+        engines = runnable_engines(folder, graphs, profile)
+        files |= engines
+        if not engines:
+            backend, what = ort.BACKEND, f", on the graphs of {profile.name}"
     with ExitStack() as stack:
         runners: dict[str, Runner] = {}
         for file, roles in graphs.roles().items():
-            runner = backend.runner(folder / "graphs" / file, threads, repeats="decode" in roles)
+            runner = backend.runner(files[file], threads, "decode" in roles, folder / "graphs" / file)
             runners |= dict.fromkeys(roles, stack.enter_context(runner))
-        yield runners, graphs, embedding(folder / "graphs", graphs), what
+        yield runners, graphs, embedding(folder / "graphs", graphs), runners["vision"].in_words + what
+
+
+def runnable_engines(folder: Path, graphs: GraphSet, profile: Profile) -> dict[str, Path]:
+    """Graph file → its engine, with the hash that its record and, in a bundle, the manifest say; none where this machine cannot run
+    them, or where they were not built.
+
+    Raises:
+        VerificationError: an engine is missing, or is not what was built or packed.
+    """
+    from exporter.stages.build import backend_for
+
+    backend = backend_for(profile)
+    if backend.runs_graphs or backend.missing_to_run() or not (folder / "engines" / "engines.json").is_file():
+        return {}
+    records = {record.roles: record for record in engine_records(Workspace(folder))}
+    found = {}
+    for file, roles in graphs.roles().items():
+        if (record := records.get(roles)) is None:
+            raise VerificationError(
+                f"{folder} has no engine for {' and '.join(roles)}. Run `edgetrim build {folder}` again."
+            )
+        found[file] = checked_engine(folder, record)
+    return found
+
+
+def checked_engine(folder: Path, record: EngineRecord) -> Path:
+    """An engine with the hash that its record and, in a bundle, the manifest say: an engine is code.
+
+    Raises:
+        VerificationError: it is not there, or is not what was built or packed.
+    """
+    from exporter.bundle import sha256
+
+    name = f"engines/{record.file}"
+    if Path(record.file).name != record.file or not (folder / name).is_file():
+        raise VerificationError(f"{folder} has no engine {record.file}. Run `edgetrim build {folder}` again.")
+    packed = Bundle.open(folder, verify=False).manifest["files"] if (folder / MANIFEST).is_file() else None
+    digest = sha256(folder / name)
+    if digest != record.sha256 or (packed is not None and packed.get(name, {}).get("sha256") != digest):
+        raise VerificationError(
+            f"{folder / name} is not the engine that was built or packed (its hash differs); it is not loaded. Run "
+            f"`edgetrim build {folder}` again, or copy the bundle again."
+        )
+    return folder / name
 
 
 def questions_for(job: Job, path: Path | None, per_kind: int) -> list[Question]:
@@ -193,14 +258,15 @@ def calibration_for(job: Job, plan: Plan) -> list[Question]:
 def run_validate(
     work: Workspace, questions: Path | None = None, per_kind: int = 200, threads: int | None = None, log: Log = silent
 ) -> dict[str, Any]:
-    """Fidelity and quality; writes evidence/validation.json and returns it.
+    """Fidelity and quality; writes evidence/validation.json and returns it. Answers that a killed run had are not asked again.
 
     Raises:
         GateError: a gate did not pass. The evidence is written first.
     """
     from exporter.runtime import images
+    from exporter.runtime.generate import Generator
     from exporter.runtime.prompt import Prompt
-    from exporter.stages import validate
+    from exporter.stages import _answers, regressions, validate
 
     job = Job.read(work)
     plan = job.plan()
@@ -222,15 +288,20 @@ def run_validate(
         log("comparing stages with PyTorch")
         gates = plan.profile.gates
         fidelity = validate.compare(plan, runners, graphs, table, pixels, prompts, gates, sides=sides)
-        quality: list[validate.Accuracy] = []
-        shown: list[dict[str, Any]] = []
+        told: list[validate.Asked] = []
+        worse: dict[str, Any] = {}
+        _forget(work, regressions.ANSWERS, regressions.PICTURES)
         if asked and prompt is not None:
-            quality, shown = validate.measure_quality(plan, runners, graphs, table, prompt, asked, log)
-    failed = validate.verdict(fidelity, quality, gates)
-    found = validate.Validation(fidelity, quality, failed, notes, shown)
+            told = validate.ask_all(plan, runners, graphs, table, prompt, asked, work, what, log)
+            log("collecting what got worse")
+            worse = regressions.write(work, told, asked, Generator(runners, graphs, table), prompt)
+    quality = [a.accuracy(asked) for a in told]
+    met = validate.quality_gates(told, gates)
+    failed = validate.verdict(fidelity, met)
+    found = validate.Validation(fidelity, quality, failed, notes, validate.samples(asked, told), met, worse)
     record = {"executed": what, "questions": len(asked), **found.record()}
     work.write("evidence/validation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    _forget(work, MANIFEST)
+    _forget(work, MANIFEST, _answers.FOLDER)
     if failed:
         raise GateError(f"{len(failed)} gate(s) of profile `{plan.profile.name}` did not pass: {'; '.join(failed)}.")
     return record
@@ -280,6 +351,7 @@ def run_bench(
 
     import numpy as np
 
+    from exporter import device
     from exporter.stages import bench
 
     job = Job.read(work)
@@ -301,6 +373,8 @@ def run_bench(
                 log("exporting the unreduced model to compare with")
                 scratch = stack.enter_context(work.fresh_scratch("unreduced"))
                 run_export(bare, Workspace(scratch))
+                if runnable_engines(work.folder, graphs, profile):
+                    run_build(Workspace(scratch), log)
                 theirs = stack.enter_context(open_runners(scratch, profile, threads))
                 variants.append(bench.Variant("engine_unreduced", *theirs[:3]))
                 variants.append(bench.Variant("reference_unreduced", *reference(bare.plan())))
@@ -308,7 +382,7 @@ def run_bench(
         found = bench.measure(variants, np.asarray(pixels[0]), prompts, new_tokens, rounds, log=log, side=sides[0])
     record = {
         "executed": what,
-        "machine": bench.machine(),
+        "machine": device.machine(),
         "versions": versions(),
         "threads": threads,
         "rounds": rounds,
@@ -322,7 +396,8 @@ def run_bench(
 
 
 def run_pack(work: Workspace) -> Bundle:
-    """Write the report and the manifest: the folder is a bundle from then on."""
+    """Write the report, a build recipe where there are no engines, and the manifest: the folder is a bundle from then on."""
+    from exporter.stages import recipe
     from exporter.stages.report import write_report
 
     job = Job.read(work)
@@ -330,6 +405,8 @@ def run_pack(work: Workspace) -> Bundle:
     _forget(work, MANIFEST)
     work.forget_unfinished()
     write_report(work, job)
+    if not (work.engines / "engines.json").is_file():
+        recipe.write(work, graphs, job.loaded_profile())
     files = contents(work.folder)
     manifest = {
         "schema": SCHEMA,

@@ -250,7 +250,7 @@ def make_plan(
     if request.clip is not None:
         request = replace(request, clip=request.clip.named(clip.canonical))
     family = find_family(checkpoint)
-    checkpoint = family.reads(checkpoint)
+    checkpoint = family.reads(checkpoint, request)
     _check_limits(request, profile)
     try:
         geometry = family.geometry(checkpoint, request)
@@ -289,15 +289,16 @@ def _before_projector(method: Reduction) -> bool:
 
 def find_family(checkpoint: Checkpoint) -> Family:
     kind = str(checkpoint.config["model_type"])
+    file = kind.replace("-", "_")  # what a module can be called
     known = _discover.names(exporter.families)
-    if kind not in known and _traced.known(kind):
+    if file not in known and _traced.known(kind):
         return _traced.Traced(kind)
-    if kind not in known:
+    if file not in known:
         raise UsageError(
             f"{checkpoint.folder}/config.json says model_type '{kind}', and there is no such family. "
             f"Known: {', '.join(known)}. A family is one file, see CONTRIBUTING.md."
         )
-    return cast(Family, _discover.load(exporter.families, "family", kind).FAMILY)
+    return cast(Family, _discover.load(exporter.families, "family", file).FAMILY)
 
 
 def _check_limits(request: Request, profile: Profile) -> None:

@@ -6,7 +6,7 @@ The draw happens when the graph is made, not when it runs (runtimes ignore rando
 good, and every image, frame and sample loses the same tokens. With one seed a larger `keep` contains the
 smaller one, so a curve over rates varies in one thing only.
 
-Knobs: `keep` / `keep_ratio` per frame; `seed`.
+Knobs: `keep` / `keep_ratio` per frame; `seed`; `space`: "tower", or "llm", behind a projector that takes whole rasters only.
 Source: a control without a paper; strong in UniPruneBench and other comparisons.
 Position: *keep*, the dropped tokens leave holes.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from graphs._blocks import pick, spread
-from graphs._contract import PerFrame, Reduced, Signals
+from graphs._contract import PerFrame, Reduced, Signals, Space
 
 EXAMPLES = ("random:keep_ratio=0.25,seed=3",)
 
@@ -30,6 +30,7 @@ class Random(PerFrame):
     paper: ClassVar[str] = "control (fixed random choice)"
 
     seed: int = 0
+    space: Space = "tower"
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ always at the middle of their share: i-th of k among n is floor((i + 1/2) · n /
 (`rows=1`, or a site without a grid) the same formula is a stride, which at unlucky rates picks a single
 column (24 of 24 × 24).
 
-Knobs: `keep` / `keep_ratio` per frame; `rows`: rows of the grid, by default the site's; 1 is the plain raster.
+Knobs: `keep` / `keep_ratio` per frame; `rows`: rows of the grid, by default the site's; 1 is the plain raster;
+`space`: "tower", or "llm", behind a projector that takes whole rasters only.
 Source: a control without a paper; strong in Feather (arXiv:2412.13180) and SeqCompression (arXiv:2504.17892).
 Position: *keep*, the dropped tokens leave holes.
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from graphs._blocks import pick, spread
-from graphs._contract import PerFrame, Reduced, ReductionError, Signals, Site
+from graphs._contract import PerFrame, Reduced, ReductionError, Signals, Site, Space
 
 EXAMPLES = ("uniform:keep=64", "uniform:keep_ratio=0.25,rows=1")
 
@@ -31,6 +32,7 @@ class Uniform(PerFrame):
     paper: ClassVar[str] = "control (even spacing)"
 
     rows: int | None = None
+    space: Space = "tower"
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import exporter.backends
 import exporter.flavours
 import exporter.quantize
+import plugins
 from exporter import _discover
 from exporter.errors import UsageError, nearest
 
@@ -51,6 +52,7 @@ class Stack:
     tensorrt: oldest version the graphs must build on, "10.3"; newer ones are accepted. jetpack: likewise, on a Jetson.
     compute_capabilities: GPUs engines are built for, 87 for SM 8.7; empty for a CPU.
     flavour: a name from exporter/flavours, which rewrites the language model's graphs for this backend; None leaves them plain.
+    plugins: names from plugins/, which take the place of subgraphs; module "tensorrt" only.
     """
 
     backend: str
@@ -59,6 +61,7 @@ class Stack:
     jetpack: str | None = None
     compute_capabilities: tuple[int, ...] = ()
     flavour: str | None = None
+    plugins: tuple[str, ...] = ()
 
     @property
     def builds_on_device(self) -> bool:
@@ -122,13 +125,16 @@ class Gates:
 
     logits_cosine_min: cosine of the logits, worst step. kept_index_overlap_min: share of kept tokens both agree on.
     token_agreement_min: share of greedy tokens both agree on. quality_drop_max: points of task accuracy, 0..100, that
-    this precision may lose.
+    this precision may lose. reduction_drop_max: points that the reduction may, None if that is yours to judge. latency_slowdown_max: percent that a stage may take longer than the baseline, and what it is
+    measured to: twice as much is found.
     """
 
     logits_cosine_min: float = _number(0, 1)
     kept_index_overlap_min: float = _number(0, 1)
     token_agreement_min: float = _number(0, 1)
     quality_drop_max: float = _number(0, 100)
+    reduction_drop_max: float | None = _known(0)
+    latency_slowdown_max: float = field(default=2.5, metadata={"low": 0.1, "high": 1000})
 
 
 @dataclass(frozen=True)
@@ -241,6 +247,8 @@ def _expectation(hint: Any) -> tuple[str, Callable[[Any], bool]]:
         options = get_args(hint)
         return " or ".join(f'"{o}"' for o in options), lambda v: isinstance(v, str) and v in options
     if get_origin(hint) is tuple:
+        if get_args(hint) == (str, ...):
+            return "a list of names", lambda v: isinstance(v, list) and all(isinstance(n, str) for n in v)
         if get_args(hint)[-1] is Ellipsis:
             return "a list of whole numbers", lambda v: isinstance(v, list) and all(_whole(n) for n in v)
         return (
@@ -286,6 +294,17 @@ def _check(profile: Profile, file: str) -> None:
         flavours = _discover.names(exporter.flavours)
         if stack.flavour not in flavours:
             raise fail(f"[stack] unknown flavour '{stack.flavour}'. {nearest(stack.flavour, flavours)}")
+    known = _discover.names(plugins)
+    for name in stack.plugins:
+        if name not in known:
+            raise fail(f"[stack] unknown plugin '{name}'. {nearest(name, known)}")
+    if len(set(stack.plugins)) < len(stack.plugins):
+        raise fail("[stack] `plugins` names one twice.")
+    if stack.plugins and stack.module != "tensorrt":
+        runs = (
+            "TensorRT-RTX has no plugins" if stack.module == "tensorrt_rtx" else f'backend "{stack.backend}" has none'
+        )
+        raise fail(f'[stack] `plugins` needs module "tensorrt": {runs}. Leave it out, the graphs work without.')
     for key in ("tensorrt", "jetpack"):
         text = getattr(stack, key)
         if text is not None and not all(part.isdecimal() for part in text.split(".")):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["EDGETRIM_CACHE"] = "off"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -94,8 +94,20 @@ class Runner(ABC):
         """Bring a value to the host."""
 
     @property
-    def chunk(self) -> int | None:
-        """Most tokens that a language model runs at once here, be it a limit or what is fastest; None: any number."""
+    def in_words(self) -> str:
+        """What runs, and on what: "ONNX Runtime, CPU"."""
+        return type(self).__name__
+
+    @property
+    def batch(self) -> int | None:
+        """Most samples at once, along the first axis of the first input; None: any number."""
+        return None
+
+    def chunk(self, cached: bool) -> int | None:
+        """Most tokens that a language model runs at once here, be it a limit or what is fastest; None: any number.
+
+        cached: behind a cache, or from the beginning of a prompt.
+        """
         return None
 
     def gather(self, value: Any, rows: npt.NDArray[np.int64]) -> Any:
@@ -107,6 +119,8 @@ class Backend(ABC):
     """Builds and opens engines. Constructing one imports nothing heavy."""
 
     name: str
+    runs_graphs: bool = False
+    """Whether its engine is the graph itself."""
 
     @abstractmethod
     def missing(self) -> str | None:
@@ -124,10 +138,13 @@ class Backend(ABC):
         """Build one engine from an ONNX file into folder `out`. Raises ExportError with the parser's own words."""
 
     @abstractmethod
-    def runner(self, engine: Path, threads: int | None = None, repeats: bool = False) -> Runner:
+    def runner(
+        self, engine: Path, threads: int | None = None, repeats: bool = False, graph: Path | None = None
+    ) -> Runner:
         """A runner for a built engine.
 
         Args:
+            graph: what it was built from, which has the weights of an engine built without them.
             repeats: whether it will run again and again without a pause, as the decode graph does.
         Raises:
             EnvironmentMismatch: it cannot run here.

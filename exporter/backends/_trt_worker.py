@@ -11,7 +11,6 @@ TensorRT logs goes to stdout, one message a line, marked with its severity. No t
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
 import os
 import re
@@ -23,9 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from exporter.backends import _plugins, _trt_module
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
 
-MINIMUM = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 0)}
+TIMINGS = "timing.cache"
+"""What the builder measured: read and written in the folder if it is there (empty at first)."""
+TELL_EVERY_S = 0.25
 
 Bounds = list[tuple[int, int, int]]
 """(min, opt, max) per axis."""
@@ -33,7 +35,7 @@ Bounds = list[tuple[int, int, int]]
 
 def build(request: Mapping[str, Any]) -> dict[str, Any]:
     """Parse, configure, build, write. Returns the facts for the engine's record."""
-    trt = _module(request["module"])
+    trt = _trt_module.load(request["module"])
     started = time.perf_counter()
     messages: list[tuple[str, str]] = []
     logger = _logger(trt, messages)
@@ -44,12 +46,25 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
             f"{request['module']} {trt.__version__} cannot make a builder on this machine: {_errors(messages) or e}. "
             'Full TensorRT builds on the GPU it builds for; option module = "tensorrt_rtx" builds without one.'
         ) from e
+    if request["plugins"] is not None:
+        _plugins.load(trt, request["plugins"]["library"])
     network = _network(trt, builder)
     _parse(trt, network, logger, request)
     config = builder.create_builder_config()
     _capabilities(trt, config, request)
     if request["workspace_mib"] is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_mib"] << 20)
+    if request["strip_weights"]:
+        for flag in (trt.BuilderFlag.STRIP_PLAN, trt.BuilderFlag.REFIT_IDENTICAL):
+            config.set_flag(flag)
+    config.profiling_verbosity = (
+        trt.ProfilingVerbosity.DETAILED
+    )  # the inspector names layers; costs no time when it is not asked
+    if not _repeats(
+        request["module"]
+    ):  # what it prints depends on the clock, and so would the addresses of TensorRT-RTX
+        config.progress_monitor = _monitor(trt)
+    timings = _timings(config)
     shapes = _profiles(builder, network, config, request["profiles"])
     facts = {
         "module": request["module"],
@@ -65,6 +80,8 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
             f"{request['graph']}: {request['module']} {trt.__version__} parsed the graph but could not "
             f"build the engine. It said: {_errors(messages) or 'nothing'}"
         )
+    if timings is not None:
+        Path(TIMINGS).write_bytes(timings.serialize())
     with open("engine", "wb") as f:
         f.write(engine)
         f.flush()
@@ -78,40 +95,59 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _module(name: str) -> Any:
-    """The TensorRT module. It may be installed and still not load: a library it links to is missing."""
-    try:
-        trt = importlib.import_module(name)
-    except (ImportError, OSError) as e:
-        raise EnvironmentMismatch(f"Python module `{name}` does not load here: {e}") from e
-    if _version(trt.__version__) < MINIMUM[name]:
-        least = ".".join(map(str, MINIMUM[name]))
-        raise EnvironmentMismatch(
-            f"{name} {trt.__version__} is too old; {least} or newer is needed (JetPack 6.2 has 10.3)."
-        )
-    return trt
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
-
-
 def _logger(trt: Any, messages: list[tuple[str, str]]) -> Any:
-    """A logger that prints and keeps all but VERBOSE (25,000 lines for a 24-layer decoder)."""
-    marks = {"INTERNAL_ERROR": "F", "ERROR": "E", "WARNING": "W", "INFO": "I"}
+    """A logger that keeps and prints."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    def tell(severity: str, line: str) -> None:
+        messages.append((severity, line))
+        sys.stdout.write(f"[{_trt_module.MARKS[severity]}] {line}\n")
+        sys.stdout.flush()
+
+    return _trt_module.logger(trt, tell)
+
+
+def _repeats(module: str) -> bool:
+    """Whether the same input gives the same engine: full TensorRT times tactics, and picks by the clock."""
+    return module == "tensorrt_rtx"
+
+
+def _timings(config: Any) -> Any:
+    """The timing cache, where one is wanted. TensorRT itself ignores one of another version or GPU."""
+    path = Path(TIMINGS)
+    if not path.is_file():
+        return None
+    cache = config.create_timing_cache(path.read_bytes())
+    if not config.set_timing_cache(cache, False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    return cache
+
+
+def _monitor(trt: Any) -> Any:
+    """Prints how far the build is: the phases that are under way, outermost first."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+            trt.IProgressMonitor.__init__(self)
+            self.phases: dict[str, tuple[int, int]] = {}
+            self.told = 0.0
 
-        def log(self, severity: Any, text: str) -> None:
-            if (mark := marks.get(severity.name)) is not None:
-                line = " ".join(text.split())
-                messages.append((severity.name, line))
-                sys.stdout.write(f"[{mark}] {line}\n")
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.phases[phase] = (0, steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            self.phases[phase] = (step + 1, self.phases[phase][1])
+            if (now := time.monotonic()) - self.told > TELL_EVERY_S:
+                self.told = now
+                under_way = " · ".join(f"{name} {done}/{steps}" for name, (done, steps) in self.phases.items())
+                sys.stdout.write(f"[P] {under_way}\n")
                 sys.stdout.flush()
+            return True  # go on
 
-    return Logger()
+        def phase_finish(self, phase: str) -> None:
+            self.phases.pop(phase, None)
+
+    return Monitor()
 
 
 def _errors(messages: Sequence[tuple[str, str]]) -> str:
@@ -283,7 +319,7 @@ def main() -> int:
     os.fchdir(int(sys.argv[1]))  # only now: a restart finds this module from the first working folder
     request = json.loads(Path("request.json").read_text())
     result = Path("result.json")
-    repeatable = fixed and request["module"] == "tensorrt_rtx"  # full TensorRT times tactics, and picks by the clock
+    repeatable = fixed and _repeats(request["module"])
     try:
         with ThreadPoolExecutor(1) as own_heap:
             _save(result, own_heap.submit(build, request).result() | {"repeatable": repeatable})

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import mmap
 import os
 import tempfile
 import time
@@ -31,9 +30,10 @@ import numpy.typing as npt
 
 from exporter.backends._contract import Array, Backend, EngineRecord, Log, Runner, ShapeProfile
 from exporter.backends._gather import Gather
+from exporter.backends._onnx_file import OnnxFile, external_files
 from exporter.backends._ort_cache import Held
 from exporter.bundle import sha256
-from exporter.errors import EnvironmentMismatch, ExportError, UsageError, VerificationError, nearest
+from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
 from exporter.flavours._contract import CAPACITY
 
 OPTIONS = ("provider", "threads", "accuracy_level")
@@ -53,6 +53,7 @@ class OnnxRuntime(Backend):
     """`build` proves that a graph loads and records what it became; nothing is converted or copied."""
 
     name = "ort"
+    runs_graphs = True
 
     def __init__(self, provider: str = "cpu", threads: int | None = None, accuracy_level: int | None = None) -> None:
         if provider not in PROVIDERS:
@@ -87,7 +88,7 @@ class OnnxRuntime(Backend):
                 raise UsageError(f"Backend ort has no option '{key}'. {nearest(key, OPTIONS)}")
         chosen = OnnxRuntime(**options)
         chosen._require()
-        external = _external_files(graph)
+        external = external_files(graph)
         out.mkdir(parents=True, exist_ok=True)
         _reset_peak_rss()
         begin = time.perf_counter()
@@ -95,7 +96,7 @@ class OnnxRuntime(Backend):
             saved = Path(scratch) / "optimized.onnx"
             _open(graph, chosen, saved)
             build_s = time.perf_counter() - begin
-            kernels = Counter(_Onnx(saved).operators) if saved.is_file() else Counter()
+            kernels = Counter(OnnxFile(saved).operators) if saved.is_file() else Counter()
         peak = _peak_rss_mib()
         weights = {name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in external.items()}
         details = {
@@ -109,7 +110,9 @@ class OnnxRuntime(Backend):
         file = Path(os.path.relpath(graph, out)).as_posix()
         return EngineRecord(roles, file, sha256(graph), size, build_s, peak, self.name, details)
 
-    def runner(self, engine: Path, threads: int | None = None, repeats: bool = False) -> OnnxRuntimeRunner:
+    def runner(
+        self, engine: Path, threads: int | None = None, repeats: bool = False, graph: Path | None = None
+    ) -> OnnxRuntimeRunner:
         self._require()
         backend = OnnxRuntime(self.provider, threads or self.threads, self.accuracy_level)
         return OnnxRuntimeRunner(engine, backend, repeats)
@@ -165,6 +168,10 @@ class OnnxRuntimeRunner(Runner):
     def outputs(self) -> Sequence[str]:
         self._loaded()
         return self._outputs
+
+    @property
+    def in_words(self) -> str:
+        return f"ONNX Runtime, {self._backend.provider.upper()}"
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         self._loaded()
@@ -246,8 +253,7 @@ class OnnxRuntimeRunner(Runner):
             return host
         return np.asarray(value)
 
-    @property
-    def chunk(self) -> int | None:
+    def chunk(self, cached: bool) -> int | None:
         """On a CPU attention pays for every score, masked or not: with 2,080 tokens, five chunks take 0.65 of the time of one."""
         return None if self._bound or self._appended else CHUNK
 
@@ -376,97 +382,6 @@ def _summary(kernels: Counter[str]) -> str:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _external_files(graph: Path) -> dict[str, Path]:
-    """The files with the graph's weights, by the name the graph has for them. They must lie in the graph's folder."""
-    if not graph.is_file():
-        raise ExportError(f"There is no graph {graph}. Run export first.")
-    files = {}
-    for location in sorted(set(_Onnx(graph).locations)):
-        path = graph.parent / location
-        if Path(location).is_absolute() or ".." in Path(location).parts:
-            raise VerificationError(f"{graph} wants weights from outside its folder: {location}. Do not use this file.")
-        if not path.is_file():
-            raise ExportError(f"{graph} wants weights from {path}, which is not there. Run export again.")
-        files[location] = path
-    return files
-
-
-class _Onnx:
-    """Operators and external files of an ONNX file, read from protobuf's wire format.
-
-    The `onnx` package is not installed where bundles are built and run, and these two lists need none of it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.operators: list[str] = []
-        self.locations: list[str] = []
-        with path.open("rb") as file:
-            if path.stat().st_size == 0:
-                raise ExportError(f"{path} is empty. Run export again.")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-                try:
-                    for field, begin, end in _fields(view, 0, len(view)):
-                        if field == 7:  # ModelProto.graph
-                            self._graph(view, begin, end)
-                except (IndexError, UnicodeDecodeError) as e:
-                    raise ExportError(f"{path} is not an ONNX file, or is damaged. Run export again.") from e
-
-    def _graph(self, view: memoryview, begin: int, end: int) -> None:
-        for field, b, e in _fields(view, begin, end):
-            if field == 1:  # GraphProto.node
-                for part, nb, ne in _fields(view, b, e):
-                    if part == 4:  # NodeProto.op_type
-                        self.operators.append(_text(view, nb, ne))
-                    elif part == 5:  # NodeProto.attribute
-                        for kind, ab, ae in _fields(view, nb, ne):
-                            if kind in (6, 11):  # AttributeProto.g, graphs
-                                self._graph(view, ab, ae)
-                            elif kind in (5, 10):  # AttributeProto.t, tensors
-                                self._tensor(view, ab, ae)
-            elif field == 5:  # GraphProto.initializer
-                self._tensor(view, b, e)
-
-    def _tensor(self, view: memoryview, begin: int, end: int) -> None:
-        for field, b, e in _fields(view, begin, end):
-            if field == 13:  # TensorProto.external_data: key 1, value 2
-                entry = {part: _text(view, vb, ve) for part, vb, ve in _fields(view, b, e)}
-                if entry.get(1) == "location":
-                    self.locations.append(entry.get(2, ""))
-
-
-def _fields(view: memoryview, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Field number and byte range of every length-delimited field; others are skipped."""
-    while begin < end:
-        tag, begin = _varint(view, begin)
-        wire = tag & 7
-        if wire == 2:
-            size, begin = _varint(view, begin)
-            if begin + size > end:
-                raise IndexError("a field ends behind its message")
-            yield tag >> 3, begin, begin + size
-            begin += size
-        elif wire == 0:
-            _, begin = _varint(view, begin)
-        elif wire in (1, 5):
-            begin += 8 if wire == 1 else 4
-        else:
-            raise IndexError(f"wire type {wire}")
-
-
-def _varint(view: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = view[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
-
-
-def _text(view: memoryview, begin: int, end: int) -> str:
-    return bytes(view[begin:end]).decode()
 
 
 def _reset_peak_rss() -> None:

@@ -6,18 +6,19 @@ Options of `build`:
 module               "tensorrt" or "tensorrt_rtx"; without it, whichever is installed (`tensorrt` first)
 compute_capabilities GPUs to build for, e.g. [80, 86, 89, 120]; TensorRT-RTX only, default: portable from Ampere on
 workspace_mib        limit of the builder's scratch memory
+strip_weights        True: engines without weights, which the runner takes from the graph when it opens them. So a bundle holds
+                     the weights once, and engines that share a weight file do not repeat it
 ==================== ================================================================================================
 
 `tensorrt_rtx` builds ahead of time on a machine without a GPU, byte for byte the same from the same input (detail
 `repeatable`); it knows neither Jetson Orin (SM 87) nor Hopper (SM 90). `tensorrt` builds on the device itself.
 
-Engines are built here, not yet run: there is no execution path, because none could be tested on a machine without a
-GPU. `missing_to_run` says so; the graphs an engine was built from run with the `ort` backend.
+Engines run wherever there is a GPU and the module they were built with (`_trt_runner`). An engine is code: open only those
+of a bundle that you trust, and whose hashes are right.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import json
 import os
@@ -28,18 +29,22 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import exporter
 from exporter import errors
+from exporter.backends import _cuda, _engine_cache, _plugins, _trt_module, _trt_worker
 from exporter.backends._contract import Backend, EngineRecord, Log, Range, Runner, ShapeProfile
+from exporter.backends._engine_cache import EngineCache
+from exporter.backends._onnx_file import external_files
+from exporter.backends._trt_runner import TensorRtRunner
 from exporter.bundle import sha256
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
 
 MODULES = ("tensorrt", "tensorrt_rtx")
-OPTIONS = ("module", "compute_capabilities", "workspace_mib")
+OPTIONS = ("module", "compute_capabilities", "workspace_mib", "strip_weights")
 WORKER: tuple[str, ...] = ("-m", "exporter.backends._trt_worker")
 KEPT_LINES = 12
 """Log lines shown when the builder's process dies."""
@@ -50,6 +55,7 @@ class Options:
     module: str
     compute_capabilities: list[int] | None
     workspace_mib: int | None
+    strip_weights: bool
 
 
 class TensorRT(Backend):
@@ -63,14 +69,12 @@ class TensorRT(Backend):
         hints = " ".join(map(_how, MODULES))
         return f"Neither Python module `tensorrt` nor `tensorrt_rtx` is installed. {hints}"
 
-    def missing_to_run(self) -> str:
-        """Always something: this version builds TensorRT engines and does not run them."""
-        gpu = gpu_missing()
-        here = f"This machine has {gpu}, and besides" if gpu else "There is a GPU here, but"
-        return (
-            f"{here} this version of EdgeTrim does not run TensorRT engines yet: it builds them. To check the graphs "
-            "they were built from, use a CPU profile (`--profile cpu_fp32`)."
-        )
+    def missing_to_run(self) -> str | None:
+        if missing := self.missing():
+            return missing
+        if gpu := _cuda.missing():
+            return f"TensorRT engines run on an NVIDIA GPU, and this machine has {gpu}."
+        return None
 
     def build(
         self, graph: Path, roles: tuple[str, ...], profiles: Sequence[ShapeProfile], out: Path,
@@ -84,18 +88,27 @@ class TensorRT(Backend):
         out.mkdir(parents=True, exist_ok=True)
         target = out / f"{graph.stem}.engine"
         with tempfile.TemporaryDirectory(prefix=f".{graph.stem}-", suffix=".tmp", dir=out) as scratch:
-            facts = _work(graph, profiles, chosen, Path(scratch), log)
+            facts, cached = _made(graph, profiles, chosen, Path(scratch), log)
             engine = Path(scratch, "engine")
-            if chosen.module == "tensorrt_rtx":
-                check_rtx_header(engine)
             digest, size = sha256(engine), engine.stat().st_size
             os.replace(engine, target)
         build_s, peak_rss_mib = facts.pop("build_s"), facts.pop("peak_rss_mib")
-        details = {**facts, "compute_capabilities": chosen.compute_capabilities, "executed": False}
+        if plugins := _plugins.needed(graph):
+            facts["plugins"] = plugins["sha256"]
+        details = {
+            **facts,
+            "compute_capabilities": chosen.compute_capabilities,
+            "stripped": chosen.strip_weights,
+            "cached": cached,
+        }
         return EngineRecord(roles, target.name, digest, size, build_s, peak_rss_mib, self.name, details)
 
-    def runner(self, engine: Path, threads: int | None = None, repeats: bool = False) -> Runner:
-        raise EnvironmentMismatch(f"{engine.name} cannot be run here. {self.missing_to_run()}")
+    def runner(
+        self, engine: Path, threads: int | None = None, repeats: bool = False, graph: Path | None = None
+    ) -> Runner:
+        if missing := self.missing_to_run():
+            raise EnvironmentMismatch(f"{engine.name} cannot be run here. {missing}")
+        return TensorRtRunner(engine, graph)
 
 
 def _installed(module: str) -> bool:
@@ -132,7 +145,15 @@ def _options(options: Mapping[str, Any]) -> Options:
     workspace = options.get("workspace_mib")
     if workspace is not None and not (_whole(workspace) and workspace > 0):
         raise UsageError(f"Option workspace_mib is {workspace!r}; expected a whole number of MiB, such as 2048.")
-    return Options(module, None if capabilities is None else sorted(set(capabilities)), workspace)
+    strip = options.get("strip_weights", False)
+    if not isinstance(strip, bool):
+        raise UsageError(f"Option strip_weights is {strip!r}; expected true or false.")
+    if strip and module == "tensorrt_rtx" and (gpu := _cuda.missing()):
+        raise EnvironmentMismatch(
+            f"TensorRT-RTX builds engines without weights only where there is a GPU, and this machine has {gpu}. Leave out "
+            "--strip-weights, or build on the RTX machine."
+        )
+    return Options(module, None if capabilities is None else sorted(set(capabilities)), workspace, strip)
 
 
 def _whole(value: Any) -> bool:
@@ -159,10 +180,9 @@ def _triple(axis: Range | int) -> tuple[int, int, int]:
     return (axis, axis, axis) if isinstance(axis, int) else (axis.min, axis.opt, axis.max)
 
 
-def _work(graph: Path, profiles: Sequence[ShapeProfile], chosen: Options, scratch: Path, log: Log) -> dict[str, Any]:
-    """Run the worker, which writes `scratch/engine`. Returns its facts, or raises what it reports or died of."""
-    request = {
-        "graph": graph.name,
+def _request(graph: Path, profiles: Sequence[ShapeProfile], chosen: Options) -> dict[str, Any]:
+    """What the worker is asked for, but for the graph."""
+    return {
         "profiles": [
             {
                 "name": p.name,
@@ -176,9 +196,60 @@ def _work(graph: Path, profiles: Sequence[ShapeProfile], chosen: Options, scratc
         "module": chosen.module,
         "compute_capabilities": chosen.compute_capabilities,
         "workspace_mib": chosen.workspace_mib,
+        "strip_weights": chosen.strip_weights,
+        "plugins": _plugins.needed(graph),
     }
+
+
+def _parts(graph: Path, profiles: Sequence[ShapeProfile], chosen: Options) -> dict[str, Any]:
+    """Everything an engine depends on: graph and weights, what is asked for, our builder, TensorRT, and the machine where that one
+    builds for it."""
+    weights = {name: sha256(path) for name, path in external_files(graph).items()}
+    return {
+        "graph": sha256(graph),
+        "weights": weights,
+        "request": _request(graph, profiles, chosen),
+        "builder": sha256(Path(_trt_worker.__file__)),
+        "version": _trt_module.load(chosen.module).__version__,
+        "machine": [platform.system(), platform.machine(), *_built_for(chosen)],
+    }
+
+
+def _built_for(chosen: Options) -> list[Any]:
+    """The GPU and driver that full TensorRT builds for; TensorRT-RTX needs none."""
+    if chosen.module != "tensorrt" or _cuda.missing():
+        return []
+    return list(astuple(_cuda.first_gpu()))
+
+
+def _made(
+    graph: Path, profiles: Sequence[ShapeProfile], chosen: Options, scratch: Path, log: Log
+) -> tuple[dict[str, Any], bool]:
+    """`scratch/engine`, from the cache or built. Returns the builder's facts, and whether it was built before."""
+    cache, engine = EngineCache.default(), scratch / "engine"
+    if cache is None:
+        return _work(graph, profiles, chosen, scratch, None, log), False
+    key = _engine_cache.key(_parts(graph, profiles, chosen))
+    if (facts := cache.fetch(key, engine)) is not None:
+        log(f"{graph.name}: built before, taken from {cache.folder}")
+        return facts, True
+    facts = _work(graph, profiles, chosen, scratch, cache, log)
+    cache.store(key, engine, sha256(engine), facts)
+    return facts, False
+
+
+def _work(
+    graph: Path, profiles: Sequence[ShapeProfile], chosen: Options, scratch: Path, cache: EngineCache | None, log: Log
+) -> dict[str, Any]:
+    """Run the worker, which writes `scratch/engine`. Returns its facts, or raises what it reports or died of."""
+    request = {"graph": graph.name, **_request(graph, profiles, chosen)}
     (scratch / "request.json").write_text(json.dumps(request))
     (scratch / "graph").symlink_to(graph.parent.resolve(), target_is_directory=True)
+    timings = None
+    if cache is not None and chosen.module == "tensorrt":  # TensorRT-RTX times nothing
+        machine = {"version": _trt_module.load(chosen.module).__version__, "gpu": _built_for(chosen)}
+        timings = f"{_engine_cache.key(machine)}.timings"
+        (scratch / _trt_worker.TIMINGS).write_bytes(cache.recall(timings))
     code, last = _run(scratch, log)
     result = scratch / "result.json"
     answer: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {}
@@ -186,6 +257,10 @@ def _work(graph: Path, profiles: Sequence[ShapeProfile], chosen: Options, scratc
         raise getattr(errors, answer["error"])(answer["message"])
     if code != 0 or not answer:
         raise ExportError(_death(graph, chosen.module, code, last))
+    if cache is not None and timings is not None:
+        cache.learn(timings, (scratch / _trt_worker.TIMINGS).read_bytes())
+    if chosen.module == "tensorrt_rtx":
+        check_rtx_header(scratch / "engine")
     return answer
 
 
@@ -255,18 +330,6 @@ def check_rtx_header(engine: Path) -> None:
         raise ExportError(
             f"{engine.name} is torn: its header states {stated} bytes, the file has {size}. Build it again."
         )
-
-
-def gpu_missing() -> str | None:
-    """None, or what keeps CUDA from coming up, as the object of "this machine has"."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "no NVIDIA driver (libcuda.so.1)"
-    count = ctypes.c_int(0)
-    if (code := cuda.cuInit(0)) or cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        return f"an NVIDIA driver but no usable GPU (cuInit returned {code})"
-    return None
 
 
 BACKEND = TensorRT()

@@ -138,7 +138,15 @@ def questions_option(function: F) -> F:
     )(function)  # fmt: skip
     return click.option(
         "--questions", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.jsonl",
-        help='Questions with answers: {"images": […], "question": "…", "answer": "…"} a line. Default: the embedded set.',
+        help='Questions with answers: {"image": "…", "question": "…", "answer": "…"} a line. Default: the embedded set.',
+    )(function)  # fmt: skip
+
+
+def baselines_option(function: F) -> F:
+    """--baselines → Path."""
+    return click.option(
+        "--baselines", type=click.Path(file_okay=False, path_type=Path), default=Path("baselines"), show_default=True,
+        metavar="FOLDER", help="Where latency baselines are kept; meant to be committed.",
     )(function)  # fmt: skip
 
 
@@ -193,7 +201,7 @@ def clip_model_option(function: F) -> F:
     """--clip-model → clip: str | None. Not --clip, which is a clip of images."""
     return click.option(
         "--clip-model", "clip", metavar="FOLDER|HUB_ID",
-        help="The CLIP checkpoint that the model's tower came from, for reductions that read the question with CLIP.",
+        help="The CLIP checkpoint that the model's tower came from: for reductions that read the question with CLIP, and models that do not hold their tower.",
     )(function)  # fmt: skip
 
 

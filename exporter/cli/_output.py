@@ -49,6 +49,11 @@ class Output:
         click.secho("Warning: ", fg="yellow", nl=False, err=True)
         click.echo(text, err=True)
 
+    def lines(self, lines: Iterable[str]) -> None:
+        """Lines on stderr for a program that reads it, such as a CI system."""
+        for line in lines:
+            click.echo(line, err=True)
+
     @contextlib.contextmanager
     def stage(self, title: str) -> Iterator[Callable[[str], None]]:
         """A spinner with `title` while the block runs, then how long it took. Yields a function that shows a detail."""

@@ -103,14 +103,18 @@ def validation(record: Mapping[str, Any]) -> list[RenderableType]:
         ]
         title = f"Quality: right answers to {record['questions']} questions"
         parts.append(table(title, ("variant", *(f">{kind}" for kind in kinds), ">all"), answered))
+        parts += [f"{gate['words'][:1].upper()}{gate['words'][1:]}." for gate in record.get("gates", [])]
+        if causes := record.get("regressions", {}).get("causes"):
+            by = ", ".join(f"{count} by the {cause}" for cause, count in causes.items())
+            parts.append(f"Right before and wrong now: {by}; see evidence/answers.jsonl.")
     return [*parts, *(f"{note[:1].upper()}{note[1:]}." for note in record["notes"])]
 
 
-def _all(scores: Mapping[str, Any]) -> list[int]:
+def _all(scores: Mapping[str, Any]) -> list[float]:
     return [sum(counts[i] for counts in scores.values()) for i in (0, 1)]
 
 
-def _share(counts: list[int]) -> str:
+def _share(counts: list[float]) -> str:
     return f"{100 * counts[0] / max(1, counts[1]):.1f} %"
 
 

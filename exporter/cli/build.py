@@ -12,9 +12,17 @@ from exporter.cli._output import Output
 
 @click.command()
 @options.folder_argument
+@click.option(
+    "--strip-weights",
+    is_flag=True,
+    help="Build TensorRT engines without weights: whoever opens them takes those of the graphs, so the bundle holds them once.",
+)
 @options.json_option
-def command(folder: Path, as_json: bool) -> None:
+def command(folder: Path, strip_weights: bool, as_json: bool) -> None:
     """Build the engines of FOLDER's graphs, for the profile they were exported for.
+
+    An engine that was built before, of the same graph for the same GPU, is taken from the cache (EDGETRIM_CACHE names its folder,
+    EDGETRIM_CACHE=off does without).
 
     Exit code 5 where the profile's engines have to be built on the device: copy the folder there and run this again.
     """
@@ -27,7 +35,7 @@ def command(folder: Path, as_json: bool) -> None:
     with Workspace(folder).locked() as work:
         job = pipeline.Job.read(work)
         with out.stage(f"build for {Path(job.profile).stem}") as log:
-            pipeline.run_build(work, log)
+            pipeline.run_build(work, log, strip_weights)
         graphs = GraphSet.load(work.graphs)
         found = _results.engines(work, job, graphs)
     data = {"folder": folder, "profile": job.profile, **found.data}

@@ -74,7 +74,7 @@ def command(
         expected = None
         if not (frames := _samples.frames(images, clips, graphs.images)):
             sample = _samples.sample(job.checkpoint, graphs.images)
-            frames = sample.frames
+            frames = list(sample.frames)
             if question is None and not talking:
                 question, expected = sample.question, sample.answer
         if question is None and not talking:

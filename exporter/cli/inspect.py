@@ -13,7 +13,7 @@ from exporter.cli._output import Output, table
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path), metavar="FOLDER|GRAPH.onnx")
+@click.argument("path", type=click.Path(path_type=Path), metavar="FOLDER|GRAPH.onnx|ENGINE")
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Compare every file of a bundle with its manifest."
 )
@@ -30,7 +30,8 @@ def command(path: Path, verify: bool, depth: int, as_json: bool) -> None:
     """Show what is in a bundle, an output folder or an ONNX file.
 
     Of a bundle: tokens, engines, evidence, versions; every file is compared with the manifest, exit code 6 if one differs.
-    Of a graph: inputs, outputs, and nodes by scope, which carry the names of modules and reductions.
+    Of a graph: inputs, outputs, and nodes by scope, which carry the names of modules and reductions. Of a TensorRT engine in a
+    bundle's `engines/`, on a machine that can run it: its layers.
     """
     from exporter.bundle import MANIFEST
     from exporter.errors import UsageError
@@ -39,6 +40,9 @@ def command(path: Path, verify: bool, depth: int, as_json: bool) -> None:
     if path.is_file() and path.suffix == ".onnx":
         with out.stage("read"):
             data, parts = _graph(path, depth)
+    elif path.is_file() and path.suffix == ".engine":
+        with out.stage("open"):
+            data, parts = _engine(path)
     elif (path / MANIFEST).is_file():
         with out.stage("verify" if verify else "read"):
             data, parts = _bundle(path, verify)
@@ -46,7 +50,7 @@ def command(path: Path, verify: bool, depth: int, as_json: bool) -> None:
         data, parts = _folder(path)
     else:
         raise UsageError(
-            f"{path} is neither a bundle ({MANIFEST}), an output folder (graphs/graphs.json) nor an .onnx file. "
+            f"{path} is neither a bundle ({MANIFEST}), an output folder (graphs/graphs.json), an .onnx file nor an .engine. "
             "`edgetrim run` makes a bundle."
         )
     out.result(data, *parts)
@@ -141,6 +145,28 @@ def _graph(path: Path, depth: int) -> tuple[dict[str, Any], list[Any]]:
             "Nodes by scope", ("scope", ">nodes", "operators"), [*rows, ("all", len(graph.node), _listed(operators))]
         ),
     ]
+
+
+def _engine(path: Path) -> tuple[dict[str, Any], list[Any]]:
+    from exporter.backends._trt_layers import layers
+    from exporter.backends._trt_runner import TensorRtRunner
+    from exporter.backends.trt import BACKEND
+    from exporter.errors import EnvironmentMismatch, UsageError
+    from exporter.pipeline import checked_engine, engine_records
+    from exporter.workspace import Workspace
+
+    folder = path.absolute().parent.parent
+    record = next((r for r in engine_records(Workspace(folder)) if r.file == path.name), None)
+    if record is None or record.backend != BACKEND.name:
+        raise UsageError(f"{path} is no TensorRT engine that {folder}/engines/engines.json tells of.")
+    if missing := BACKEND.missing_to_run():
+        raise EnvironmentMismatch(f"{path.name} cannot be opened here. {missing}")
+    with TensorRtRunner(checked_engine(folder, record), folder / "graphs" / f"{path.stem}.onnx") as runner:
+        found, executed = layers(runner.layers()), runner.in_words
+    data = {"engine": path, "roles": record.roles, "opened": executed, "details": record.details, "layers": found}
+    rows = [(layer.name, layer.kind, ", ".join(layer.scopes), layer.output, layer.tactic) for layer in found]
+    head = f"{path}: {' and '.join(record.roles)}, {len(found)} layers, opened with {executed}\n"
+    return data, [head, table("Layers", ("layer", "type", "of", "output", "tactic"), rows)]
 
 
 def _listed(counted: Counter[str], most: int = 6) -> str:

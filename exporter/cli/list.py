@@ -12,7 +12,7 @@ from exporter.cli._output import Output, table
 
 
 @click.command()
-@click.argument("kinds", nargs=-1, metavar="[reductions|families|profiles|backends]…")
+@click.argument("kinds", nargs=-1, metavar="[reductions|families|profiles|backends|plugins]…")
 @click.option(
     "--for", "checkpoint", metavar="CHECKPOINT",
     help="With `reductions`: which fit this model, and why others do not. A folder, a hub id, or `embedded`.",
@@ -20,9 +20,9 @@ from exporter.cli._output import Output, table
 @clip_model_option
 @json_option
 def command(kinds: tuple[str, ...], checkpoint: str | None, clip: str | None, as_json: bool) -> None:
-    """Show the reductions, families, profiles and backends there are.
+    """Show the reductions, families, profiles, backends and plugins there are.
 
-    Without an argument all four. A backend also says what this machine lacks for it.
+    Without an argument all five. A backend also says what this machine lacks for it, and so do the plugins.
     """
     from exporter.errors import UsageError, nearest
 
@@ -130,9 +130,25 @@ def _backends() -> tuple[list[Any], Any]:
     return data, table("Backends", ("name", "builds here", "runs here"), rows)
 
 
+def _plugins() -> tuple[list[Any], Any]:
+    import plugins
+    from exporter import _discover
+    from plugins import _library
+
+    library = _library.path()
+    missing = None if library else f"not built: {_library.HOW}"
+    found = {name: _discover.load(plugins, "plugin", name).PLUGIN for name in _discover.names(plugins)}
+    data = [{"name": name, "summary": plugin.summary, "missing": missing} for name, plugin in found.items()]
+    rows = [(d["name"], d["summary"]) for d in data]
+    state = f"built: {library}" if library else missing
+    title = f"Plugins ([stack] plugins of a profile with module tensorrt; {state})"
+    return data, table(title, ("name", "takes the place of"), rows)
+
+
 KINDS: dict[str, Callable[[], tuple[list[Any], Any]]] = {
     "reductions": _reductions,
     "families": _families,
     "profiles": _profiles,
     "backends": _backends,
+    "plugins": _plugins,
 }

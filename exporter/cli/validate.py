@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from exporter.cli import _ci
 from exporter.cli import _options as options
 from exporter.cli._output import Output
 
@@ -14,16 +15,25 @@ from exporter.cli._output import Output
 @options.folder_argument
 @options.questions_option
 @options.threads_option
+@_ci.ci_options
 @options.json_option
-def command(folder: Path, questions: Path | None, per_kind: int, threads: int | None, as_json: bool) -> None:
+def command(
+    folder: Path,
+    questions: Path | None,
+    per_kind: int,
+    threads: int | None,
+    junit: Path | None,
+    annotations: str | None,
+    as_json: bool,
+) -> None:
     """Compare FOLDER with PyTorch, and ask it questions.
 
     Fidelity compares every stage on the same input. Quality compares task scores: unreduced, reduced, the engine, and
     random and uniform selection of as many tokens. Exit code 3 if a gate of the profile does not pass; the evidence is
-    written first.
+    written first. After a kill the same command asks only what is not answered yet.
     """
     from exporter import pipeline
-    from exporter.cli import _results
+    from exporter.cli import _gates, _results
     from exporter.errors import GateError
     from exporter.graphset import GraphSet
     from exporter.workspace import Workspace
@@ -40,5 +50,6 @@ def command(folder: Path, questions: Path | None, per_kind: int, threads: int | 
         record = work.read_json("evidence/validation.json", "Run `edgetrim validate` again.")
         headline = _results.headline(job, GraphSet.load(work.graphs))
     out.result({"folder": folder, **record}, headline, *_results.validation(record))
+    _ci.tell(out, job.loaded_profile().name, _gates.accuracy_cases(record), junit, annotations)
     if gate is not None:
         raise gate

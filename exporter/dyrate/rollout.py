@@ -17,13 +17,12 @@ from exporter.errors import UsageError
 from exporter.graphset import GraphSet
 from exporter.nn.cuts import group_shares
 from exporter.nn.decoder import Decoder
-from exporter.nn.layers import RMSNorm
 from exporter.nn.seen import Attended
 from exporter.plan import Plan
 from exporter.runtime.generate import Generator
 from exporter.runtime.images import preprocess
-from exporter.runtime.prompt import Prompt
 from exporter.runtime.sequence import arrange, split
+from exporter.stages._processor import prompt_of
 from exporter.stages._task import Question
 from exporter.stages.export import load_reference
 
@@ -76,11 +75,7 @@ class Rollout:
         self.visual, self.layer = plan.kept, layer
         self._generator = Generator(runners, self.graphs, table)
         self._table = torch.from_numpy(np.asarray(table))
-        self._prompt = Prompt.load(
-            plan.checkpoint.folder,
-            self.graphs.text.image_token,
-            rewrite=(self.graphs.visual.mark, self.graphs.visual.written),
-        )
+        self._prompt = prompt_of(plan)
 
     def batch(self, questions: Sequence[Question]) -> Batch:
         """Prepare questions with their answers as the chat template writes them, up to an end-of-sequence token."""
@@ -139,7 +134,7 @@ class Rollout:
                 hidden = torch.zeros(len(x), 1, seq, seq)
                 hidden[:, 0, seq - steps :, : self.visual] = torch.log(part.clamp_min(1e-9))
                 hidden = hidden.repeat(1, 1, spec.heads // spec.kv_heads, 1)
-        out: Tensor = decoder.lm_head(RMSNorm.forward(decoder.norm, x[:, -steps:]))
+        out: Tensor = decoder.lm_head(decoder.norm.every(x[:, -steps:]))
         return out
 
 

@@ -55,7 +55,7 @@ class Geometry:
     shared: width of `aligned` and `aligned_text`; 0 where the request names no CLIP checkpoint, or there is no CLIP tower.
     mark, written: where the family's processor rewrites what its chat template says: every `mark`, one per image or clip,
     becomes `written`, with an image token per placeholder. template: the chat template of a family whose checkpoints have
-    none. sees: see `VisualLayout`. media: what a chat message calls it.
+    none. spliced, sees: see `VisualLayout`. media: what a chat message calls it.
     fixed: tokens per placeholder that no reduction before the language model sees, see `exporter.nn.specs.Fixed`; `ids` has them
     behind the others. planes: how many more vectors the tower gives for each token, by the signal `deepstack` [batch, frames, tokens, planes * hidden].
     compressor: spec of the one that is this model's projector. numbered: whose tokens `ids` and an index count, where that is
@@ -86,6 +86,7 @@ class Geometry:
     planes: int = 0
     fixed: int = 0
     template: str = ""
+    spliced: str = ""
     sees: Literal["before", "image", "prompt"] = "before"
     compressor: str = ""
     numbered: Site | None = None
@@ -122,7 +123,7 @@ class Family(ABC):
     @abstractmethod
     def decoder(self, checkpoint: Checkpoint) -> DecoderShape: ...
 
-    def reads(self, checkpoint: Checkpoint) -> Checkpoint:
+    def reads(self, checkpoint: Checkpoint, request: Request) -> Checkpoint:
         """The checkpoint as the modules' parameters are called."""
         return checkpoint.named(self.canonical)
 
@@ -206,6 +207,17 @@ def counted(
     )
 
 
+OPT_NAMES = (
+    (r"^text\.decoder\.", "text."),
+    (r"^text\.final_layer_norm\.", "text.norm."),
+    (r"^(text\.layers\.\d+\.)self_attn_layer_norm\.", r"\1input_layernorm."),
+    (r"^(text\.layers\.\d+\.)final_layer_norm\.", r"\1post_attention_layernorm."),
+    (r"^(text\.layers\.\d+\.self_attn\.)out_proj\.", r"\1o_proj."),
+    (r"^(text\.layers\.\d+\.)(fc\d)\.", r"\1mlp.\2."),
+)
+"""For `renamed`: OPT's names behind `text.` → a Llama-type decoder's."""
+
+
 def renamed(key: str, renames: Sequence[tuple[str, str]]) -> str:
     """`key` with every pattern at its start replaced, one after another; what none fits stays as it is."""
     for pattern, name in renames:
@@ -262,6 +274,10 @@ def local_frequencies(text: dict[str, Any], head_dim: int) -> tuple[float, ...]:
 
 QWEN2 = {"qkv_bias": True, "output_bias": False}
 GEMMA = {"norm_offset": 1.0, "scaled_embeddings": True}
+OPT = {
+    "qkv_bias": True, "output_bias": True, "layer_norms": True, "eps": 1e-5, "gated": False, "inv_freq": (),
+    "first_position": 2,
+}  # fmt: skip
 
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -276,10 +292,27 @@ DECODERS: dict[str, dict[str, Any]] = {
     "gemma": GEMMA,
     "gemma2": {**GEMMA, "post_norms": True},
     "gemma3_text": {**GEMMA, "post_norms": True, "qk_norm": True, "attention_cap": None},
+    "opt": OPT,
 }
 """Decoder model types we have, and the facts of `DecoderSpec` that are in their code, not in their config."""
 
+SYNONYMS = {"ffn_dim": "intermediate_size", "activation_function": "hidden_act"}
+"""What OPT's config calls otherwise."""
+
+ONLY: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"use_bidirectional_attention": False},
+    "opt": {
+        "do_layer_norm_before": True, "enable_bias": True, "layer_norm_elementwise_affine": True,
+        "_remove_final_layer_norm": False,
+    },
+}  # fmt: skip
+"""What a config may say in one way only, which is also the one that it means where it says nothing."""
+
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "opt": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "vocab_size": 50272, "hidden_act": "relu", "max_position_embeddings": 2048,
+    },
     "llama": {
         "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
         "vocab_size": 32000,
@@ -311,9 +344,12 @@ def decoder_spec(config: dict[str, Any], mrope_section: tuple[int, ...] | None =
     kind = text.get("model_type", "llama")
     if kind not in DECODERS:
         raise CheckpointError(f"Decoder '{kind}' is not supported. Supported: {', '.join(sorted(DECODERS))}.")
-    text = DEFAULTS.get(kind, {}) | text
-    if text.get("use_bidirectional_attention"):
-        raise CheckpointError(f"Decoder '{kind}' with use_bidirectional_attention is not supported, only a causal one.")
+    text = DEFAULTS.get(kind, {}) | text | {ours: text[theirs] for theirs, ours in SYNONYMS.items() if theirs in text}
+    for name, wanted in ONLY.get(kind, {}).items():
+        if text.get(name, wanted) not in (wanted, None):
+            raise CheckpointError(
+                f"Decoder '{kind}' with {name} {text[name]!r} is not supported, only with {wanted!r}."
+            )
     layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
     hidden = int(text["hidden_size"])
     head_dim = int(text.get("head_dim") or hidden // heads)
@@ -322,11 +358,17 @@ def decoder_spec(config: dict[str, Any], mrope_section: tuple[int, ...] | None =
     activation = str(text.get("hidden_activation") or text.get("hidden_act", "silu"))
     if kind == "gemma" and activation == "gelu":
         activation = "gelu_pytorch_tanh"  # what its first configs meant
+    if text.get("word_embed_proj_dim") not in (None, hidden):
+        raise CheckpointError(f"Decoder '{kind}' whose embeddings are narrower (word_embed_proj_dim) is not supported.")
     facts: dict[str, Any] = {
+        "eps": float(text.get("rms_norm_eps", 1e-6)),
+        "inv_freq": inv_freq,
         "qkv_bias": attention_bias,
         "output_bias": attention_bias,
         "attention_cap": text.get("attn_logit_softcapping"),
+        **DECODERS[kind],
     }
+    first = facts.get("first_position", 0)
     return DecoderSpec(
         hidden=hidden,
         layers=layers,
@@ -335,16 +377,15 @@ def decoder_spec(config: dict[str, Any], mrope_section: tuple[int, ...] | None =
         head_dim=head_dim,
         intermediate=int(text["intermediate_size"]),
         vocab=int(text["vocab_size"]),
-        eps=float(text.get("rms_norm_eps", 1e-6)),
         activation=activation,
-        inv_freq=inv_freq,
         rope_scale=scale,
         mrope_section=mrope_section,
         windows=sliding_windows(text, kind, layers),
         attention_scale=float(text.get("query_pre_attn_scalar") or head_dim) ** -0.5,
         local_inv_freq=local_frequencies(text, head_dim),
         logit_cap=text.get("final_logit_softcapping"),
-        **(facts | DECODERS[kind]),
+        positions=int(text["max_position_embeddings"]) + first if first else 0,
+        **facts,
     )
 
 

@@ -48,7 +48,7 @@ class Traced(Family):
     def canonical(self, key: str) -> str:
         return key
 
-    def reads(self, checkpoint: Checkpoint) -> Checkpoint:
+    def reads(self, checkpoint: Checkpoint, request: Request) -> Checkpoint:
         return LoadedCheckpoint.of(checkpoint)
 
     def geometry(self, checkpoint: Checkpoint, request: Request) -> Geometry:

@@ -61,6 +61,8 @@ TEMPLATE = (
 
 
 class InstructBlip(Family):
+    template, asks = TEMPLATE, True
+    """How a prompt is written, and whether the Q-Former reads the question."""
     model_type = "instructblip"
     summary = "InstructBLIP: EVA-CLIP tower, a Q-Former that reads the question, Llama-type decoder (Vicuna)"
     published: ClassVar = {
@@ -77,12 +79,12 @@ class InstructBlip(Family):
         side = spec.image
         only_size(request, side)
         tower = site_of(spec, decoder, request.frames)
-        tower = replace(tower, signals=tower.signals | INSTRUCTION, patch_dim=spec.hidden)
+        tower = replace(tower, signals=tower.signals | (INSTRUCTION if self.asks else set()), patch_dim=spec.hidden)
         image = image_spec(checkpoint, MEAN, STD, height=side, width=side, resize="exact")
         found = counted(
             checkpoint, decoder, image, tower, replace(tower, signals=spec.in_tower_signals),
             image_token(checkpoint.config, 32000),
-            template=TEMPLATE,
+            template=self.template,
         )  # fmt: skip
         return replace(found, compressor=self.compressor(checkpoint.config))
 
@@ -122,10 +124,15 @@ class InstructBlip(Family):
 
     def compressor(self, config: dict[str, Any]) -> str:
         found = QFORMER | (config.get("qformer_config") or {})
+        text = f"vocab={found['vocab_size']},positions={found['max_position_embeddings']}"
+        return f"qformer_text:{self.knobs(config)},{text}"
+
+    def knobs(self, config: dict[str, Any]) -> str:
+        """Of a Q-Former, whatever it reads."""
+        found = QFORMER | (config.get("qformer_config") or {})
         return (
-            f"qformer_text:queries={config.get('num_query_tokens', 32)},layers={found['num_hidden_layers']},"
-            f"width={found['hidden_size']},heads={found['num_attention_heads']},inner={found['intermediate_size']},"
-            f"every={found['cross_attention_frequency']},vocab={found['vocab_size']},positions={found['max_position_embeddings']}"
+            f"queries={config.get('num_query_tokens', 32)},layers={found['num_hidden_layers']},width={found['hidden_size']},"
+            f"heads={found['num_attention_heads']},inner={found['intermediate_size']},every={found['cross_attention_frequency']}"
         )
 
 

@@ -1,4 +1,4 @@
-"""LLaVA and LLaVA-1.5: CLIP or SigLIP tower, two-layer MLP projector, Llama, Mistral, Qwen2, Qwen3 or Gemma decoder.
+"""LLaVA and LLaVA-1.5: CLIP or SigLIP tower, two-layer MLP projector, Llama, Mistral, Qwen2, Qwen3, Gemma or OPT decoder.
 
 One placeholder token per image or clip frame; the raster is fixed by the tower's image size.
 """
@@ -12,6 +12,7 @@ from exporter import clip
 from exporter.checkpoint import Checkpoint
 from exporter.families._contract import (
     ALIGNED,
+    OPT_NAMES,
     PROMPT,
     Family,
     Geometry,
@@ -38,6 +39,7 @@ RENAMES = (
     (r"^(?:language_model\.)?lm_head\.", "head."),
     (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision."),
     (r"^(?:model\.)?multi_modal_projector\.", "projector."),
+    *OPT_NAMES,
 )
 
 
@@ -45,7 +47,9 @@ class Llava(Family):
     feature_layer, select = -2, "default"
     """What config.json means where it does not say `vision_feature_layer` and `vision_feature_select_strategy`."""
     model_type = "llava"
-    summary = "LLaVA-1.5 layout: CLIP or SigLIP tower, MLP projector, Llama, Mistral, Qwen2, Qwen3 or Gemma decoder"
+    summary = (
+        "LLaVA-1.5 layout: CLIP or SigLIP tower, MLP projector, Llama, Mistral, Qwen2, Qwen3, Gemma or OPT decoder"
+    )
     published: ClassVar = {
         "_name_or_path": "llava-hf/llava-1.5-7b-hf", "model_type": "llava", "image_token_index": 32000,
         "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
@@ -79,7 +83,7 @@ class Llava(Family):
 
         return Vit(self.tower(checkpoint.config), taps, geometry.frames, in_tower, geometry.shared)
 
-    def projector(self, checkpoint: Checkpoint, geometry: Geometry) -> nn.Module:
+    def projector(self, checkpoint: Checkpoint, geometry: Geometry) -> nn.Module | None:
         from exporter.nn.projectors import Projector
 
         config = checkpoint.config

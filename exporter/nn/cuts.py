@@ -30,7 +30,7 @@ class Ahead(Atom):
     def key(self) -> Hashable:
         return self.self_attn.spec
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, ...]:
         """Queries and keys with the rotation, then before it, as `Attention` makes them."""
         q, k, _ = self.self_attn.plain(self.input_layernorm(x))
         return rotate(q, cos, sin), rotate(k, cos, sin), q, k

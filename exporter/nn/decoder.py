@@ -1,4 +1,4 @@
-"""A Llama-type decoder (Llama, Mistral, Qwen2, Qwen3, Gemma, M-RoPE; what differs is in `DecoderSpec`) that prunes visual
+"""A Llama-type decoder (Llama, Mistral, Qwen2, Qwen3, Gemma, OPT, M-RoPE; what differs is in `DecoderSpec`) that prunes visual
 tokens between layers and keeps one KV length per group of layers. `exporter.graphset` describes the inputs: visual tokens
 first, `order` carries causality."""
 
@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from exporter.kv import KvLayout
@@ -27,7 +28,7 @@ from exporter.nn.cuts import (
     Withdraw,
 )  # fmt: skip
 from exporter.nn.decoder_layer import Frame, Layer
-from exporter.nn.layers import Linear, RMSNorm, soft_cap
+from exporter.nn.layers import LayerNorm, Linear, RMSNorm, soft_cap
 from exporter.nn.specs import DecoderSpec
 from graphs._contract import InCache, InLLM, Probing, Skipping, WhileDecoding
 
@@ -58,14 +59,41 @@ class Add(Atom):
         return x + plane
 
 
-class FinalNorm(Atom, RMSNorm):
+class Positions(Atom):
+    """Learned positions, added to the tokens [batch, seq, hidden]; position_ids int64 [batch, seq]."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(spec.positions, spec.hidden), requires_grad=False)
+        self.first = spec.first_position
+
+    def key(self) -> Hashable:
+        return *self.weight.shape, self.first
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        return x + self.weight[position_ids + self.first]
+
+
+class _Last(Atom):
     """The norm behind the last layer, of the last token: [batch, seq, hidden] → [batch, hidden]."""
+
+    eps: float
 
     def key(self) -> Hashable:
         return self.eps
 
+    def every(self, x: Tensor) -> Tensor:
+        """Of every token."""
+        return super().forward(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return RMSNorm.forward(self, x[:, -1])
+        return self.every(x[:, -1])
+
+
+class FinalNorm(_Last, RMSNorm): ...
+
+
+class FinalLayerNorm(_Last, LayerNorm): ...
 
 
 class LmHead(Atom, Linear):
@@ -101,8 +129,14 @@ class Decoder(nn.Module):
         self.spec = spec
         if spec.planes:
             self.planes, self.add = Planes(spec.planes), Add()
+        if spec.positions:
+            self.embed_positions = Positions(spec)
         self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.layers))
-        self.norm = FinalNorm(spec.hidden, spec.eps, spec.norm_offset)
+        self.norm: FinalNorm | FinalLayerNorm = (
+            FinalLayerNorm(spec.hidden, spec.eps)
+            if spec.layer_norms
+            else FinalNorm(spec.hidden, spec.eps, spec.norm_offset)
+        )
         self.lm_head = LmHead(spec)
         self.layout = KvLayout.of(spec.layers, visual, [m for _, m in reductions], [m for _, m in in_cache])
         self.pruned: dict[int, Cut] = {}
@@ -204,6 +238,8 @@ class Decoder(nn.Module):
         nudges: list[Tensor] = []
         if self.probe is not None:
             x, positions, order, *nudges = self.probe(x, positions, order)
+        if self.spec.positions:
+            x = self.embed_positions(x, positions)
         embeds = x if self.looks_back else None
         frame = self.frames[0]
         shared: list[Tensor] = []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
-from exporter.nn.layers import ACTIVATIONS, MASKED, Linear, PackedLinear, RMSNorm, merge_heads, rotate
+from exporter.nn.layers import ACTIVATIONS, MASKED, LayerNorm, Linear, Mlp, PackedLinear, RMSNorm, merge_heads, rotate
 from exporter.nn.seen import scores
 from exporter.nn.specs import DecoderSpec
 
@@ -33,7 +33,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(spec.head_dim, spec.eps, spec.norm_offset)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, past: tuple[Tensor, Tensor] | None
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, bias: Tensor, past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, ...]:
         """x [batch, seq, hidden]; bias [batch, 1, group * seq, total]; past [batch, kv_heads, past, head_dim].
 
@@ -59,9 +59,7 @@ class Attention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-class Mlp(nn.Module):
-    """Gated MLP."""
-
+class GatedMlp(nn.Module):
     def __init__(self, hidden: int, intermediate: int, activation: str, bias: bool = False) -> None:
         super().__init__()
         self.gate_proj = Linear(hidden, intermediate, bias)
@@ -83,40 +81,51 @@ class Pair:
     readers: tuple[Linear, ...]
 
 
+def norm(spec: DecoderSpec) -> nn.Module:
+    return LayerNorm(spec.hidden, spec.eps) if spec.layer_norms else RMSNorm(spec.hidden, spec.eps, spec.norm_offset)
+
+
 class Layer(Atom):
     """One decoder layer. With `post_norms`, `post_attention_layernorm` is what it is called; without, it is the norm
     before the MLP: the names are the checkpoints'."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
-        norm = spec.hidden, spec.eps, spec.norm_offset
-        self.input_layernorm = RMSNorm(*norm)
+        self.input_layernorm = norm(spec)
         self.self_attn = Attention(spec)
-        self.post_attention_layernorm = RMSNorm(*norm)
+        self.post_attention_layernorm = norm(spec)
         if spec.post_norms:
-            self.pre_feedforward_layernorm = RMSNorm(*norm)
-            self.post_feedforward_layernorm = RMSNorm(*norm)
-        self.mlp = Mlp(spec.hidden, spec.intermediate, spec.activation)
+            self.pre_feedforward_layernorm = norm(spec)
+            self.post_feedforward_layernorm = norm(spec)
+        mlp = GatedMlp if spec.gated else Mlp
+        self.mlp = mlp(spec.hidden, spec.intermediate, spec.activation)
 
     def key(self) -> Hashable:
         return self.self_attn.spec
 
     def pairs(self) -> list[Pair]:
-        """Every group of matrices with one input, but for those that read values which several query heads share."""
+        """Groups of matrices with one input, but for those that read values which several query heads share."""
         a, whole = self.self_attn, slice(None)
         before = self.pre_feedforward_layernorm if a.spec.post_norms else self.post_attention_layernorm
-        found = [
-            Pair(self.input_layernorm, whole, (a.qkv_proj,)),
-            Pair(before, whole, (self.mlp.gate_proj, self.mlp.up_proj)),
-            Pair(self.mlp.up_proj, whole, (self.mlp.down_proj,)),
-        ]
+        found = [Pair(self.input_layernorm, whole, (a.qkv_proj,))]
+        if isinstance(self.mlp, GatedMlp):
+            found.append(Pair(before, whole, (self.mlp.gate_proj, self.mlp.up_proj)))
+            found.append(Pair(self.mlp.up_proj, whole, (self.mlp.down_proj,)))
+        else:  # behind an activation nothing can be divided
+            found.append(Pair(before, whole, (self.mlp.fc1,)))
         if a.spec.heads == a.spec.kv_heads:
             values = slice(-a.qkv_proj.parts["v_proj"], None)
             found.append(Pair(a.qkv_proj, values, (a.o_proj,)))
         return found
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, past_key: Tensor | None, past_value: Tensor | None
+        self,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        bias: Tensor,
+        past_key: Tensor | None,
+        past_value: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Returns x, the present key and value, the rotated queries, queries and keys before the rotation, and x behind
         attention."""
@@ -139,7 +148,7 @@ class Frame(Atom):
         super().__init__()
         self.spec, self.shift, self.readers = spec, shift, readers
         self.windows = tuple(dict.fromkeys(spec.windows))
-        self.frequencies = tuple(dict.fromkeys(map(spec.frequencies, range(spec.layers))))
+        self.frequencies = tuple(filter(None, dict.fromkeys(map(spec.frequencies, range(spec.layers)))))
         for i, inv_freq in enumerate(self.frequencies):
             values = torch.tensor(inv_freq, dtype=torch.float32, device="cpu")
             self.register_buffer(f"inv_freq_{i}", values, persistent=False)
@@ -195,11 +204,13 @@ class Frame(Atom):
             masks.append(torch.cat([bias] * (s.heads // s.kv_heads), 2))
         return (total, *sizes, *rotary, *masks)
 
-    def of_layer(self, layer: int, shared: Sequence[T]) -> tuple[T, T, T]:
-        """cos, sin and mask of one layer. shared: what `forward` returns behind order and size."""
+    def of_layer(self, layer: int, shared: Sequence[T]) -> tuple[T | None, T | None, T]:
+        """cos, sin (None where nothing is turned) and mask of one layer. shared: what `forward` returns behind order and size."""
+        mask = shared[2 * len(self.frequencies) :][self.windows.index(self.spec.windows[layer])]
+        if not self.frequencies:
+            return None, None, mask
         pair = 2 * self.frequencies.index(self.spec.frequencies(layer))
-        masks = shared[2 * len(self.frequencies) :]
-        return shared[pair], shared[pair + 1], masks[self.windows.index(self.spec.windows[layer])]
+        return shared[pair], shared[pair + 1], mask
 
 
 def _appended(past: Tensor | None, x: Tensor) -> Tensor:

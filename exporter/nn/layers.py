@@ -86,6 +86,7 @@ class LayerNorm(nn.Module):
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda x: torch.relu(x),
     "silu": lambda x: x * torch.sigmoid(x),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "gelu": lambda x: F.gelu(x),
@@ -93,6 +94,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
 }
 """Activations by their name in a Hugging Face config."""
+
+
+class Mlp(nn.Module):
+    """Two layers, no gate."""
+
+    def __init__(self, hidden: int, intermediate: int, activation: str) -> None:
+        super().__init__()
+        self.fc1 = Linear(hidden, intermediate)
+        self.fc2 = Linear(intermediate, hidden)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
@@ -132,7 +146,10 @@ def attention_map(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.softmax(scores.float(), -1).mean(1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split layout. x [batch, heads, tokens, head_dim]; cos, sin broadcast [.., tokens, head_dim / 2]."""
+def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """Rotary embedding, half-split layout. x [batch, heads, tokens, head_dim]; cos, sin broadcast [.., tokens, head_dim / 2], None
+    where a model turns nothing."""
+    if cos is None or sin is None:
+        return x
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
-from exporter.nn.decoder_layer import Mlp
+from exporter.nn.decoder_layer import GatedMlp
 from exporter.nn.layers import Linear, RMSNorm, attend, merge_heads, rotate, split_heads
 from exporter.nn.specs import PixtralSpec
 from exporter.nn.vit import FROM_OUTPUT, Tap, parts
@@ -47,7 +47,7 @@ class Block(Atom):
         self.attention_norm = RMSNorm(spec.hidden, spec.eps)
         self.attention = Attention(spec)
         self.ffn_norm = RMSNorm(spec.hidden, spec.eps)
-        self.feed_forward = Mlp(spec.hidden, spec.intermediate, spec.activation)
+        self.feed_forward = GatedMlp(spec.hidden, spec.intermediate, spec.activation)
         self.spec = spec
         angle = torch.tensor(spec.angles, device="cpu")
         self.register_buffer("cos", angle.cos(), persistent=False)

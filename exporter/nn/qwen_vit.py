@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
-from exporter.nn.decoder_layer import Mlp as GatedMlp
+from exporter.nn.decoder_layer import GatedMlp
 from exporter.nn.layers import (
     ACTIVATIONS,
     MASKED,
     LayerNorm,
     Linear,
+    Mlp,
     RMSNorm,
     attend,
     attention_map,
@@ -24,7 +25,7 @@ from exporter.nn.layers import (
     split_heads,
 )
 from exporter.nn.specs import QwenVitSpec
-from exporter.nn.vit import Mlp, Table
+from exporter.nn.vit import Table
 
 
 class PatchEmbed(Atom):

@@ -324,6 +324,11 @@ class DecoderShape:
         return self.hidden * (1 + self.planes)
 
     @property
+    def longest(self) -> int:
+        """Tokens that it has positions for; 0 where nothing ends."""
+        return 0
+
+    @property
     def embed_scale(self) -> float:
         return self.hidden**0.5 if self.scaled_embeddings else 1.0
 
@@ -339,6 +344,9 @@ class DecoderSpec(DecoderShape):
     qk_norm: RMS norm of queries and keys, per head and before the rotation. post_norms: norms also behind attention and MLP.
     norm_offset: what has to be added to the norm weights of a checkpoint. mrope_interleaved: the frequencies of t, h and w take
     turns, instead of standing in three blocks.
+    positions: rows of a learned table that is added to what enters the first layer, `first_position` the row of position 0; inv_freq
+    is empty then, and renumbering positions inside the language model changes nothing. layer_norms: norms take the mean away and have
+    a bias. gated: whether the MLP has a gate; one without has biases.
     """
 
     eps: float
@@ -357,6 +365,14 @@ class DecoderSpec(DecoderShape):
     post_norms: bool = False
     norm_offset: float = 0.0
     mrope_interleaved: bool = False
+    positions: int = 0
+    first_position: int = 0
+    layer_norms: bool = False
+    gated: bool = True
+
+    @property
+    def longest(self) -> int:
+        return self.positions - self.first_position
 
     @property
     def rotary_axes(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.nn.atom import Atom
-from exporter.nn.layers import ACTIVATIONS, LayerNorm, Linear, RMSNorm, attend, attention_map, merge_heads, split_heads
+from exporter.nn.layers import LayerNorm, Linear, Mlp, RMSNorm, attend, attention_map, merge_heads, split_heads
 from exporter.nn.specs import BlockSpec, FastVitSpec, PixtralSpec, VitSpec
 from graphs._blocks import take
 from graphs._contract import InTower
@@ -70,19 +70,6 @@ class SelfAttention(nn.Module):
         """Returns the output and the q, k, v that made it."""
         q, k, v = self.project(x, "qkv")
         return self.out_proj(merge_heads(attend(q, k, v, bias))), q, k, v
-
-
-class Mlp(nn.Module):
-    """Two layers, no gate."""
-
-    def __init__(self, hidden: int, intermediate: int, activation: str) -> None:
-        super().__init__()
-        self.fc1 = Linear(hidden, intermediate)
-        self.fc2 = Linear(intermediate, hidden)
-        self.activation = ACTIVATIONS[activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Block(Atom):
@@ -354,7 +341,7 @@ class Vit(nn.Module):
 class HalvedVit(Vit):
     """A tower whose raster is halved bilinearly, rows and columns rounded up, behind the projector; the signals follow."""
 
-    def __init__(self, spec: VitSpec, taps: tuple[str, ...], frames: int, projector: nn.Module) -> None:
+    def __init__(self, spec: VitSpec, taps: tuple[str, ...], frames: int, projector: nn.Module | None) -> None:
         super().__init__(spec, taps, frames)
         self.projector = projector
         for name in taps:

@@ -65,9 +65,9 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers out of `n` questions."""
+    """Right answers out of `n` questions; half a point for half an answer, where the metric gives that."""
 
-    correct: int
+    correct: float
     n: int
 
     @property
@@ -154,6 +154,20 @@ class Answer:
     question: str
     expected: str
     answers: dict[str, str]
+    right: dict[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A question that the unreduced model answers right and the engine does not. cause: what lost it, "reduction" or
+    "precision". image: PNG, with the kept tokens if they can be drawn."""
+
+    kind: str
+    question: str
+    expected: str
+    cause: str
+    answers: dict[str, str]
+    image: bytes
 
 
 @dataclass(frozen=True)
@@ -188,6 +202,10 @@ class ReportData:
     """Unreduced, by kind, in the curves' setting."""
     overlays: list[Overlay] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
+    regressions: list[Regression] = field(default_factory=list)
+    """Those that are shown."""
+    regressed: dict[str, int] = field(default_factory=dict)
+    """All of them, by cause."""
     geometry: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

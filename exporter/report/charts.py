@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import log2
 
 from markupsafe import Markup, escape
 
 from exporter.report._data import Curve, Score
+
+
+@dataclass(frozen=True)
+class Session:
+    """One point of a history. day: as the axis shows it. said: everything about it. generation: of the bundle, from 0."""
+
+    day: str
+    ms: float
+    low_ms: float
+    high_ms: float
+    generation: int
+    said: str
+
 
 SERIES = 6
 """Colours of the style sheet, s0 to s5; further series begin again, told apart by their mark."""
@@ -164,3 +178,39 @@ def tokens(before: int, after: int, most: int) -> Markup:
          f'<rect width="{max(kept, 2):.1f}" height="{height:g}" rx="2" class="bar s0"/>'],
         "chart wide",
     )  # fmt: skip
+
+
+def history(stage: str, sessions: Sequence[Session]) -> Markup:
+    """Milliseconds of one stage, session after session: the median and the range of its openings. A new bundle has a new colour,
+    and a band in front of it."""
+    width, height, left, right, top, bottom = 330.0, 200.0, 46.0, 12.0, 14.0, 34.0
+    low = min(s.low_ms for s in sessions)
+    high = max(s.high_ms for s in sessions)
+    room = (high - low) * 0.08 or high * 0.05
+    low, high = max(0.0, low - room), high + room
+    step = (width - left - right) / max(1, len(sessions))
+
+    def x(i: float) -> float:
+        return left + (i + 0.5) * step
+
+    def y(ms: float) -> float:
+        return top + (high - ms) / (high - low) * (height - top - bottom)
+
+    body = [_line(left, y(low), width - right, y(low), "axis")]
+    for part in range(5):
+        ms = low + (high - low) * part / 4
+        if part:
+            body.append(_line(left, y(ms), width - right, y(ms), "grid"))
+        body.append(_text(left - 7, y(ms) + 3.5, f"{ms:.3g}", "tick", "end"))
+    shown = -width
+    for i, session in enumerate(sessions):
+        colour = f"s{session.generation % SERIES}"
+        if i and session.generation != sessions[i - 1].generation:
+            body.append(_line(x(i - 0.5), top, x(i - 0.5), height - bottom, "here"))
+        if x(i) - shown >= 62:
+            shown = x(i)
+            body.append(_text(shown, height - bottom + 16, session.day, "tick", "middle"))
+        mark = _mark(x(i), y(session.ms), "circle", f"mark {colour}", min(3.4, max(1.2, step / 3)))
+        spread = _line(x(i), y(session.low_ms), x(i), y(session.high_ms), f"range {colour}")
+        body.append(f"<g>{spread}{mark}<title>{escape(session.said)}</title></g>")
+    return _svg(width, height, f"{stage}, milliseconds over {len(sessions)} sessions", body)

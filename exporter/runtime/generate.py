@@ -120,7 +120,8 @@ class Generator:
         self._vision, self._reduce = runners["vision"], runners["reduce"]
         self._prefill, self._decode = runners["prefill"], runners["decode"]
         self._question = runners.get("question")
-        self._chunk = chunk or self._decode.chunk
+        self._chunk = chunk or self._decode.chunk(cached=False)
+        self._chunk_cached = chunk or self._decode.chunk(cached=True)
         self._shrinking = Shrinking(runners, graphs, self._hand) if graphs.buckets else None
         self._signals = [name for name in self._reduce.inputs if name not in graphs.side]
         self._present = {name: "present" + name[4:] for name in self._decode.inputs if name.startswith("past_")}
@@ -130,6 +131,11 @@ class Generator:
             _check(self._question, "question", ["aligned_text"])
         for role, runner in (("prefill", self._prefill), ("decode", self._decode)):
             _check(runner, role, ["logits", *self._present.values()])
+
+    @property
+    def batch(self) -> int | None:
+        """Most images (or clips) at once; None: any number."""
+        return self._vision.batch
 
     def generate(
         self,
@@ -312,7 +318,7 @@ class Generator:
         if visual.size is not None:
             size = np.concatenate([visual.size, np.ones(text.ids.shape, np.float32)], axis=1)
         tokens = Tokens(np.concatenate([seen, words], axis=1), places.position_ids, places.order, size, places.reach)
-        first, *rest = self._chunks(tokens.in_prompt_order()) if self._divisible(tokens) else [tokens]
+        first, *rest = self._parts(tokens)
         batch, past = len(input_ids), {}
         for name, dtype in runner.inputs.items():
             if name.startswith(("past_order_", "past_size_")):
@@ -434,13 +440,15 @@ class Generator:
         found: Array = self._embedding[ids]
         return np.pad(found, ((0, 0), (0, 0), (0, text.width - text.hidden))) if text.planes else found
 
-    def _divisible(self, tokens: Tokens) -> bool:
-        """Whether prefill has to go, and can go, in chunks: not where tokens see others behind them."""
-        chunk = None if self.graphs.prefill_apart or tokens.reach is not None else self._chunk
-        return chunk is not None and tokens.order.shape[1] > chunk
+    def _parts(self, tokens: Tokens) -> Iterable[Tokens]:
+        """A prompt in chunks; whole where prefill is a graph of its own, or where tokens see others behind them."""
+        whole = self.graphs.prefill_apart or tokens.reach is not None
+        if whole or self._chunk is None or tokens.order.shape[1] <= self._chunk:
+            return [tokens]
+        return tokens.in_prompt_order().chunks(self._chunk)
 
     def _chunks(self, tokens: Tokens) -> Iterable[Tokens]:
-        return [tokens] if self._chunk is None else tokens.chunks(self._chunk)
+        return [tokens] if self._chunk_cached is None else tokens.chunks(self._chunk_cached)
 
     def _run(self, cache: Cache, tokens: Tokens) -> Logits:
         """The decode graph; puts what it returns into the cache."""
@@ -452,6 +460,11 @@ class Generator:
         return _logits(runner, found)
 
     def _feeds(self, runner: Runner, tokens: Tokens) -> dict[str, Any]:
+        most, last = self.graphs.text.longest, int(tokens.position_ids.max(initial=0)) + 1
+        if most and last > most:
+            raise UsageError(
+                f"The conversation comes to {last} tokens; this model has positions for {most}. Ask for less."
+            )
         feeds = {"inputs_embeds": tokens.embeds, "position_ids": tokens.position_ids, "order": tokens.order}
         if tokens.size is not None:
             feeds["size"] = tokens.size

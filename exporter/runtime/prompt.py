@@ -65,11 +65,14 @@ class Prompt:
         image_token: str | None,
         readers: Sequence[Reader] = (),
         rewrite: tuple[str, str] = ("", ""),
+        splice: int | None = None,
     ) -> None:
+        """`splice`: the image token's id, where the tokenizer has none for it."""
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer, self.special, self.image_token, self._readers = tokenizer, dict(special), image_token, readers
         self._mark, self._written = rewrite
+        self._splice = splice
         self._template = _compile(LLAVA_TEMPLATE if template is None else template)
         self._extra = {"image_token": image_token} if template is None and image_token else {}
 
@@ -81,6 +84,7 @@ class Prompt:
         clip: Path | None = None,
         rewrite: tuple[str, str] = ("", ""),
         template: str = "",
+        spliced: str = "",
     ) -> Prompt:
         """Read a checkpoint's or bundle's folder.
 
@@ -90,6 +94,7 @@ class Prompt:
             clip: the CLIP checkpoint's folder; else the one that an export has in its own.
             rewrite: `VisualLayout.mark` and `VisualLayout.written`.
             template: `VisualLayout.template`, for a folder without a chat template.
+            spliced: `VisualLayout.spliced`; `image_token` is its id then.
         Raises:
             CheckpointError: no tokenizer, or a file that cannot be read.
         """
@@ -97,7 +102,10 @@ class Prompt:
         config = _tokenizer.config(folder)
         special = _tokenizer.special_tokens(config)
         processor = _tokenizer.json_object(folder / "processor_config.json")
-        if isinstance(image_token, int):
+        splice = image_token if spliced and isinstance(image_token, int) else None
+        if splice is not None:
+            image_token = spliced
+        elif isinstance(image_token, int):
             name = tokenizer.id_to_token(image_token)
             if name is None:
                 raise CheckpointError(
@@ -106,13 +114,20 @@ class Prompt:
             image_token = name
         image_token = image_token or _image_token(tokenizer, config, processor)
         found = _chat_template(folder, config, processor) or template or None
-        return cls(tokenizer, found, special, image_token, readers(folder, clip), rewrite)
+        return cls(tokenizer, found, special, image_token, readers(folder, clip), rewrite, splice)
 
     @classmethod
     def of(cls, folder: Path, graphs: GraphSet) -> Prompt:
         """That of an export, whose graphs lie in `folder`."""
-        rewrite = graphs.visual.mark, graphs.visual.written
-        return cls.load(folder / "processor", graphs.text.image_token, rewrite=rewrite, template=graphs.visual.template)
+        visual = graphs.visual
+        return cls.load(
+            folder / "processor",
+            graphs.text.image_token,
+            None,
+            (visual.mark, visual.written),
+            visual.template,
+            visual.spliced,
+        )
 
     def render(self, messages: Sequence[Message], answer: bool = True) -> str:
         """The text of a conversation; with `answer`, up to where the assistant's next answer begins.
@@ -194,7 +209,12 @@ class Prompt:
     def _ids(self, text: str) -> list[int]:
         bos = self.special.get("bos_token")
         own = not (bos and (text.replace(self.image_token, "") if self.image_token else text).startswith(bos))
-        return self.tokenizer.encode(text, add_special_tokens=own).ids
+        first, *others = [text] if self._splice is None else text.split(self.image_token)
+        ids: list[int] = self.tokenizer.encode(first, add_special_tokens=own).ids
+        for part in others:
+            assert self._splice is not None
+            ids += [self._splice, *self.tokenizer.encode(part, add_special_tokens=False).ids]
+        return ids
 
     def _images(self, messages: Sequence[Message]) -> int:
         """Image tokens in the rendered messages; -1 if the template refuses them."""

@@ -129,7 +129,7 @@ def split(input_ids: Prompts, graphs: GraphSet) -> Text:
             )
         if not len(prompt) or prompt[-1] == image:
             raise UsageError(f"Prompt {row} ends with an image token; expected text behind it, such as the question.")
-        check_ids(prompt, graphs, row)
+        check_ids([token for token in prompt if token != image], graphs, row)
     return pad([[token for token in prompt if token != image] for prompt in _with_readers(input_ids, graphs)])
 
 

@@ -2,32 +2,83 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from exporter.errors import UsageError
+from exporter.metrics import _contract as metrics
 from exporter.runtime import images
+
+SHAPE = '{"image": PATH, "question": "…", "answer": "…"}'
+KEYS = {"image", "images", "video", "question", "answer", "answers", "metric", "kind"}
+
+
+class Files(Sequence[Image.Image]):
+    """Images of a question, read from their files when they are looked at: a data set does not fit into memory."""
+
+    def __init__(self, paths: Sequence[Path], count: int) -> None:
+        self.paths, self.wanted = tuple(paths), count
+
+    def __len__(self) -> int:
+        return self.wanted
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return (images.load(p) for p in self.paths)
+
+    def __getitem__(self, place: Any) -> Any:
+        return list(self)[place]
+
+
+class Clip(Files):
+    """`count` frames of one path, a folder or an animated image: evenly spread from the first to the last."""
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return iter(images.clip(self.paths[0], self.wanted))
 
 
 @dataclass(frozen=True)
 class Question:
-    """frames: PIL images, as many as the graphs take. answer: what the decoded output must equal, case and space aside."""
+    """frames: PIL images, as many as the graphs take. answer: the right one; others that are right are in `also`. metric: a name from
+    exporter/metrics. source: the images' paths as the user wrote them, if they are the user's."""
 
     kind: str
-    frames: list[Image.Image]
+    frames: Sequence[Image.Image]
     question: str
     answer: str
+    also: tuple[str, ...] = ()
+    metric: str = "exact"
+    source: tuple[str, ...] = ()
 
     @property
     def pixels(self) -> npt.NDArray[np.uint8]:
         """uint8 [frames, height, width, 3]"""
         return np.stack([np.asarray(images.rgb(f)) for f in self.frames])
+
+    def score(self, given: str) -> float:
+        """0..1"""
+        return metrics.load(self.metric)(given, (self.answer, *self.also))
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of what decides the answer: the question, and the images' bytes."""
+        digest = hashlib.sha256(self.question.encode())
+        if isinstance(self.frames, Files):
+            for path in self.frames.paths:
+                for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+                    digest.update(hashlib.sha256(file.read_bytes()).digest())
+        else:
+            for frame in self.frames:
+                digest.update(str((frame.size, frame.mode)).encode() + frame.tobytes())
+        return digest.hexdigest()
 
 
 def embedded(frames: int, per_kind: int, seed: int = 0) -> list[Question]:
@@ -56,36 +107,64 @@ def for_calibration(frames: int, count: int = 64) -> list[Question]:
 
 
 def from_file(path: Path, frames: int) -> list[Question]:
-    """One JSON object a line: {"images": [paths], "question": text, "answer": text, "kind": text (optional)}.
+    """One JSON object a line, see docs/questions.md; paths are relative to the file. Images are there, but not read yet.
 
-    Paths are relative to the file. Raises UsageError with the line number.
+    Raises:
+        UsageError: with the line number.
     """
     found = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as e:
         raise UsageError(f"Questions {path} cannot be read: {e.strerror}.") from e
+    except UnicodeDecodeError as e:
+        raise UsageError(f"Questions {path} is not text in UTF-8 ({e}).") from e
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-            paths, question, answer = entry["images"], str(entry["question"]), str(entry["answer"])
-        except (ValueError, KeyError, TypeError) as e:
-            raise UsageError(
-                f'{path}, line {number}: expected {{"images": […], "question": "…", "answer": "…"}} ({type(e).__name__}: {e}).'
-            ) from e
-        if len(paths) != frames:
-            raise UsageError(f"{path}, line {number}: {len(paths)} images, but the graphs take {frames} (--frames).")
-        loaded = [images.load(path.parent / p) for p in paths]
-        found.append(Question(str(entry.get("kind", "custom")), loaded, question, answer))
+            found.append(_question(json.loads(line), path.parent, frames))
+        except UsageError as e:
+            raise UsageError(f"{path}, line {number}: {e}") from e
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise UsageError(f"{path}, line {number}: expected {SHAPE} ({type(e).__name__}: {e}).") from e
     if not found:
         raise UsageError(f"{path} holds no question.")
     return found
 
 
-def right(answer: str, expected: str) -> bool:
-    return answer.strip().casefold() == expected.strip().casefold()
+def _question(entry: Mapping[str, Any], folder: Path, frames: int) -> Question:
+    if unknown := sorted(set(entry) - KEYS):
+        raise UsageError(f"unknown key '{unknown[0]}'. Known: {', '.join(sorted(KEYS))}.")
+    media = [key for key in ("image", "images", "video") if key in entry]
+    if len(media) != 1:
+        raise UsageError(f'expected one of "image", "images" and "video"; found {" and ".join(media) or "none"}.')
+    given = entry[media[0]]
+    written = [given] if isinstance(given, str) else list(given)
+    if not all(isinstance(p, str) for p in written):
+        raise UsageError(f'"{media[0]}" must be a path{" or a list of them" if media[0] == "images" else ""}.')
+    paths = [folder / p for p in written]
+    for p in paths:
+        if not p.exists():
+            raise UsageError(f"there is no {p}.")
+    if media[0] == "video":
+        if len(paths) != 1:
+            raise UsageError('"video" must be one path: a folder of frames or an animated image.')
+        shown: Files = Clip(paths, frames)
+    elif len(paths) != frames:
+        raise UsageError(f"{len(paths)} images, but the graphs take {frames} (--frames).")
+    else:
+        shown = Files(paths, frames)
+    if ("answer" in entry) == ("answers" in entry):
+        raise UsageError('expected one of "answer" and "answers".')
+    right = [entry["answer"]] if "answer" in entry else list(entry["answers"])
+    if not right or not all(isinstance(a, str | int | float) for a in right):
+        raise UsageError('"answer" must be text or a number, and "answers" a list of at least one.')
+    answer, *also = (str(a) for a in right)
+    metric = str(entry.get("metric", "exact"))
+    metrics.check(metric, (answer, *also))
+    kind = str(entry.get("kind", "custom"))
+    return Question(kind, shown, str(entry["question"]), answer, tuple(also), metric, tuple(written))
 
 
 def kinds(questions: Sequence[Question]) -> list[str]:

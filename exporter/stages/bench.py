@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -41,6 +37,10 @@ class Timing:
     rounds: int
 
 
+Samples = dict[str, list[float]]
+"""Stage → milliseconds, one per round."""
+
+
 def measure(
     variants: Sequence[Variant],
     pixel_values: Array,
@@ -51,18 +51,33 @@ def measure(
     log: Log = lambda text: None,
     side: Mapping[str, Array] | None = None,
 ) -> dict[str, dict[str, Timing]]:
-    """Time all variants in turn.
+    """variant → stage → timing; arguments as of `sample`."""
+    found = sample(variants, pixel_values, prompts, new_tokens, rounds, warmup, log, side)
+    return {name: {stage: timing(values) for stage, values in stages.items()} for name, stages in found.items()}
+
+
+def sample(
+    variants: Sequence[Variant],
+    pixel_values: Array,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int = 16,
+    rounds: int = 9,
+    warmup: int = 2,
+    log: Log = lambda text: None,
+    side: Mapping[str, Array] | None = None,
+) -> dict[str, Samples]:
+    """Time all variants in turn, forwards in one round and backwards in the next.
 
     Args:
         pixel_values: float32 [batch, frames, 3, height, width]. prompts: token ids, one prompt per row.
         new_tokens: generated per round, end-of-sequence ignored.
         side: see `Generator.reduce`; every variant takes of it what it needs.
     Returns:
-        variant → stage → timing.
+        variant → its samples, in the order of the rounds.
     """
     # Nothing stops early: every round runs the same number of steps.
     generators = [Generator(v.runners, _without_eos(v.graphs), v.table) for v in variants]
-    samples: dict[str, dict[str, list[float]]] = {
+    samples: dict[str, Samples] = {
         v.name: {s: [] for s in STAGES if s != "question" or s in v.graphs.files} for v in variants
     }
     for i in range(warmup + rounds):
@@ -79,7 +94,7 @@ def measure(
                 found["prefill"].append(timings.prefill_ms)
                 found["decode"].append(float(np.median(timings.decode_ms)))
                 found["ttft"].append(timings.ttft_ms)
-    return {name: {stage: timing(values) for stage, values in stages.items()} for name, stages in samples.items()}
+    return samples
 
 
 def timing(values: Sequence[float]) -> Timing:
@@ -89,21 +104,3 @@ def timing(values: Sequence[float]) -> Timing:
 
 def _without_eos(graphs: GraphSet) -> GraphSet:
     return replace(graphs, text=replace(graphs.text, eos=[]))
-
-
-def machine() -> dict[str, Any]:
-    """What measured: processor, cores, load, clock, and the time."""
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
-    except OSError:
-        pass
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "utc": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-    }

@@ -41,19 +41,24 @@ def why_not_here(profile: Profile) -> str | None:
     if missing := backend_for(profile).missing():
         return missing
     if profile.stack.builds_on_device:
-        from exporter.backends.trt import gpu_missing
+        from exporter.backends import _cuda
 
-        return gpu_missing()
+        return _cuda.missing()
     return None
 
 
 def build(
-    graphs: GraphSet, source: Path, out: Path, profile: Profile, log: Log = lambda text: None
+    graphs: GraphSet,
+    source: Path,
+    out: Path,
+    profile: Profile,
+    log: Log = lambda text: None,
+    strip_weights: bool = False,
 ) -> list[EngineRecord]:
     """Build one engine per graph file.
 
     Args:
-        source: the folder with the graphs. out: where engines go.
+        source: the folder with the graphs. out: where engines go. strip_weights: leave the weights with the graphs.
     Raises:
         EnvironmentMismatch: this profile cannot be built here. ExportError: the backend refused a graph.
     """
@@ -63,11 +68,13 @@ def build(
             f"`edgetrim build` there; the graphs are the same."
         )
     backend = backend_for(profile)
+    options = options_for(profile) | ({"strip_weights": True} if strip_weights else {})
     records = []
     for file, roles in graphs.roles().items():
         log(f"building {', '.join(roles)}")
         shapes = [shape_profile(role, graphs, profile.limits) for role in roles]
-        records.append(backend.build(source / file, roles, shapes, out, options_for(profile), log))
+        built = graphs.plugged.get(file, file) if profile.stack.plugins else file
+        records.append(backend.build(source / built, roles, shapes, out, options, log))
     return records
 
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from exporter.pipeline import Job
     from exporter.plan import Plan
     from exporter.runtime.generate import Generator
-    from exporter.runtime.prompt import Prompt
     from exporter.stages._task import Question
 
 Log = Callable[[str], None]
@@ -87,6 +86,7 @@ def measure(
     from dataclasses import replace
 
     from exporter.stages import _task, validate
+    from exporter.stages._processor import prompt_of
 
     questions = _task.embedded(job.frames, per_kind)
     if not questions:
@@ -126,15 +126,6 @@ def measure(
 
 def write(work: Workspace, record: Mapping[str, Any]) -> None:
     work.write(CURVES, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-
-
-def prompt_of(plan: Plan) -> Prompt:
-    """The tokenizers of a plan's checkpoints."""
-    from exporter.runtime.prompt import Prompt
-
-    clip = None if plan.request.clip is None else plan.request.clip.folder
-    g = plan.geometry
-    return Prompt.load(plan.checkpoint.folder, g.image_token, clip, (g.mark, g.written), g.template)
 
 
 def kept(
@@ -189,6 +180,7 @@ def overlays(job: Job, methods: Sequence[str], question: Question) -> list[Pictu
 
     from exporter.runtime import images
     from exporter.runtime.generate import Generator
+    from exporter.stages._processor import prompt_of
     from exporter.stages._reference import reference
 
     drawn = []

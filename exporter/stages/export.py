@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from exporter import __version__
-from exporter.checkpoint import INSTRUCTION_FOLDER, TOKENIZER_FILES, Stored
+from exporter.checkpoint import Stored
 from exporter.clip import text_spec, text_tokens
 from exporter.flavours._apply import apply
 from exporter.graphset import GraphSet, TextSpec, VisualLayout, bucket_role
@@ -29,15 +29,16 @@ from exporter.journal import DataFile, Journal
 from exporter.nn.clip_text import ClipText
 from exporter.nn.reduce import Reduce
 from exporter.plan import Plan, Step, trained_tensors
-from exporter.runtime.question import FOLDER as CLIP_FOLDER
 from exporter.runtime.question import InstructionTokenizer, QuestionTokenizer
 from exporter.stages._draw import DTYPES as TORCH
 from exporter.stages._draw import Shape, draw
 from exporter.stages._llm import buckets, draw_llm
+from exporter.stages._processor import write_processor
 from exporter.stages._store import WeightFile, as_bytes, slices, to_dtype
 from exporter.transfer import Transfer
 from exporter.weights import Source, elsewhere, fill, sources, text_embeddings, trained
 from graphs._contract import INSTRUCTION_TOKENS
+from plugins._apply import apply as plug
 
 if TYPE_CHECKING:
     from exporter.nn.traced import LanguageModel
@@ -197,11 +198,7 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: 
             file.unlink()
     _write_embedding(plan, embedding, folder / "embedding.npy", journal, dtype)
     advance(embedding.bytes(plan.checkpoint))
-    copy_processor(plan.checkpoint.folder, folder / "processor")
-    if plan.clip is not None:
-        copy_processor(plan.clip.folder, folder / "processor" / CLIP_FOLDER)
-    if plan.instruction is not None:
-        copy_processor(plan.instruction, folder / "processor" / INSTRUCTION_FOLDER)
+    write_processor(plan, folder / "processor")
     target = plan.profile.stack
     if target.flavour is not None:
         files |= apply(target.flavour, target.backend, folder, files, log)
@@ -210,6 +207,8 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: 
     if quantize is not None or islands:
         record = _precision_record(plan, weight_files["llm"].notes, len(calibration), islands)
         (folder / PRECISION).write_text(json.dumps(record, indent=1) + "\n")
+    if target.plugins:
+        graphs = replace(graphs, plugged=plug(target.plugins, folder, files.values(), log))
     graphs.save(folder)
     journal.close()
     return graphs
@@ -269,14 +268,6 @@ def _bytes(plan: Plan, found: dict[str, dict[str, Source]], embedding: Source) -
     return sum(source.bytes(plan.checkpoint) for source in (*wanted, embedding))
 
 
-def copy_processor(source: Path, folder: Path) -> None:
-    """Copy the small files a runtime needs: tokenizer, chat template, processor settings."""
-    folder.mkdir(parents=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
 def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -> GraphSet:
     """The description that a runtime needs instead of the plan."""
     g = plan.geometry
@@ -303,6 +294,7 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
             written=g.written,
             fixed=g.fixed,
             template=g.template,
+            spliced=g.spliced,
             sees=g.sees,
         ),
         text=TextSpec(
@@ -317,6 +309,7 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
             image_token=g.image_token,
             eos=list(g.eos),
             planes=g.planes,
+            longest=plan.family.decoder(plan.checkpoint).longest,
             per_head=[group for group, apart in enumerate(kv.per_head) if apart],
         ),
         signals=signals,

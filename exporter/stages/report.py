@@ -75,7 +75,7 @@ def collect(work: Workspace, job: Job) -> report.ReportData:
                 report.Reduction(r["name"], r["spec"], PLACES[r["place"]], r["before"], r["after"])
                 for r in graphs.reductions
             ],
-            stages=_stages(work, graphs, profile, bool(executed)),
+            stages=_stages(work, graphs, profile, _ran(executed, profile)),
             fidelity=[_fidelity(row) for row in (validation or {}).get("fidelity", [])],
             quality=[_quality(row) for row in (validation or {}).get("quality", [])],
             latency=[timed[s] for s in ("vision", "question", "reduce", "prefill") if s in timed],
@@ -85,6 +85,8 @@ def collect(work: Workspace, job: Job) -> report.ReportData:
             full_accuracy=dict((curves or {}).get("full", {})),
             overlays=_overlays(work),
             answers=[report.Answer(**row) for row in (validation or {}).get("samples", [])],
+            regressions=_regressions(work, validation),
+            regressed=dict((validation or {}).get("regressions", {}).get("causes", {})),
             geometry=_geometry(graphs),
             versions=dict((latency or {}).get("versions") or versions()),
             notes=_notes(validation, latency, curves, executed, profile),
@@ -163,7 +165,12 @@ def _stage(entry: Mapping[str, Any], executed: bool, reason: str, suffix: str = 
         targets = ", ".join(f"SM {c // 10}.{c % 10}" for c in entry["capabilities"])
         note = f"{entry['stack']}{f', for {targets}' if targets else ''}"
     numbers = entry["engine_bytes"], entry["build_s"], entry["peak_rss_mib"]
-    return report.Stage(name, entry["nodes"], entry["graph_bytes"], *numbers, ours and executed, note)
+    return report.Stage(name, entry["nodes"], entry["graph_bytes"], *numbers, executed, note)
+
+
+def _ran(executed: str, profile: Profile) -> bool:
+    """Whether the profile's own engines ran, and not ONNX Runtime in their place."""
+    return bool(executed) and (profile.stack.backend == "ort" or not executed.startswith("ONNX Runtime"))
 
 
 def _not_built(profile: Profile) -> str:
@@ -174,9 +181,9 @@ def _not_built(profile: Profile) -> str:
 
 def _graph(path: Path) -> tuple[int, int]:
     """Nodes, and bytes with the weights it points to. Needs neither onnx nor onnxruntime."""
-    from exporter.backends.ort import _Onnx
+    from exporter.backends._onnx_file import OnnxFile
 
-    found = _Onnx(path)
+    found = OnnxFile(path)
     external = {path.parent / name for name in found.locations}
     return len(found.operators), sum(p.stat().st_size for p in (path, *external) if p.is_file())
 
@@ -247,6 +254,17 @@ def _overlays(work: Workspace) -> list[report.Overlay]:
     return found
 
 
+def _regressions(work: Workspace, validation: Mapping[str, Any] | None) -> list[report.Regression]:
+    folder = work.evidence / "regressions"
+    found = []
+    for row in (validation or {}).get("regressions", {}).get("shown", []):
+        image = folder / Path(row["file"]).name
+        if image.is_file():
+            told = {name: row[name] for name in ("kind", "question", "expected", "cause", "answers")}
+            found.append(report.Regression(**told, image=image.read_bytes()))
+    return found
+
+
 def _notes(
     validation: Mapping[str, Any] | None,
     latency: Mapping[str, Any] | None,
@@ -259,6 +277,7 @@ def _notes(
         notes.append("Fidelity and quality: not measured; `edgetrim validate` has not run on this folder.")
     else:
         notes += [note[:1].upper() + note[1:] + "." for note in validation["notes"]]
+        notes += [f"Quality: {gate['words']}." for gate in validation.get("gates", [])]
         notes += [f"Gate failed: {words}." for words in validation["failed"]]
     if latency is None:
         notes.append("Latency: not measured; `edgetrim bench` has not run on this folder.")
@@ -271,7 +290,7 @@ def _notes(
             f"process, {latency['new_tokens']} tokens each, {threads}"
             f"{'' if load is None else f'; load average {load} when it was written'}."
         )
-    if executed and profile.stack.backend != "ort":
+    if executed and not _ran(executed, profile):
         notes.append(
             f"Every measured number is from {executed}: it checks the graphs, and says nothing about the speed of {profile.name}."
         )
@@ -303,7 +322,7 @@ def _stack(profile: Profile) -> str:
 
 def _machine(found: Mapping[str, Any] | None) -> str:
     if found is None:
-        from exporter.stages.bench import machine
+        from exporter.device import machine
 
         found = machine()
     return f"{found['processor']} ({found['cores']} cores)"

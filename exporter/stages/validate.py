@@ -21,8 +21,11 @@ from exporter.runtime.generate import Generator, Visual
 from exporter.runtime.prompt import Prompt
 from exporter.runtime.sampling import greedy
 from exporter.runtime.sequence import split
+from exporter.stages import _answers
+from exporter.stages._answers import Answers
 from exporter.stages._reference import reference
-from exporter.stages._task import Question, kinds, right
+from exporter.stages._task import Question, kinds
+from exporter.workspace import Workspace
 from profiles._schema import Gates
 
 Log = Callable[[str], None]
@@ -30,6 +33,10 @@ STEPS = 32
 """Greedy tokens compared."""
 BATCH = 16
 """Questions asked at once."""
+NEW_TOKENS = 32
+"""Of an answer, at most."""
+RIGHT = 0.5
+"""Score from which an answer counts as right, where that is a question of yes or no."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +55,59 @@ class StageFidelity:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Right answers of one variant: kind → (correct, asked)."""
+    """Right answers of one variant: kind → (sum of the scores, asked). A score is 0 or 1, or between for some metrics."""
 
     variant: str
     label: str
-    scores: dict[str, tuple[int, int]]
+    scores: dict[str, tuple[float, int]]
 
     def percent(self) -> float:
         correct, asked = (sum(x) for x in zip(*self.scores.values(), strict=True))
         return 100 * correct / max(1, asked)
+
+
+@dataclass(frozen=True)
+class QualityGate:
+    """A threshold on accuracy. found: points lost. error: half of the 95 % interval of that, in points; the same questions were
+    put to both."""
+
+    name: str
+    found: float
+    error: float
+    most: float
+
+    @property
+    def passed(self) -> bool:
+        return self.found <= self.most
+
+    def words(self) -> str:
+        return f"{self.name} {self.found:.1f} points (± {self.error:.1f}); at most {self.most:g} allowed"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One variant's answers and their scores, in the order of the questions."""
+
+    variant: str
+    label: str
+    answers: list[str]
+    scores: list[float]
+
+    def accuracy(self, questions: Sequence[Question]) -> Accuracy:
+        totals = dict.fromkeys(kinds(questions), (0.0, 0))
+        for value, question in zip(self.scores, questions, strict=True):
+            total, count = totals[question.kind]
+            totals[question.kind] = total + value, count + 1
+        return Accuracy(self.variant, self.label, totals)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A question that the unreduced model answers right and the engine does not. cause: "reduction" if the reduced model in
+    PyTorch fails too, else "precision". number: of the question, from 0."""
+
+    number: int
+    cause: str
 
 
 @dataclass(frozen=True)
@@ -68,9 +119,12 @@ class Validation:
     failed: list[str]
     notes: list[str] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    gates: list[QualityGate] = field(default_factory=list)
+    regressions: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        return asdict(self)
+        gates = [{**asdict(gate), "passed": gate.passed, "words": gate.words()} for gate in self.gates]
+        return {**asdict(self), "gates": gates}
 
 
 def cosine(a: Array, b: Array) -> float:
@@ -227,100 +281,177 @@ def _overlap(found: npt.NDArray[np.int64], expected: npt.NDArray[np.int64]) -> f
     return float(np.mean([np.isin(e, f).mean() if e.size else 1.0 for f, e in tokens]))
 
 
-def answers(generator: Generator, prompt: Prompt, questions: Sequence[Question], new_tokens: int = 8) -> list[str]:
-    """Greedy answers, in order."""
-    graphs = generator.graphs
-    found: list[str] = []
-    for start in range(0, len(questions), BATCH):
-        part = questions[start : start + BATCH]
+def answers(
+    generator: Generator,
+    prompt: Prompt,
+    questions: Sequence[Question],
+    known: Answers | None = None,
+    log: Log = lambda text: None,
+    batch: int = BATCH,
+) -> list[str]:
+    """Greedy answers, in order. What is `known` is not asked again, and what is asked is known from then on."""
+    graphs, known = generator.graphs, known or Answers()
+    batch = min(batch, generator.batch or batch)
+    keys = [q.key for q in questions]
+    missing = [i for i, key in enumerate(keys) if key not in known.known]
+    for start in range(0, len(missing), batch):
+        log(f"{len(questions) - len(missing) + start} of {len(questions)}")
+        part = [questions[i] for i in missing[start : start + batch]]
         pixels = np.concatenate([images.preprocess(q.frames, graphs.image) for q in part])
         ids = [prompt.ask(q.question, graphs.visual.placeholders, graphs.visual.media) for q in part]
         side = prompt.side([q.question for q in part])
-        result = generator.generate(pixels, ids, new_tokens, side=side)
+        result = generator.generate(pixels, ids, NEW_TOKENS, side=side)
         stop = set(graphs.text.eos)
-        found += [prompt.decode([t for t in row if t not in stop]).strip() for row in result.tokens]
-    return found
+        found = [prompt.decode([t for t in row if t not in stop]).strip() for row in result.tokens]
+        known.add({keys[i]: answer for i, answer in zip(missing[start : start + batch], found, strict=True)})
+    return [known.known[key] for key in keys]
 
 
-def score(found: Sequence[str], questions: Sequence[Question]) -> dict[str, tuple[int, int]]:
-    """kind → (correct, asked)"""
-    scores = dict.fromkeys(kinds(questions), (0, 0))
-    for answer, question in zip(found, questions, strict=True):
-        correct, asked = scores[question.kind]
-        scores[question.kind] = correct + right(answer, question.answer), asked + 1
-    return scores
+def score(found: Sequence[str], questions: Sequence[Question]) -> dict[str, tuple[float, int]]:
+    """kind → (sum of the scores, asked)"""
+    return _scored("", "", found, questions).accuracy(questions).scores
+
+
+def _scored(variant: str, label: str, found: Sequence[str], questions: Sequence[Question]) -> Asked:
+    scores = [question.score(answer) for answer, question in zip(found, questions, strict=True)]
+    return Asked(variant, label, list(found), scores)
 
 
 def controls(plan: Plan) -> list[tuple[str, Plan]]:
-    """The plan with random and with uniform selection in place of what acts before the language model, same count."""
+    """The plan with random and with uniform selection in place of what acts before the language model, same count; behind the
+    model's own projector where that shortens."""
     kept = min(step.after for step in plan.steps)
     per_frame = max(1, kept // plan.geometry.tower.frames)
+    where = ",space=llm" if plan.geometry.compressor else ""
     return [
         (
             f"{name}, {per_frame} per image",
-            make_plan(plan.checkpoint, [f"{name}:keep={per_frame}"], plan.profile, plan.request),
+            make_plan(plan.checkpoint, [f"{name}:keep={per_frame}{where}"], plan.profile, plan.request),
         )
         for name in ("random", "uniform")
     ]
 
 
-def ask_reference(plan: Plan, prompt: Prompt, questions: Sequence[Question]) -> list[str]:
+def ask_reference(
+    plan: Plan,
+    prompt: Prompt,
+    questions: Sequence[Question],
+    known: Answers | None = None,
+    log: Log = lambda text: None,
+) -> list[str]:
     """Answers of the PyTorch reference for a plan."""
     runners, graphs, table = reference(plan)
-    return answers(Generator(runners, graphs, table), prompt, questions)
+    return answers(Generator(runners, graphs, table), prompt, questions, known, log)
 
 
-def measure_quality(
+def ask_all(
     plan: Plan,
     engine: Mapping[str, Runner],
     graphs: GraphSet,
     table: Array,
     prompt: Prompt,
     questions: Sequence[Question],
+    work: Workspace,
+    executed: str,
     log: Log,
-) -> tuple[list[Accuracy], list[dict[str, Any]]]:
-    """Task scores of the unreduced model, the reduced one, the engine, and the controls; and some answers to look at."""
-    found: list[tuple[str, str, list[str]]] = []
-    log("asking the unreduced model")
+) -> list[Asked]:
+    """Put the questions to the unreduced model, the reduced one, the engine, and the controls. What was answered before a kill is
+    not asked again."""
     unreduced = make_plan(plan.checkpoint, [], plan.profile, plan.request)
-    found.append(("unreduced", "unreduced, PyTorch FP32", ask_reference(unreduced, prompt, questions)))
+    references = [("unreduced", "unreduced, PyTorch FP32", unreduced)]
     if plan.steps:
-        log("asking the reduced model")
-        found.append(("reduced", "reduced, PyTorch FP32", ask_reference(plan, prompt, questions)))
-    log("asking the engine")
+        references.append(("reduced", "reduced, PyTorch FP32", plan))
+        references += [("control", name, control) for name, control in controls(plan)]
+    found = []
+    for variant, label, asked in references:
+        known = _answers.of_plan(work.folder, label, asked)
+        told = ask_reference(asked, prompt, questions, known, _naming(log, label))
+        found.append(_scored(variant, label, told, questions))
     label = f"{'reduced' if plan.steps else 'unreduced'}, engine {plan.profile.name}"
-    found.append(("engine", label, answers(Generator(engine, graphs, table), prompt, questions)))
-    if plan.steps:
-        for name, control in controls(plan):
-            log(f"asking the control {name}")
-            found.append(("control", name, ask_reference(control, prompt, questions)))
-    quality = [Accuracy(variant, label, score(answer, questions)) for variant, label, answer in found]
-    samples = [
+    known = _answers.of_folder(work.folder, label, executed)
+    batch = min(BATCH, plan.profile.limits.batch)
+    generator = Generator(engine, graphs, table)
+    told = answers(generator, prompt, questions, known, _naming(log, label), batch)
+    before = [a for a in found if a.variant != "control"]
+    return [*before, _scored("engine", label, told, questions), *(a for a in found if a.variant == "control")]
+
+
+def _naming(log: Log, label: str) -> Log:
+    return lambda text: log(f"asking the {label}: {text}")
+
+
+def regressions(found: Sequence[Asked]) -> list[Regression]:
+    """What the unreduced model answers right and the engine does not, in the order of the questions."""
+    by_variant = {a.variant: a.scores for a in found}
+    if "unreduced" not in by_variant or "engine" not in by_variant:
+        return []
+    before, now = by_variant["unreduced"], by_variant["engine"]
+    reduced = by_variant.get("reduced", before)
+    return [
+        Regression(i, "precision" if reduced[i] >= RIGHT else "reduction")
+        for i in range(len(now))
+        if before[i] >= RIGHT > now[i]
+    ]
+
+
+def answered(number: int, question: Question, found: Sequence[Asked]) -> dict[str, Any]:
+    """One question with everything that was answered, as data."""
+    return {
+        "number": number,
+        "kind": question.kind,
+        "question": question.question,
+        "images": list(question.source),
+        "metric": question.metric,
+        "expected": [question.answer, *question.also],
+        "answers": {a.label: {"answer": a.answers[number], "score": a.scores[number]} for a in found},
+    }
+
+
+def samples(questions: Sequence[Question], found: Sequence[Asked]) -> list[dict[str, Any]]:
+    """Some answers to look at, evenly spread."""
+    return [
         {
             "kind": questions[i].kind,
             "question": questions[i].question,
             "expected": questions[i].answer,
-            "answers": {label: answer[i] for _, label, answer in found},
+            "answers": {a.label: a.answers[i] for a in found},
+            "right": {a.label: a.scores[i] >= RIGHT for a in found},
         }
         for i in range(0, len(questions), max(1, len(questions) // 8))
     ]
-    return quality, samples
 
 
-def verdict(fidelity: Sequence[StageFidelity], quality: Sequence[Accuracy], gates: Gates) -> list[str]:
+def quality_gates(found: Sequence[Asked], gates: Gates) -> list[QualityGate]:
+    """What the profile asks of accuracy: of its precision, and, if it says so, of the reduction."""
+    by_variant = {a.variant: a for a in found}
+    pairs = [
+        ("unreduced", "reduced", "the reduction costs", gates.reduction_drop_max),
+        (
+            "reduced" if "reduced" in by_variant else "unreduced",
+            "engine",
+            "the engine costs, against the same reduction in PyTorch,",
+            gates.quality_drop_max,
+        ),
+    ]
+    return [
+        QualityGate(name, *_points(by_variant[before].scores, by_variant[now].scores), most)
+        for before, now, name, most in pairs
+        if most is not None and before in by_variant and now in by_variant
+    ]
+
+
+def _points(before: Sequence[float], now: Sequence[float]) -> tuple[float, float]:
+    """Points lost on the same questions, and half of the 95 % interval."""
+    lost = 100 * (np.array(before) - np.array(now))
+    error = 1.96 * float(lost.std(ddof=1)) / len(lost) ** 0.5 if len(lost) > 1 else 100.0
+    return float(lost.mean()), error
+
+
+def verdict(fidelity: Sequence[StageFidelity], quality: Sequence[QualityGate]) -> list[str]:
     """Gates that did not pass, in words."""
     failed = [
         f"{s.stage}: {s.gate} asked, found {s.agreement if s.agreement is not None else s.cosine:.4f}"
         for s in fidelity
         if s.passed is False
     ]
-    by_variant = {a.variant: a for a in quality}
-    same_maths = by_variant.get("reduced") or by_variant.get("unreduced")
-    if same_maths is not None and "engine" in by_variant:
-        drop = same_maths.percent() - by_variant["engine"].percent()
-        if drop > gates.quality_drop_max:
-            failed.append(
-                f"quality: the engine answers {drop:.1f} points worse than the same reduction in PyTorch; "
-                f"at most {gates.quality_drop_max:g} allowed"
-            )
-    return failed
+    return failed + [f"quality: {gate.words()}" for gate in quality if not gate.passed]

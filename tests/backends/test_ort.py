@@ -12,7 +12,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.backends.ort import BACKEND, OnnxRuntime, _Onnx
+from exporter.backends._onnx_file import OnnxFile
+from exporter.backends.ort import BACKEND, OnnxRuntime
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, VerificationError
 
 ROWS, COLUMNS = 256, 64
@@ -192,7 +193,7 @@ def test_operators_and_files_are_those_onnx_sees(tmp_path: Path) -> None:
         tmp_path / "g.onnx", nodes, {"x": (FLOAT, [2])}, {"y": (FLOAT, [2])}, {},
         save_as_external_data=True, size_threshold=0, location="sub.data",
     )  # fmt: skip
-    found = _Onnx(graph)
+    found = OnnxFile(graph)
     assert Counter(found.operators) == {"Constant": 1, "If": 1, "Add": 1, "Mul": 1}
     external = Counter(
         entry.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.backends import trt
+from exporter.backends import _cuda, trt
 from exporter.backends._contract import EngineRecord, Range, ShapeProfile
-from exporter.backends._trt_worker import _version
+from exporter.backends._trt_module import version
+from exporter.backends._trt_runner import TensorRtRunner
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError
+from tests.backends import fake_trt
 from tests.conftest import needs_rtx
 
 FP16, INT64 = TensorProto.FLOAT16, TensorProto.INT64
@@ -99,7 +102,6 @@ def test_decoder_with_two_profiles(tmp_path: Path) -> None:
     assert 0 < record.build_s < 120
     assert 50 < record.peak_rss_mib < 4000
     facts = record.details
-    assert facts["executed"] is False
     assert facts["module"] == "tensorrt_rtx"
     assert facts["compute_capabilities"] == [80, 120]
     assert facts["profiles"]["decode"]["past_key_0"] == [[1, 2, 1, 16], [1, 2, 32, 16], [1, 2, 128, 16]]
@@ -251,6 +253,16 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
 
 
 @needs_rtx
+def test_weights_are_stripped_where_there_is_a_gpu_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "LIBRARY", "libno-such-driver.so.1")
+    graph = decoder(tmp_path / "lm.onnx")
+    with pytest.raises(EnvironmentMismatch, match=r"only where there is a GPU(.|\n)*Leave out --strip-weights"):
+        build(graph, PROFILES, strip_weights=True)
+    with pytest.raises(UsageError, match="strip_weights is 'yes'"):
+        build(graph, PROFILES, strip_weights="yes")
+
+
+@needs_rtx
 @pytest.mark.parametrize(
     ("script", "words"),
     [
@@ -300,10 +312,25 @@ def test_header_check(tmp_path: Path) -> None:
         trt.check_rtx_header(engine)
 
 
-def test_not_run_here() -> None:
-    assert "does not run TensorRT engines yet" in trt.BACKEND.missing_to_run()
-    with pytest.raises(EnvironmentMismatch, match=r"lm\.engine cannot be run here(.|\n)*--profile cpu_fp32"):
+def test_what_is_missing_to_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "LIBRARY", "libno-such-driver.so.1")
+    assert "this machine has no NVIDIA driver" in str(trt.BACKEND.missing_to_run())
+    with pytest.raises(
+        EnvironmentMismatch, match=r"lm\.engine cannot be run here\. TensorRT engines run on an NVIDIA GPU"
+    ):
         trt.BACKEND.runner(Path("lm.engine"))
+
+
+@needs_rtx
+def test_a_real_engine_is_opened_by_its_module_and_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX's own runtime; the driver is a fake, so that it gets no further than opening."""
+    build(decoder(tmp_path / "lm.onnx"), PROFILES)
+    with fake_trt.installed(tmp_path), pytest.raises(EnvironmentMismatch) as refused:
+        TensorRtRunner(tmp_path / "out/lm.engine").__enter__()
+    assert re.search(r"lm\.engine does not open with tensorrt_rtx 1\..* on Fake GPU", str(refused.value))
+    assert "edgetrim build" in str(refused.value)
 
 
 def test_missing_names_both_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -323,5 +350,5 @@ def test_import_is_light() -> None:
 
 
 def test_versions_compare() -> None:
-    assert _version("10.3.0") >= (10, 3) > _version("10.1.0.27")
-    assert _version("11.4.0.106") > (10, 3)
+    assert version("10.3.0") >= (10, 3) > version("10.1.0.27")
+    assert version("11.4.0.106") > (10, 3)

@@ -10,6 +10,7 @@ import pytest
 
 import exporter.backends
 import exporter.families
+import plugins
 from exporter import _discover
 from graphs import _spec
 from profiles import _schema
@@ -24,6 +25,7 @@ def expected() -> dict[str, list[str]]:
         "families": _discover.names(exporter.families),
         "profiles": _schema.names(),
         "backends": _discover.names(exporter.backends),
+        "plugins": _discover.names(plugins),
     }
 
 
@@ -98,5 +100,5 @@ def test_an_unknown_kind(edgetrim: Run) -> None:
     assert edgetrim("list", "profile") == (
         2,
         "",
-        "Error: Unknown kind 'profile'. Did you mean 'profiles'? Known: backends, families, profiles, reductions.\n",
+        "Error: Unknown kind 'profile'. Did you mean 'profiles'? Known: backends, families, plugins, profiles, reductions.\n",
     )

@@ -7,17 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+from exporter.pipeline import EMBEDDED, Job, run_export, run_pack
+from exporter.workspace import Workspace
+from profiles import _schema
+from tests.conftest import needs_rtx
+
 WITHOUT_TORCH = """
 import sys
-for name in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors"):
+for name in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", *{lacking}):
     sys.modules[name] = None
 from exporter.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def device(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
+def device(*arguments: str, lacking: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT_TORCH.format(lacking=lacking), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
 
 
@@ -43,3 +48,38 @@ def test_build_bench_and_pack_need_no_torch(bundle: Path) -> None:
     assert packed.returncode == 0, packed.stderr
     looked = device("inspect", str(bundle), "--json")
     assert looked.returncode == 0, looked.stderr
+
+
+@needs_rtx
+def test_a_bundle_without_engines_says_how_to_build_them_and_is_built(tmp_path: Path) -> None:
+    """Packed where no engine was built, for a profile of the user's own, which is not on the device."""
+    profile = tmp_path / "mine.toml"
+    profile.write_text((_schema.FOLDER / "rtx_fp16.toml").read_text())
+    work = Workspace(tmp_path / "out")
+    work.folder.mkdir()
+    run_export(Job(EMBEDDED, ("visionzip:keep=32,cls=off,position=keep", "fastv:layer=2,keep=16"), str(profile)), work)
+    run_pack(work)
+    profile.unlink()
+
+    recipe = json.loads((work.folder / "recipe.json").read_text())
+    assert recipe["command"] == ["edgetrim", "build", "."]
+    assert recipe["needs"]["module"] == "tensorrt_rtx"
+    decode = next(e for e in recipe["engines"] if e["roles"] == ["decode"])
+    assert decode["optimization_profiles"]["decode"]["inputs_embeds"][1] == {"min": 1, "opt": 1, "max": 4}
+    page = (work.folder / "BUILD.md").read_text()
+    assert all(f"`{e['engine']}`" in page for e in recipe["engines"])
+
+    built = device("build", str(work.folder), "--json", lacking=("onnxruntime",))
+    assert built.returncode == 0, built.stderr
+    made = {f"engines/{path.name}" for path in work.engines.glob("*.engine")}
+    assert made == {e["engine"] for e in recipe["engines"]}
+    assert not (work.folder / "recipe.json").exists(), "there is nothing left to build"
+    packed = device("pack", str(work.folder), "--json")
+    assert packed.returncode == 0, packed.stderr
+    assert made <= json.loads(packed.stdout)["manifest"]["files"].keys()
+
+    weights = next(path for path in work.graphs.glob("*.onnx"))
+    weights.write_bytes(weights.read_bytes() + b"\0")
+    refused = device("build", str(work.folder))
+    assert refused.returncode == 6
+    assert f"graphs/{weights.name} has" in refused.stderr

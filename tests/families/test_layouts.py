@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.families._contract import Request, decoder_spec
+from exporter.plan import make_plan
 from exporter.stages.export import load_reference
 from tests.families import tiny
 
@@ -113,6 +115,39 @@ def test_what_a_norm_lacks_is_added_in_float32(dtype: torch.dtype, tmp_path: Pat
     assert same({name: found[name] for name in expected}, expected)
 
 
+def test_a_tower_from_its_own_checkpoint(tmp_path: Path) -> None:
+    """MobileVLM's first version: config.json names the tower, --clip-model brings it."""
+    theirs: Any = tiny.mobilevlm(tmp_path / "model", version=1, tower=False)
+    with pytest.raises(CheckpointError, match=r"mm_vision_tower 'somebody/small-clip' is unknown.*--clip-model"):
+        tiny.plan(tmp_path / "model")
+    tower = tiny.clip(tmp_path / "clip").vision_model
+    plan = tiny.plan(tmp_path / "model", (), Request(clip=Checkpoint(tmp_path / "clip")))
+    assert make_plan(plan.checkpoint, [], plan.profile, plan.request).geometry == plan.geometry
+    pixels = torch.randn(1, 1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = load_reference(plan).vision(pixels)[0]
+        expected = tower(pixels[0], output_hidden_states=True).hidden_states[-2][:, 1:]
+    torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=0)
+    assert torch.equal(plan.checkpoint.tensor("head.weight"), theirs.llama.lm_head.weight)
+
+
+def test_a_tower_that_nobody_brings(tmp_path: Path) -> None:
+    tiny.mobilevlm(tmp_path, tower=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vision_config": tiny.CLIP}))
+    with pytest.raises(
+        CheckpointError, match=r"does not hold its tower, somebody/small-clip. Name that checkpoint: --clip-model"
+    ):
+        load_reference(tiny.plan(tmp_path))
+
+
+def test_weights_that_are_pickles(tmp_path: Path) -> None:
+    tiny.llava(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"no model.safetensors.*save them as safetensors first"):
+        load_reference(tiny.plan(tmp_path))
+
+
 PUBLISHED: list[dict[str, Any]] = [
     {
         "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
@@ -150,6 +185,31 @@ def test_what_a_config_leaves_out(text: dict[str, Any]) -> None:
     long = AutoConfig.for_model(**json.loads(json.dumps(text))).to_dict()
     assert len(long) > len(text)
     assert decoder_spec({"text_config": text}) == decoder_spec({"text_config": long})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"do_layer_norm_before": False}, "'opt' with do_layer_norm_before False is not supported, only with True"),
+        ({"word_embed_proj_dim": 512}, r"narrower \(word_embed_proj_dim\)"),
+    ],
+)
+def test_no_opt_of_another_order(text: dict[str, Any], message: str) -> None:
+    """That of 350M parameters, which differs in both."""
+    with pytest.raises(CheckpointError, match=message):
+        decoder_spec({"text_config": {"model_type": "opt", "hidden_size": 1024, "num_attention_heads": 16, **text}})
+
+
+def test_blip_2_that_is_refused(tmp_path: Path) -> None:
+    tiny.blip_2(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": {"model_type": "t5"}}))
+    with pytest.raises(CheckpointError, match="half of an encoder and a decoder"):
+        tiny.plan(tmp_path)
+    del config["image_token_index"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="no image_token_index"):
+        tiny.plan(tmp_path)
 
 
 def test_no_decoder_that_looks_ahead() -> None:

@@ -16,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from exporter.checkpoint import Checkpoint
 from exporter.embedded import CHECKPOINT
+from exporter.errors import UsageError
 from exporter.families import llava
 from exporter.families._contract import Request, decoder_spec
 from exporter.nn.decoder import Decoder
@@ -46,7 +47,9 @@ def compare(theirs: PreTrainedModel, generator: Generator) -> None:
     """Visual features, next-token logits and 32 greedy tokens."""
     asked = tiny.question(generator.graphs)
     arguments = asked.for_transformers(generator.graphs)
-    theirs.generation_config.eos_token_id = None
+    for module in theirs.modules():  # a language model inside may have one of its own
+        if getattr(module, "generation_config", None) is not None:
+            module.generation_config.eos_token_id = None
     visual = generator.reduce(generator.vision(asked.pixels), None, asked.side)
     with torch.no_grad():
         features = vision_features(theirs, arguments)
@@ -76,7 +79,7 @@ def vision_features(theirs: PreTrainedModel, arguments: dict[str, Any]) -> list[
         found = theirs.get_image_features(**{name: arguments[name] for name in names})
     else:
         more = {name: arguments[name] for name in ("image_sizes", "batch_num_images") if name in arguments}
-        found = theirs.model.get_image_features(arguments["pixel_values"], **more)
+        found = getattr(theirs, "model", theirs).get_image_features(arguments["pixel_values"], **more)
     planes = getattr(found, "deepstack_features", None) or ()
     return [torch.cat(tuple(part)) for part in (found.pooler_output, *planes)]
 
@@ -145,6 +148,9 @@ def test_a_head_with_a_cap(theirs: type[PreTrainedModel], tmp_path: Path) -> Non
         pytest.param(partial(tiny.internvl, use_mean_pooling=False), 1, None, id="internvl with a last norm"),
         pytest.param(tiny.llava_next, 1, (112, 168), id="llava_next"),
         pytest.param(tiny.instructblip, 1, None, id="instructblip"),
+        pytest.param(tiny.blip_2, 1, None, id="blip_2"),
+        pytest.param(partial(tiny.mobilevlm, version=1), 1, None, id="mobilevlm"),
+        pytest.param(tiny.mobilevlm, 2, None, id="mobilevlm v2 of two images"),
         pytest.param(tiny.mistral3, 1, (84, 140), id="mistral3"),
         pytest.param(tiny.mistral3, 2, (56, 84), id="mistral3 of two images"),
         pytest.param(tiny.gemma3, 3, None, id="gemma3 of three images"),
@@ -166,6 +172,16 @@ def test_a_head_with_a_cap(theirs: type[PreTrainedModel], tmp_path: Path) -> Non
 )  # fmt: skip
 def test_families(build: Any, frames: int, size: tuple[int, int] | None, tmp_path: Path) -> None:
     compare(build(tmp_path), ours(tmp_path, Request(frames, size)))
+
+
+def test_a_conversation_that_outgrows_its_positions(tmp_path: Path) -> None:
+    """OPT's table has rows for `max_position_embeddings` tokens."""
+    tiny.llava(tmp_path, decoder="opt", max_position_embeddings=24)
+    generator = ours(tmp_path)
+    asked = tiny.question(generator.graphs)  # 16 visual tokens, and 5 of text
+    assert len(generator.generate(asked.pixels, [asked.prompt], 4).tokens[0]) == 4
+    with pytest.raises(UsageError, match="comes to 25 tokens; this model has positions for 24"):
+        generator.generate(asked.pixels, [asked.prompt], 5)
 
 
 def test_llava_with_several_images(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -28,10 +30,11 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 
-from exporter.errors import UsageError
+from exporter.errors import CheckpointError, UsageError
 from exporter.families._contract import Geometry, Request
 from exporter.runtime import images
 from exporter.runtime.prompt import Prompt
+from exporter.stages._processor import prompt_of
 from tests.families import tiny
 from tests.runtime.test_prompt import llama_like, save
 
@@ -203,6 +206,80 @@ def test_instructblip_has_a_template_of_its_own(tmp_path: Path) -> None:
     assert prompt.ask("what is this?") == hf("<image><s>what is this?", add_special_tokens=False)["input_ids"]
     with pytest.raises(UsageError, match="no conversations"):
         prompt.follow(prompt.question("what is this?"), "a cat", "and now?")
+
+
+def test_blip_2_asks_as_its_paper_does(tmp_path: Path) -> None:
+    """Queries before the beginning of text, as its processor puts them; earlier turns in the same words."""
+    tiny.blip_2(tmp_path / "model")
+    template = tiny.plan(tmp_path / "model").geometry.template
+    hf = save(tmp_path / "text", llama_like, None)
+    prompt = Prompt.load(tmp_path / "text", "<image>", template=template)
+    wanted = "<image><s>Question: what is this? Answer:"
+    asked = prompt.question("what is this?")
+    assert prompt.encode(asked) == hf(wanted, add_special_tokens=False)["input_ids"]
+    longer, _ = prompt.follow(asked, "a cat", "and now?")
+    assert prompt.render(longer) == f"{wanted} a cat. Question: and now? Answer:"
+
+
+def test_mobilevlm_cuts_the_prompt_where_an_image_stands(tmp_path: Path) -> None:
+    """As the published code does it with SentencePiece: every part encoded apart, the image's number between them."""
+    tiny.mobilevlm(tmp_path)
+    pieces = sentence_piece(tmp_path)
+    prompt = prompt_of(tiny.plan(tmp_path))
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+    )
+    first, behind = f"{system}USER: ", "\nWhat is\n the größe? ASSISTANT:"
+    asked = prompt.question("What is\n the größe?")
+    wanted = [1, *pieces.encode(first), -200, *pieces.encode(behind)]
+    assert prompt.encode(asked) == wanted
+    assert prompt.ask("Two?", 2)[len(pieces.encode(first)) + 1 :][:4] == [-200, *pieces.encode("\n"), -200]
+    assert prompt.decode(pieces.encode("the größe")) == "the größe"
+    longer, new = prompt.follow(asked, "The cat.", "And now?")
+    assert prompt.render(longer) == f"{first}<image>{behind} The cat.</s>USER: And now? ASSISTANT:"
+    assert new == [2, *pieces.encode("USER: And now? ASSISTANT:")]
+
+
+def test_mobilevlm_makes_a_square(tmp_path: Path) -> None:
+    """In the colour of the mean, the picture in its middle; then CLIP's processor."""
+    tiny.mobilevlm(tmp_path)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    pixels = np.random.default_rng(0).integers(0, 256, (47, 90, 3), np.uint8)
+    square = np.empty((90, 90, 3), np.uint8)
+    square[:] = [int(255 * mean) for mean in processor.image_mean]
+    square[21 : 21 + 47] = pixels
+    wanted = processor([[Image.fromarray(square)]], return_tensors="np")["pixel_values"]
+    found = images.preprocess([Image.fromarray(pixels)], tiny.plan(tmp_path).geometry.image)
+    assert np.array_equal(found[0], np.asarray(wanted).reshape(1, 3, SIDE, SIDE))
+
+
+def sentence_piece(folder: Path) -> Any:
+    """A tokenizer as checkpoints of 2023 have it, SentencePiece's file and who the special tokens are, and SentencePiece itself."""
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["What is the cat?", "USER: hat ASSISTANT: A chat between a curious user"] * 9),
+            model_writer=file, vocab_size=310, model_type="bpe", byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+        )  # fmt: skip
+    said = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": {"__type": "AddedToken", "content": "<s>"},
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def test_a_tokenizer_that_cannot_be_converted(tmp_path: Path) -> None:
+    tiny.mobilevlm(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(CheckpointError, match=r"tokenizer.model cannot be converted"):
+        prompt_of(tiny.plan(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "OwnTokenizer"}))
+    with pytest.raises(CheckpointError, match=r"converted for LlamaTokenizer; found 'OwnTokenizer'"):
+        prompt_of(tiny.plan(tmp_path))
 
 
 def test_times_of_a_clip(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 from transformers import (
     AyaVisionConfig,
     AyaVisionForConditionalGeneration,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
@@ -68,7 +70,7 @@ from exporter.families._contract import Request
 from exporter.graphset import GraphSet
 from exporter.plan import Plan, Step, check_weights, make_plan
 from profiles import _schema
-from tests.families import timm_like
+from tests.families import mobilevlm_like, timm_like
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 IMAGE, VIDEO, START, END, EOS = 5, 6, 7, 8, 2
@@ -89,6 +91,7 @@ DECODERS: dict[str, dict[str, Any]] = {
         head_dim=24, sliding_window=WINDOW, query_pre_attn_scalar=40, attn_logit_softcapping=2.0,
         final_logit_softcapping=4.0,
     ),
+    "opt": dict(ffn_dim=96, num_key_value_heads=4),
     "gemma3_text": dict(
         head_dim=24, sliding_window=WINDOW, sliding_window_pattern=2, query_pre_attn_scalar=40,
         rope_parameters=dict(
@@ -100,12 +103,12 @@ DECODERS: dict[str, dict[str, Any]] = {
 """Decoder type → what makes it another than Llama, at this size."""
 
 
-def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+def randomize(model: Any, seed: int = 0) -> Any:
     """Weights large enough that every part matters, norms and biases too, and that answers do not repeat themselves."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            gain = 2 if "language_model.layers" in name else 1
+            gain = 2 if "language_model." in name and ".layers." in name else 1
             scale = 0.3 if parameter.ndim < 2 else gain * parameter.shape[-1] ** -0.5
             noise = torch.randn(parameter.shape, generator=generator) * scale
             parameter.copy_(noise + (1.0 if parameter.ndim == 1 and parameter.mean() > 0.5 else 0.0))
@@ -266,6 +269,20 @@ def instructblip(folder: Path, tied: bool = False) -> PreTrainedModel:
     return saved(InstructBlipForConditionalGeneration(config), folder)
 
 
+def blip_2(folder: Path, tied: bool = True) -> PreTrainedModel:
+    """16 patches and a class token, 6 queries."""
+    config = Blip2Config(
+        vision_config=dict(
+            hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=PATCH,
+        ),
+        qformer_config=dict(
+            hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, encoder_hidden_size=48,
+        ),
+        text_config=text_config("opt", tied), num_query_tokens=6, image_token_index=IMAGE, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return saved(Blip2ForConditionalGeneration(config), folder)
+
+
 def fast_vlm(folder: Path, tied: bool = False) -> PreTrainedModel:
     """One visual token per 64 × 64 pixels."""
     size = dict(layers=[1, 1, 2, 1, 2], embed_dims=[8, 8, 16, 32, 64])
@@ -280,6 +297,25 @@ def fast_vlm(folder: Path, tied: bool = False) -> PreTrainedModel:
     timm_like.tame(model)
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": 192, "size": {"shortest_edge": 192}}))
+    return model
+
+
+def mobilevlm(
+    folder: Path, tied: bool = False, version: int = 2, tower: bool = True, **text: Any
+) -> mobilevlm_like.MobileVlm:
+    """4 visual tokens per image, each of 2 × 2 patches. tower: whether its weights and its config are in the checkpoint."""
+    projector = {1: mobilevlm_like.Ldp, 2: mobilevlm_like.LdpV2}[version]
+    text = text_config("llama", tied) | text
+    model = mobilevlm_like.MobileVlm(CLIP, text, projector)
+    randomize(model)
+    folder.mkdir(exist_ok=True)
+    config = text | {
+        "model_type": "mobilevlm", "mm_projector_type": {1: "ldpnet", 2: "ldpnetv2"}[version], "image_aspect_ratio": "pad",
+        "mm_vision_tower": "somebody/small-clip", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | ({"vision_config": CLIP} if tower else {})))
+    tensors = {n: x.contiguous() for n, x in model.published().items() if tower or "vision_tower" not in n}
+    save_file({n: x for n, x in tensors.items() if not tied or n != "lm_head.weight"}, folder / "model.safetensors")
     return model
 
 

@@ -210,7 +210,7 @@ def test_a_prefill_graph_of_its_own_is_never_cut(tmp_path: Path) -> None:
 def test_without_a_chunk_the_runner_is_asked(tmp_path: Path) -> None:
     graphs = tiny.export(tmp_path)
     with opened(tmp_path, graphs) as generator, opened(tmp_path, graphs, chunk=9) as other:
-        assert generator._chunk == generator._decode.chunk == 512
+        assert generator._chunk == generator._decode.chunk(cached=False) == 512
         assert other._chunk == 9
 
 

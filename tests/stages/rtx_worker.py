@@ -1,4 +1,4 @@
-"""Builds graphs with TensorRT-RTX, one after another: {"jobs": {name: path}, "log": path} on stdin, a line per graph in the log.
+"""Builds graphs with TensorRT-RTX: a path per line on stdin, a line of JSON on stdout for each, "built" or what went wrong.
 
 In a process of its own, because a parser that meets what it does not expect can take the process with it.
 """
@@ -6,8 +6,8 @@ In a process of its own, because a parser that meets what it does not expect can
 from __future__ import annotations
 
 import json
+import os
 import sys
-from typing import Any
 
 import tensorrt_rtx as trt
 
@@ -33,14 +33,14 @@ def build(path: str) -> str:
 
 
 def main() -> None:
-    request: dict[str, Any] = json.load(sys.stdin)
-    with open(request["log"], "w") as log:
-        for name, path in request["jobs"].items():
-            try:
-                result = build(path)
-            except Exception as e:
-                result = f"{type(e).__name__}: {e}"
-            print(json.dumps([name, result]), file=log, flush=True)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever the library prints
+    for line in sys.stdin:
+        try:
+            result = build(line.rstrip("\n"))
+        except Exception as e:
+            result = f"{type(e).__name__}: {e}"
+        answers.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

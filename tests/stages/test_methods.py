@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from tests.conftest import needs_rtx
 from tests.families import tiny
 from tests.stages.conftest import SIZES
 
+SPLIT = "name"
 CLIP = 4
 """Frames of a clip, for both models."""
 METHODS = [name for name in _spec.names() if not issubclass(_spec.load(name), InLLM | InCache)]
@@ -175,32 +177,50 @@ def test_the_graph_keeps_what_pytorch_keeps(model: str, name: str, drawn: Any) -
     assert [(a == b).all() for a, b in zip(size, true_size, strict=True)] == [True] * found.plan.sized
 
 
+class Builder:
+    """TensorRT-RTX in a process of its own, started again where a graph has killed it."""
+
+    def __init__(self) -> None:
+        self.worker: subprocess.Popen[str] | None = None
+
+    def __call__(self, graph: Path) -> str:
+        if self.worker is None or self.worker.poll() is not None:
+            self.worker = subprocess.Popen(
+                [sys.executable, Path(__file__).with_name("rtx_worker.py")], text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            )  # fmt: skip
+        assert self.worker.stdin is not None and self.worker.stdout is not None
+        self.worker.stdin.write(f"{graph}\n")
+        self.worker.stdin.flush()
+        said = self.worker.stdout.readline()
+        return str(json.loads(said)) if said else f"the builder's process ended with {self.worker.wait()}"
+
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.communicate()
+
+
 @pytest.fixture(scope="session")
-def engines(drawn: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Every graph above that holds a method, built by TensorRT-RTX in one process of its own: name → result."""
-    jobs = {}
-    for name in METHODS:
-        for model in MODELS:
-            if (model, name) not in REFUSED:
-                role = "vision" if _spec.load(name).place == "in_tower" else "reduce"
-                jobs[f"{model}/{name}"] = str(drawn(model, name).folder / f"{role}.onnx")
-    log = tmp_path_factory.mktemp("rtx") / "results.jsonl"
-    request = json.dumps({"jobs": jobs, "log": str(log)})
-    worker = subprocess.run(
-        [sys.executable, Path(__file__).with_name("rtx_worker.py")], input=request, text=True, check=False,
-        capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    lines = log.read_text().splitlines() if log.exists() else []
-    came_to = f"the builder did not come that far:\n{worker.stderr[-1000:]}"
-    return dict.fromkeys(jobs, came_to) | dict(json.loads(line) for line in lines)
+def rtx() -> Iterator[Builder]:
+    builder = Builder()
+    yield builder
+    builder.close()
+
+
+def built() -> Iterator[Any]:
+    """Every method on one of the models, in turn; the others are slow, in sum."""
+    for number, name in enumerate(METHODS):
+        fitting = [model for model in MODELS if (model, name) not in REFUSED]
+        for model in fitting:
+            few = model == fitting[number % len(fitting)]
+            yield pytest.param(model, name, id=f"{model}-{name}", marks=() if few else pytest.mark.slow)
 
 
 @needs_rtx
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("model", MODELS)
-def test_tensorrt_rtx_builds_it(model: str, name: str, engines: dict[str, Any]) -> None:
-    if (model, name) not in REFUSED:
-        assert engines[f"{model}/{name}"] == "built"
+@pytest.mark.parametrize(("model", "name"), list(built()))
+def test_tensorrt_rtx_builds_it(model: str, name: str, drawn: Any, rtx: Builder) -> None:
+    role = "vision" if _spec.load(name).place == "in_tower" else "reduce"
+    assert rtx(drawn(model, name).folder / f"{role}.onnx") == "built"
 
 
 def test_trained_weights_come_from_their_file(tmp_path: Path, checkpoints: dict[str, Path]) -> None:

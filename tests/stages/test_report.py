@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from exporter import report as pages
 from exporter.backends._contract import EngineRecord
 from exporter.errors import VerificationError
 from exporter.graphset import GraphSet, ImageSpec, TextSpec, VisualLayout
 from exporter.pipeline import Job
+from exporter.report import overlay
 from exporter.stages import report
 from exporter.workspace import Workspace
 
 JOB = Job("owner/model", ("uniform:keep=8", "fastv:layer=1,keep=4"), "cpu_int4")
+PNG = overlay.png(Image.new("RGB", (8, 8)))
 MACHINE = {"processor": "Some CPU", "cores": 2, "load": 0.5}
 
 
@@ -117,7 +120,7 @@ def test_engines_that_ran(work: Workspace) -> None:
     assert [s.executed for s in report.collect(work, JOB).stages] == [True] * 4
 
 
-def test_tensorrt_engines_are_never_said_to_have_run(work: Workspace) -> None:
+def test_tensorrt_engines_are_said_to_have_run_where_they_did(work: Workspace) -> None:
     engines(work, "trt", module="tensorrt_rtx", version="1.7", compute_capabilities=[80, 120])
     validation(work)
     data = report.collect(work, Job("m", JOB.reductions, "rtx_int4"))
@@ -128,6 +131,10 @@ def test_tensorrt_engines_are_never_said_to_have_run(work: Workspace) -> None:
         "Every measured number is from ONNX Runtime, CPU: it checks the graphs, and says nothing about the speed of rtx_int4."
     )
     assert "4 of 4 engines built, not run here" in pages.render(data)
+    validation(work, executed="tensorrt_rtx 1.7, NVIDIA L4")
+    data = report.collect(work, Job("m", JOB.reductions, "rtx_int4"))
+    assert all(s.executed for s in data.stages)
+    assert not any(note.startswith("Every measured number") for note in data.notes)
 
 
 def test_evidence(work: Workspace) -> None:
@@ -195,3 +202,28 @@ def test_it_is_written_beside_and_renamed(work: Workspace) -> None:
     assert path == work.folder / "report.html"
     assert path.read_text().startswith("<!doctype html>")
     assert [p.name for p in work.folder.iterdir() if p.name.startswith(".")] == []
+
+
+def test_what_got_worse_is_shown_with_its_picture(work: Workspace) -> None:
+    shown = {
+        "number": 3, "cause": "precision", "kind": "count", "question": "How many <b>?", "expected": "2", "images": [],
+        "answers": {"unreduced": "2", "engine": "3"}, "file": "../../3.png",
+    }  # fmt: skip
+    gone = {**shown, "file": "4.png"}
+    validation(work, regressions={"causes": {"precision": 2}, "shown": [shown, gone]})
+    folder = work.evidence / "regressions"
+    folder.mkdir()
+    (folder / "3.png").write_bytes(PNG)
+    data = report.collect(work, JOB)
+    assert [(r.question, r.cause, r.answers, r.image) for r in data.regressions] == [
+        ("How many <b>?", "precision", shown["answers"], PNG)
+    ]
+    page = pages.render(data)
+    assert "2 by the precision; the first 1." in page
+    assert "How many &lt;b&gt;?" in page and "engine: 3" in page
+    assert page.count("data:image/png;base64,") == 1
+
+
+def test_nothing_worse_is_no_section(work: Workspace) -> None:
+    validation(work, regressions={"causes": {}, "shown": []})
+    assert 'id="regressions"' not in pages.render(report.collect(work, JOB))

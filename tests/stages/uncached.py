@@ -41,36 +41,32 @@ def answer(
 ) -> tuple[list[int], dict[int, list[int]]]:
     """`length` greedy tokens, and what was chosen before each of `layers`. compact: from there on positions are counted
     anew. Sliding windows always reach as far as in the whole prompt."""
-    text, arguments = model.model.language_model, asked.for_transformers(ours.graphs)
+    stack, arguments = Layers(model), asked.for_transformers(ours.graphs)
     ids = arguments["input_ids"][0].tolist()
     visual = [p for p, token in enumerate(ids) if token == ours.graphs.text.image_token]
-    embeds = text.embed_tokens(torch.tensor([ids]))
+    embeds = stack.embed(ids)
     embeds[:, visual] = torch.from_numpy(ours.reduce(ours.vision(asked.pixels)).embeds)
     positions = _positions(model, arguments)
-    attention: list[Tensor] = []
-    hooks = [b.self_attn.register_forward_hook(lambda _, given, out: attention.append(out[1])) for b in text.layers]
     tokens: list[int] = []
     chosen: dict[int, list[int]] = {}
     while len(tokens) < length:
-        x, places, order, present = embeds, positions, torch.arange(embeds.shape[1]), visual
-        for i, block in enumerate(text.layers):
+        places, order, present = positions, torch.arange(embeds.shape[1]), visual
+        x, before = stack.entering(embeds, places), torch.empty(0)
+        for i in range(len(stack)):
             if i in layers:
                 if not tokens:
                     at = [n for n, p in enumerate(order.tolist()) if p in present]
-                    before = attention[-1][0].mean(0)[-1, at]
-                    _run(text, block, x, places, order)
-                    chosen[i] = choose(i, before, attention[-1][0].mean(0)[-1, at])
+                    ahead = stack.run(i, x, places, order)[1]
+                    chosen[i] = choose(i, before.mean(0)[-1, at], ahead.mean(0)[-1, at])
                 kept = [present[n] for n in chosen[i]]
                 stays = [n for n, p in enumerate(order.tolist()) if p not in present or p in kept]
                 x, places, order, present = x[:, stays], places[..., stays], order[stays], kept
                 if compact:
                     places = torch.arange(len(stays))[None]
-            x = _run(text, block, x, places, order)
-        tokens.append(int(model.lm_head(text.norm(x)[:, -1]).argmax()))
-        embeds = torch.cat([embeds, text.embed_tokens(torch.tensor([tokens[-1:]]))], 1)
+            x, before = stack.run(i, x, places, order)
+        tokens.append(stack.next(x))
+        embeds = torch.cat([embeds, stack.embed(tokens[-1:])], 1)
         positions = torch.cat([positions, positions.amax() + 1 + torch.zeros_like(positions[..., :1])], -1)
-    for hook in hooks:
-        hook.remove()
     return tokens, chosen
 
 
@@ -83,27 +79,28 @@ def answer_with_short_cache(
     Args:
         cached: layer → per KV head the visual tokens that stay.
     """
-    text, arguments = model.model.language_model, asked.for_transformers(ours.graphs)
+    stack, arguments = Layers(model), asked.for_transformers(ours.graphs)
     ids = arguments["input_ids"][0].tolist()
     visual = [p for p, token in enumerate(ids) if token == ours.graphs.text.image_token]
-    embeds = text.embed_tokens(torch.tensor([ids]))
+    embeds = stack.embed(ids)
     embeds[:, visual] = torch.from_numpy(ours.reduce(ours.vision(asked.pixels)).embeds)
     positions = _positions(model, arguments)
-    group = text.config.num_attention_heads // text.config.num_key_value_heads
+    config = stack.text.config
+    group = config.num_attention_heads // config.num_key_value_heads
     gone = [
         [[p for n, p in enumerate(visual) if n not in stay] for stay in cached(layer) for _ in range(group)]
-        for layer in range(len(text.layers))
+        for layer in range(len(stack))
     ]
     tokens: list[int] = []
     while len(tokens) < length:
-        x, seq = embeds, embeds.shape[1]
-        for block, heads in zip(text.layers, gone, strict=True):
+        x, seq = stack.entering(embeds, positions), embeds.shape[1]
+        for layer, heads in enumerate(gone):
             hidden = torch.zeros(len(heads), seq, seq, dtype=torch.bool)
             for head, places in enumerate(heads):
                 hidden[head, len(ids) :, places] = True
-            x = _run(text, block, x, positions, torch.arange(seq), hidden)
-        tokens.append(int(model.lm_head(text.norm(x)[:, -1]).argmax()))
-        embeds = torch.cat([embeds, text.embed_tokens(torch.tensor([tokens[-1:]]))], 1)
+            x, _ = stack.run(layer, x, positions, torch.arange(seq), unseen=hidden)
+        tokens.append(stack.next(x))
+        embeds = torch.cat([embeds, stack.embed(tokens[-1:])], 1)
         positions = torch.cat([positions, positions.amax() + 1 + torch.zeros_like(positions[..., :1])], -1)
     return tokens
 
@@ -116,14 +113,79 @@ def _positions(model: Any, arguments: dict[str, Any]) -> Tensor:
     return model.model.get_rope_index(**{n: arguments[n] for n in names})[0]
 
 
-def _run(text: Any, block: Any, x: Tensor, places: Tensor, order: Tensor, unseen: Tensor | None = None) -> Tensor:
-    """One whole layer. order: each token's place in the prompt, which says what it sees. unseen: what it does not see in spite of
-    that, bool [heads, queries, keys]."""
-    kind = getattr(block.self_attn, "layer_type", None)  # Mistral has one window for all its layers
-    window = getattr(text.config if kind is None else block.self_attn, "sliding_window", None)
-    far = order[:, None] - order[None, :]
-    hidden = (far < 0) | (far >= (window or 1 << 30))
-    hidden = hidden[None] if unseen is None else hidden | unseen
-    mask = torch.where(hidden, -1e30, 0.0)[None]
-    sets = (kind,) if hasattr(text.rotary_emb, "layer_types") else ()  # of rotary frequencies
-    return block(x, position_embeddings=text.rotary_emb(x, places, *sets), attention_mask=mask)
+class Layers:
+    """Hugging Face's decoder layers, one by one, in eager attention with an explicit mask."""
+
+    def __init__(self, model: Any) -> None:
+        found = model.model.language_model
+        self.text, self.head = getattr(found, "decoder", found), model.lm_head  # OPT's is one deeper
+
+    def __len__(self) -> int:
+        return len(self.text.layers)
+
+    def embed(self, ids: list[int]) -> Tensor:
+        """[1, tokens, hidden]"""
+        found: Tensor = self.text.embed_tokens(torch.tensor([ids]))
+        return found
+
+    def entering(self, embeds: Tensor, places: Tensor) -> Tensor:
+        """What the first layer gets: with positions, where those are learned."""
+        table = getattr(self.text, "embed_positions", None)
+        return embeds if table is None else embeds + table(None, position_ids=places)
+
+    def next(self, x: Tensor) -> int:
+        norm = getattr(self.text, "norm", None) or self.text.final_layer_norm
+        return int(self.head(norm(x)[:, -1]).argmax())
+
+    def run(
+        self,
+        layer: int,
+        x: Tensor,
+        places: Tensor,
+        order: Tensor,
+        bias: Tensor | None = None,
+        unseen: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One whole layer, and its attention [heads, queries, keys].
+
+        Args:
+            order: each token's place in the prompt, which says what it sees. bias: [keys], added to all scores. unseen: what it
+                does not see in spite of `order`, bool [heads, queries, keys].
+        """
+        block = self.text.layers[layer]
+        kind = getattr(block.self_attn, "layer_type", None)  # Mistral has one window for all its layers
+        window = getattr(self.text.config if kind is None else block.self_attn, "sliding_window", None)
+        far = order[:, None] - order[None, :]
+        hidden = (far < 0) | (far >= (window or 1 << 30))
+        hidden = hidden[None] if unseen is None else hidden | unseen
+        mask = torch.where(hidden, -1e30, 0.0 if bias is None else bias)[None]
+        kept: list[Tensor] = []
+        hook = block.self_attn.register_forward_hook(lambda _, given, out: kept.append(out[1]))
+        rotary = self._rotary(layer, x, places)
+        out = block(x, attention_mask=mask, **({} if rotary is None else {"position_embeddings": rotary}))
+        hook.remove()
+        return out, kept[0][0]
+
+    def projected(self, layer: int, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, and keys with their rotation, each [heads, tokens, head_dim], as the layer would make them of x."""
+        block = self.text.layers[layer]
+        attention, norm = block.self_attn, getattr(block, "input_layernorm", None) or block.self_attn_layer_norm
+        parts = []
+        for name in "qk":
+            part = getattr(attention, f"{name}_proj")(norm(x)).unflatten(-1, (-1, attention.head_dim))
+            extra = getattr(attention, f"{name}_norm", None)
+            parts.append((part if extra is None else extra(part))[0].transpose(0, 1))
+        q, k = parts
+        rotary = self._rotary(layer, x, places)
+        if rotary is None:
+            return q, k, k
+        cos, sin = (part[0] for part in rotary)
+        a, b = k.chunk(2, -1)
+        return q, k, k * cos + torch.cat([-b, a], -1) * sin
+
+    def _rotary(self, layer: int, x: Tensor, places: Tensor) -> Any:
+        found = getattr(self.text, "rotary_emb", None)
+        if found is None:
+            return None
+        sets = (self.text.layers[layer].self_attn.layer_type,) if hasattr(found, "layer_types") else ()
+        return found(x, places, *sets)

@@ -1,0 +1,370 @@
+"""Runs a TensorRT engine: picks the optimization profile, keeps values on the device, replays CUDA graphs.
+
+Written against TensorRT's documented Python interface, 10.3 and newer and TensorRT-RTX alike.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.backends import _engine_cache, _plugins, _trt_module
+from exporter.backends._contract import Array, Runner
+from exporter.backends._cuda import CudaError
+from exporter.backends._device_memory import Device, DeviceArray
+from exporter.backends._engine_cache import EngineCache
+from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
+
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+
+RECORDED = 16
+"""Runs remembered per engine, with their CUDA graphs: the latest used ones."""
+
+_DTYPES: dict[str, type[np.generic]] = {
+    "FLOAT": np.float32, "HALF": np.float16, "BOOL": np.bool_,
+    "INT8": np.int8, "INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8,
+}  # fmt: skip
+_RTX_MAGIC = b"vtrt"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """One optimization profile: smallest and largest shape per input."""
+
+    low: Shapes
+    high: Shapes
+
+    def takes(self, shapes: Mapping[str, Shape]) -> bool:
+        return not any(map(self.misfit, shapes, shapes.values()))
+
+    def misfit(self, name: str, shape: Shape) -> bool:
+        low, high = self.low[name], self.high[name]
+        return len(shape) != len(low) or any(
+            not least <= size <= most for least, size, most in zip(low, shape, high, strict=True)
+        )
+
+    def size(self) -> int:
+        """Elements of all inputs at their largest."""
+        return sum(int(np.prod(shape)) for shape in self.high.values())
+
+
+class TensorRtRunner(Runner):
+    """Runs one engine on the GPU.
+
+    Device values are `DeviceArray`s; all TensorRT runners of a process share one GPU, stream and pool of memory. Prefill and
+    decode of one engine are one runner: whichever optimization profile takes the shapes is used, and switching happens only
+    when the present one does not.
+
+    `run`, whose shapes repeat, is recorded as a CUDA graph when it comes a second time with the same shapes at the same
+    addresses, and replayed from then on. `grow` is not: a cache has another length at every step.
+    """
+
+    def __init__(self, engine: Path, graph: Path | None = None) -> None:
+        self._path, self._graph = engine, graph
+        self._open = ExitStack()
+        self._context: Any = None
+        self._kernels: Any = None
+        self._errors: list[str] = []
+        self._shapes: Shapes = {}
+        self._found: Shapes = {}
+        self._profile = 0
+        self._recorded: OrderedDict[Any, int | None] = OrderedDict()
+        self._recordable = True
+
+    def __enter__(self) -> TensorRtRunner:
+        with ExitStack() as stack:
+            self._device = Device.open()
+            stack.callback(self._device.close)
+            stack.callback(self._release)
+            self._device.cuda.use()
+            engine = self._engine = self._load()
+            if engine.refittable:
+                self._refit(engine)
+            self._describe(engine)
+            self._context = self._new_context(engine)
+            if self._context is None:
+                raise self._failed("gives no execution context; its scratch memory may not fit on the GPU")
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    @property
+    def inputs(self) -> Mapping[str, np.dtype[Any]]:
+        self._loaded()
+        return self._inputs
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        self._loaded()
+        return tuple(self._outputs)
+
+    @property
+    def in_words(self) -> str:
+        self._loaded()
+        return f"{self._trt.__name__} {self._trt.__version__}, {self._device.cuda.gpu.name}"
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        return self._run(feeds)
+
+    def grow(self, feeds: Mapping[str, Any], cache: Mapping[str, str], tokens: int) -> dict[str, Any]:
+        """The engine writes the whole new cache: on the device, into memory that an earlier one has let go. Caches get memory
+        for as many tokens as the engine was built for, so that none is too small for the next step."""
+        return self._run(feeds, {present: past for past, present in cache.items() if past in feeds})
+
+    def numpy(self, value: Any) -> Array:
+        if not isinstance(value, DeviceArray):
+            return np.asarray(value)
+        self._loaded()
+        return self._device.to_host(value)
+
+    @property
+    def batch(self) -> int | None:
+        self._loaded()
+        return self._longest[next(iter(self._inputs))][0]
+
+    def chunk(self, cached: bool) -> int | None:
+        """Behind a cache, the most that a profile with a cache takes. A prompt is run whole, in the profile without one."""
+        self._loaded()
+        if not cached:
+            return None
+        return self._step or None
+
+    def gather(self, value: Any, rows: npt.NDArray[np.int64]) -> Any:
+        return self._device.rows(value, rows) if isinstance(value, DeviceArray) else value[rows]
+
+    def layers(self) -> str:
+        """JSON of what the engine became, in TensorRT's own form: {"Layers": [...], "Bindings": [...]}."""
+        self._loaded()
+        inspector = self._engine.create_engine_inspector()
+        text: str = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+        return text
+
+    def _run(self, feeds: Mapping[str, Any], grown: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """grown: output → the input that it continues; None: shapes repeat."""
+        self._loaded()
+        if feeds.keys() != self._inputs.keys():
+            raise UsageError(self._wrong_names(feeds))
+        self._device.cuda.use()
+        try:
+            given = {name: self._given(name, feeds[name]) for name in self._inputs}
+            self._shape({name: value.shape for name, value in given.items()})
+            room = {name: self._room(self._found[name], past) for name, past in (grown or {}).items()}
+            take = self._device.pool.array
+            found = {n: take(shape, self._outputs[n], room.get(n)) for n, shape in self._found.items()}
+            self._enqueue({**given, **found}, repeats=grown is None)
+            self._device.synchronize()
+        except CudaError as e:
+            raise ExportError(f"{self._path.name}: {e}{self._said()}") from e
+        return found
+
+    def _room(self, present: Shape, past: str) -> Shape:
+        """The shape of a cache that is as long as the engine takes it, and one step more."""
+        axes = zip(self._shapes[past], present, self._longest[past], strict=True)
+        return tuple(now if now == before else longest + self._step for before, now, longest in axes)
+
+    def _given(self, name: str, value: Any) -> DeviceArray:
+        wanted = self._inputs[name]
+        if value.dtype != wanted:
+            raise UsageError(f"{self._path.name}: input '{name}' is {value.dtype}, expected {wanted}.")
+        return value if isinstance(value, DeviceArray) else self._device.to_device(value)
+
+    def _shape(self, shapes: Shapes) -> None:
+        """Tell the context the shapes, if they are other ones than last time; find those of the outputs."""
+        if shapes == self._shapes:
+            return
+        self._shapes = {}
+        self._choose(shapes)
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, shape):
+                raise self._failed(f"does not take {list(shape)} for '{name}'")
+        if unknown := self._context.infer_shapes():
+            raise self._failed(f"leaves shapes open: {', '.join(unknown)}")
+        self._found = {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
+        self._shapes = shapes
+
+    def _choose(self, shapes: Shapes) -> None:
+        """Stay with the optimization profile if it takes the shapes, else take the smallest that does."""
+        if self._bounds[self._profile].takes(shapes):
+            return
+        fitting = [i for i, bounds in enumerate(self._bounds) if bounds.takes(shapes)]
+        if not fitting:
+            raise UsageError(self._too_large(shapes))
+        profile = min(fitting, key=lambda i: self._bounds[i].size())
+        if not self._context.set_optimization_profile_async(profile, self._device.cuda.stream):
+            raise self._failed(f"does not switch to optimization profile {profile}")
+        self._profile = profile
+
+    def _enqueue(self, values: Mapping[str, DeviceArray], repeats: bool) -> None:
+        cuda = self._device.cuda
+        key = (tuple(self._shapes.items()), tuple(value.address for value in values.values())) if repeats else None
+        if key is not None and (graph := self._recorded.get(key)) is not None:
+            self._recorded.move_to_end(key)
+            cuda.launch(graph)
+            return
+        for name, value in values.items():
+            if not self._context.set_tensor_address(name, value.address):
+                raise self._failed(f"does not take memory for '{name}'")
+        if not self._context.execute_async_v3(cuda.stream):
+            raise self._failed("could not be run")
+        if key is not None:
+            self._remember(key, self._record() if key in self._recorded else None)
+
+    def _remember(self, key: Any, graph: int | None) -> None:
+        """The graph of such a run, or that there was one."""
+        self._recorded[key] = graph
+        if len(self._recorded) > RECORDED and (old := self._recorded.popitem(last=False)[1]) is not None:
+            self._device.cuda.drop(old)
+
+    def _record(self) -> int | None:
+        """Record the run that was just made: what has to happen once for its shapes has happened. None for an engine that
+        cannot be recorded (one with loops, say): it is run as before."""
+        cuda = self._device.cuda
+        capturable = getattr(self._context, "is_stream_capturable", None)  # TensorRT-RTX has it
+        if not self._recordable or (capturable is not None and not capturable(cuda.stream)):
+            return None
+        cuda.begin_recording()
+        enqueued = self._context.execute_async_v3(cuda.stream)
+        try:
+            graph = cuda.end_recording()
+        except CudaError:
+            self._recordable = False
+            return None
+        if not enqueued:
+            cuda.drop(graph)
+            self._recordable = False
+        return graph if enqueued else None
+
+    def _load(self) -> Any:
+        """The engine. Code of the host's that lies in a plan is not run (`engine_host_code_allowed`)."""
+        if not self._path.is_file():
+            raise ExportError(f"There is no engine {self._path}. Run build first.")
+        with self._path.open("rb") as file:
+            module = "tensorrt_rtx" if file.read(len(_RTX_MAGIC)) == _RTX_MAGIC else "tensorrt"
+            self._trt = _trt_module.load(module)
+            self._logger = _trt_module.logger(self._trt, self._note)
+            if plugins := _plugins.needed(self._path):
+                _plugins.load(self._trt, plugins["library"])
+            self._runtime = self._trt.Runtime(self._logger)
+            self._runtime.engine_host_code_allowed = False
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+                engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            gpu = self._device.cuda.gpu
+            raise EnvironmentMismatch(
+                f"{self._path.name} does not open with {module} {self._trt.__version__} on {gpu.name} (SM {gpu.compute_capability / 10:.1f})"
+                f"{self._said()} An engine runs with the version and on the GPU it was built for: run `edgetrim build` here."
+            )
+        return engine
+
+    def _refit(self, engine: Any) -> None:
+        """Give an engine that was built without weights those of its graph."""
+        if self._graph is None or not self._graph.is_file():
+            raise ExportError(
+                f"{self._path.name} was built without weights, and its graph is not there. Build it again."
+            )
+        refitter = self._trt.Refitter(engine, self._logger)
+        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
+        if not parser.refit_from_file(str(self._graph)) or not refitter.refit_cuda_engine():
+            raise self._failed(f"does not take the weights of {self._graph.name}")
+
+    def _new_context(self, engine: Any) -> Any:
+        """TensorRT-RTX compiles kernels when they are first run; it is given what it compiled before on this GPU."""
+        if not hasattr(self._trt, "IRuntimeCache"):
+            return engine.create_execution_context()
+        config = engine.create_runtime_config()
+        self._kernels = config.create_runtime_cache()
+        cache = EngineCache.default()
+        if cache is not None and (known := cache.recall(self._kernels_name())):
+            self._kernels.deserialize(known)
+        config.set_runtime_cache(self._kernels)
+        return engine.create_execution_context(config)
+
+    def _keep_kernels(self) -> None:
+        cache = EngineCache.default()
+        if self._kernels is None or cache is None:
+            return
+        data = self._kernels.serialize()
+        if data is not None and (data := bytes(data)) != cache.recall(self._kernels_name()):
+            cache.learn(self._kernels_name(), data)
+
+    def _kernels_name(self) -> str:
+        return f"{_engine_cache.key({'version': self._trt.__version__, 'gpu': astuple(self._device.cuda.gpu)})}.kernels"
+
+    def _release(self) -> None:
+        self._keep_kernels()
+        for graph in self._recorded.values():
+            if graph is not None:
+                self._device.cuda.drop(graph)
+        self._recorded.clear()
+        self._context = self._kernels = self._engine = self._runtime = self._logger = None
+
+    def _describe(self, engine: Any) -> None:
+        trt, self._inputs, self._outputs = self._trt, dict[str, np.dtype[Any]](), dict[str, np.dtype[Any]]()
+        for i in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(i)
+            dtype = _DTYPES.get(engine.get_tensor_dtype(name).name)
+            if dtype is None or engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
+                raise ExportError(
+                    f"{self._path.name}: '{name}' is {engine.get_tensor_dtype(name).name} in {engine.get_tensor_location(name).name} "
+                    f"memory; expected one of {', '.join(_DTYPES)} on the device. Export and build it again."
+                )
+            is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+            (self._inputs if is_input else self._outputs)[name] = np.dtype(dtype)
+        self._bounds = [
+            Bounds(*({n: tuple(engine.get_tensor_profile_shape(n, i)[end]) for n in self._inputs} for end in (0, 2)))
+            for i in range(engine.num_optimization_profiles)
+        ]
+        self._longest = {n: tuple(map(max, zip(*(b.high[n] for b in self._bounds), strict=True))) for n in self._inputs}
+        pasts = [name for name in self._inputs if name.startswith("past_")]
+        spans = [
+            bounds.high["inputs_embeds"][1]
+            for bounds in self._bounds
+            if "inputs_embeds" in bounds.high and all(0 not in bounds.high[name] for name in pasts)
+        ]
+        self._step = max(spans, default=0)  # most tokens behind a cache
+        self._profile, self._shapes = 0, {}
+
+    def _note(self, severity: str, text: str) -> None:
+        if severity in ("ERROR", "INTERNAL_ERROR"):
+            self._errors.append(text)
+
+    def _said(self) -> str:
+        """What TensorRT has complained of since the last time."""
+        said, self._errors = " | ".join(self._errors), []
+        return f": {said.rstrip('.')}." if said else "."
+
+    def _failed(self, what: str) -> ExportError:
+        return ExportError(f"{self._path.name} {what}{self._said()}")
+
+    def _too_large(self, shapes: Shapes) -> str:
+        """Which input no optimization profile takes, measured by the one that takes most of them."""
+        bounds = min(self._bounds, key=lambda b: sum(map(b.misfit, shapes, shapes.values())))
+        name = next(name for name, shape in shapes.items() if bounds.misfit(name, shape))
+        return (
+            f"{self._path.name} was not built for {name} {list(shapes[name])}: it takes {list(bounds.low[name])} to "
+            f"{list(bounds.high[name])}. Raise `[limits]` in the profile and build again, or ask for less."
+        )
+
+    def _wrong_names(self, feeds: Mapping[str, Any]) -> str:
+        for name in feeds:
+            if name not in self._inputs:
+                return f"{self._path.name} has no input '{name}'. {nearest(name, self._inputs)}"
+        absent = ", ".join(name for name in self._inputs if name not in feeds)
+        return f"{self._path.name}: inputs not fed: {absent}. Fed: {', '.join(feeds) or 'none'}."
+
+    def _loaded(self) -> None:
+        assert self._context is not None, "a runner is a context manager: use it inside `with`"

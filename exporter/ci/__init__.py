@@ -1,0 +1,1 @@
+"""How a CI system is told: one format of annotations per file, and JUnit XML, which they all read."""

@@ -1,0 +1,1 @@
+"""How an answer is scored: one metric per file, named in a question's line."""
