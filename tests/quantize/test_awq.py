@@ -62,17 +62,22 @@ def test_clipping_points_count_what_enters() -> None:
     assert errors[0] < 0.5 * errors[1]
 
 
-@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, kv_heads=2), replace(SPEC, post_norms=True, qk_norm=True)])
+OPT = replace(SPEC, layer_norms=True, gated=False, activation="relu", inv_freq=())
+PAIRS = {SPEC: 4, replace(SPEC, kv_heads=2): 3, replace(SPEC, post_norms=True, qk_norm=True): 4, OPT: 3}
+
+
+@pytest.mark.parametrize("spec", PAIRS)
 def test_folding_leaves_the_layer_as_it_is(spec: DecoderSpec) -> None:
     generator = torch.manual_seed(0)
     layer = Layer(spec).double()
     for parameter in layer.parameters():
         parameter.data = torch.rand(parameter.shape, generator=generator, dtype=torch.float64) - 0.4
     x = torch.randn(2, 5, 32, generator=generator, dtype=torch.float64)
-    given = x, torch.ones(1, 1, 5, 4), torch.zeros(1, 1, 5, 4), torch.zeros(2, 1, 5 * spec.heads // spec.kv_heads, 5)
+    turns = (torch.ones(1, 1, 5, 4), torch.zeros(1, 1, 5, 4)) if spec.inv_freq else (None, None)
+    given = x, *turns, torch.zeros(2, 1, 5 * spec.heads // spec.kv_heads, 5)
     before = layer(*given, None, None)[0]
     pairs = layer.pairs()
-    assert len(pairs) == (4 if spec.heads == spec.kv_heads else 3)
+    assert len(pairs) == PAIRS[spec]
     for pair in pairs:
         scale = torch.rand(len(pair.readers[0].weight), generator=generator, dtype=torch.float64) + 0.5
         for parameter in pair.giver.parameters(recurse=False):
