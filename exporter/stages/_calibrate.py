@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -160,7 +160,6 @@ class _Layers:
     def __post_init__(self) -> None:
         self._orders: dict[int, Tensor] = {}
         self.text = 0
-        self._hollow: list[Tensor] = []
 
     @contextmanager
     def streamed(self) -> Iterator[None]:
@@ -204,11 +203,20 @@ class _Layers:
         self._quantize(i, layer, functools.partial(self._batches, layer, x, rest))
         for name in self._names(i):
             _put(self.decoder, name, self.weights.stored(name))
-        parts = list(self._batches(layer, x, rest))
+        read = self._read(i)
+        parts: list[list[Tensor]] = []
+        for part in self._batches(layer, x, rest):
+            parts.append([t if k in read else t.new_zeros(()).expand(t.shape) for k, t in enumerate(part)])
         self._drop(i)
-        out = tuple(torch.cat(values) for values in zip(*parts, strict=True))
-        self._free(out[1:3])
-        return out
+        whole = enumerate(zip(*parts, strict=True))
+        return tuple(torch.cat(t) if k in read else t[0][:1].expand(len(x), *t[0].shape[1:]) for k, t in whole)
+
+    def _read(self, i: int) -> Collection[int]:
+        """Which of a layer's results anything looks at, besides the next layer. Of the others there are the shapes only: keys and
+        values of all layers would be more than the hidden states by far."""
+        decoder = self.decoder
+        looked_at = i + 1 in decoder.pruned or i in decoder.watch or bool(decoder.evicted) or decoder.probe is not None
+        return range(7) if looked_at else (0, 6) if i in decoder.routed else (0,)
 
     def _quantize(self, i: int, layer: Layer, batches: Callable[[], Iterator[tuple[Tensor, ...]]]) -> None:
         """Write every parameter of a layer. It is watched and quantised only if one of them is not there from before."""
@@ -322,15 +330,6 @@ class _Layers:
     def _drop(self, i: int) -> None:
         for name in self._names(i):
             _put(self.decoder, name, torch.empty(self.sources[name].shape, device="meta"))
-
-    def _free(self, cache: Sequence[Tensor]) -> None:
-        """Give the memory of the layer before's keys and values back: a cut in front of the next layer reads this one's only. Where
-        a reduction looks at the cache, all stay."""
-        if self.decoder.probe is not None or self.decoder.evicted:
-            return
-        for tensor in self._hollow:
-            tensor.untyped_storage().resize_(0)
-        self._hollow = [*cache]
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:
