@@ -29,8 +29,8 @@ from exporter.runtime.generate import Generator
 from exporter.runtime.prompt import Prompt
 from exporter.runtime.sequence import split
 from exporter.stages import _calibrate, _task, bench
+from exporter.stages._processor import prompt_of
 from exporter.stages._reference import reference
-from exporter.stages.curves import prompt_of
 from exporter.stages.export import export
 from exporter.workspace import Workspace
 

@@ -23,8 +23,8 @@ from exporter.graphset import GraphSet
 from exporter.plan import Plan
 from exporter.runtime import images
 from exporter.runtime.generate import Generator, embedding
+from exporter.stages._processor import prompt_of
 from exporter.stages._task import Question
-from exporter.stages.curves import prompt_of
 from exporter.workspace import SCRATCH
 
 LARGEST = 65504.0
