@@ -22,13 +22,13 @@ import numpy.typing as npt
 
 import exporter.quantize
 from benchmarks import _common
-from exporter import _discover, pipeline
+from exporter import _discover, device, pipeline
 from exporter.plan import Plan
 from exporter.runtime import images
 from exporter.runtime.generate import Generator
 from exporter.runtime.prompt import Prompt
 from exporter.runtime.sequence import split
-from exporter.stages import _calibrate, _task, bench
+from exporter.stages import _calibrate, _task
 from exporter.stages._processor import prompt_of
 from exporter.stages._reference import reference
 from exporter.stages.export import export
@@ -76,14 +76,14 @@ def main() -> None:
         "benchmark": "quantize",
         "command": f"python -m benchmarks.quantize --per-kind {args.per_kind} --threads {args.threads}",
         "precision": "int4",
-        "machine": bench.machine(),
+        "machine": device.machine(),
         "versions": pipeline.versions(),
         "questions": len(questions),
         "calibration_questions": len(_task.for_calibration(1)),
         "scores": [asdict(s) for s in scores],
     }
-    print(_common.write(args.results, entry))
     print(report(scores))
+    print(_common.write(args.results, entry))
 
 
 def of_reduction(specs: str, questions: Sequence[_task.Question], threads: int) -> list[Score]:
