@@ -48,7 +48,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo 'Setting up $(VENV) with $(PYTHON) (some minutes the first time) …'
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
-		-e '.[export,ort,rtx,dev]' -c constraints.txt
+		-e '.[export,ort,rtx,video,dev]' -c constraints.txt
 	@touch $@
 
 clean:

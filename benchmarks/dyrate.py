@@ -24,7 +24,7 @@ from PIL import Image
 
 from benchmarks import _common, _sentences
 from benchmarks._common import Case, Model, Ratio, say
-from exporter import cost
+from exporter.cost import formulas as cost
 from exporter.nn.specs import DecoderSpec
 from exporter.pipeline import Job
 from exporter.plan import Plan

@@ -13,8 +13,12 @@ from exporter.graphset import GraphSet
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+DEVICES = "devices"
+"""Records that devices made of a bundle lie in it and are no part of it."""
 LARGEST_MANIFEST = 16 * 2**20
 """Bytes."""
+SIGNATURE = "manifest.json.sig"
+"""Detached, see `exporter.signature`."""
 
 
 def sha256(path: Path) -> str:
@@ -30,9 +34,11 @@ def contents(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
+        if not _belongs(name):
+            continue
         if path.is_symlink():
             raise VerificationError(f"{path} is a link. A bundle holds files only; remove it.")
-        if path.is_file() and name.as_posix() != MANIFEST and not any(p.startswith(".") for p in name.parts):
+        if path.is_file():
             found[name.as_posix()] = {"sha256": sha256(path), "bytes": path.stat().st_size}
     return found
 
@@ -43,6 +49,13 @@ class Bundle:
 
     folder: Path
     manifest: dict[str, Any]
+    digest: str
+    """SHA-256 of the manifest's bytes: what this bundle is, in one number."""
+
+    @property
+    def bytes(self) -> int:
+        """Of all files but the manifest."""
+        return sum(entry["bytes"] for entry in self.manifest["files"].values())
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> Bundle:
@@ -59,10 +72,11 @@ class Bundle:
         if path.stat().st_size > LARGEST_MANIFEST:
             raise VerificationError(f"{path} is larger than {LARGEST_MANIFEST // 2**20} MiB. That is not a manifest.")
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            raw = path.read_bytes()
+            manifest = json.loads(raw)
             files = {str(name): dict(entry) for name, entry in manifest["files"].items()}
             schema = int(manifest["schema"])
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise VerificationError(
                 f"{path} is damaged ({type(e).__name__}: {e}). Pack or copy the bundle again."
             ) from e
@@ -70,7 +84,12 @@ class Bundle:
             raise VerificationError(
                 f"{path} has schema {schema}; this edgetrim reads {SCHEMA}. Use the version that packed it."
             )
-        bundle = cls(folder, {**manifest, "files": files})
+        for name, entry in files.items():
+            if _leads_out(name):
+                raise VerificationError(f"{path} names a file outside the bundle: {name!r}. Do not use it.")
+            if not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("sha256"), str):
+                raise VerificationError(f"{path} has no size or hash for {name!r}. Pack or copy the bundle again.")
+        bundle = cls(folder, {**manifest, "files": files}, hashlib.sha256(raw).hexdigest())
         if verify:
             bundle.verify()
         return bundle
@@ -85,10 +104,6 @@ class Bundle:
         wrong = []
         for name, entry in expected.items():
             path = self.folder / name
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise VerificationError(
-                    f"{self.folder}/{MANIFEST} names a file outside the bundle: {name}. Do not use it."
-                )
             if path.is_symlink() or not path.is_file():
                 wrong.append(f"{name} is missing")
             elif path.stat().st_size != entry.get("bytes"):
@@ -102,6 +117,15 @@ class Bundle:
                 "Copy or pack it again."
             )
 
+    def signer(self, signers: Path) -> str:
+        """Who signed the manifest. Raises as `signature.verify`, and VerificationError if it has changed since it was opened."""
+        from exporter import signature
+
+        raw = (self.folder / MANIFEST).read_bytes()
+        if hashlib.sha256(raw).hexdigest() != self.digest:
+            raise VerificationError(f"{self.folder}/{MANIFEST} changed while it was verified. Try again.")
+        return signature.verify(raw, self.folder / SIGNATURE, signers)
+
     @property
     def graphs(self) -> GraphSet:
         return GraphSet.load(self.folder / "graphs")
@@ -110,7 +134,22 @@ class Bundle:
 def contents_names(folder: Path) -> list[str]:
     """Names of the files that `contents` would hash, and of links, which it would refuse."""
     names = (p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file() or p.is_symlink())
-    return [n.as_posix() for n in names if n.as_posix() != MANIFEST and not any(p.startswith(".") for p in n.parts)]
+    return [n.as_posix() for n in names if _belongs(n)]
+
+
+def _belongs(name: Path) -> bool:
+    """Whether a file at that place is part of a bundle: manifest and signature are not, nor dot-files, nor devices' records."""
+    return (
+        name.as_posix() not in (MANIFEST, SIGNATURE)
+        and name.parts[0] != DEVICES
+        and not any(p.startswith(".") for p in name.parts)
+    )
+
+
+def _leads_out(name: str) -> bool:
+    """Whether a manifest's name is not that of a file below the bundle, on any system."""
+    parts = name.replace("\\", "/").split("/")
+    return not all(parts) or ".." in parts or "." in parts or ":" in parts[0] or "\0" in name
 
 
 def identity(folder: Path) -> str:

@@ -30,8 +30,9 @@ INSTRUCTION_FOLDER = "qformer_tokenizer"
 """Where a checkpoint has the tokenizer that its Q-Former reads the question with, and where a copy of its small files has it."""
 
 
-def resolve(name: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a local path as it is, else a hub id, downloaded (safetensors and JSON only).
+def resolve(name: str, revision: str | None = None, weights: bool = True) -> Path:
+    """The folder of a checkpoint: a local path as it is, else a hub id, downloaded (safetensors and JSON only, or without
+    `weights` JSON only).
 
     Raises:
         UsageError: neither a folder nor a hub id. EnvironmentMismatch: the hub could not be reached.
@@ -51,13 +52,8 @@ def resolve(name: str, revision: str | None = None) -> Path:
             f"'{name}' is no folder here, and downloading a hub id needs huggingface_hub. Install edgetrim[export]."
         ) from e
     try:
-        patterns = [
-            "*.safetensors",
-            "*.safetensors.index.json",
-            *TOKENIZER_FILES,
-            SENTENCEPIECE,
-            f"{INSTRUCTION_FOLDER}/*.json",
-        ]
+        patterns = ["*.safetensors.index.json", *TOKENIZER_FILES, SENTENCEPIECE, f"{INSTRUCTION_FOLDER}/*.json"]
+        patterns += ["*.safetensors"] if weights else []
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0]

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -98,25 +98,34 @@ def paired(ratios: npt.ArrayLike, limit: float, stages: int = 1) -> Finding:
     return _judge(float(found.mean()), half, count, FEWEST, allowed)
 
 
-def unpaired(baseline: npt.ArrayLike, candidate: npt.ArrayLike, limit: float, stages: int = 1) -> Finding:
+def unpaired(
+    baseline: npt.ArrayLike,
+    candidate: npt.ArrayLike,
+    limit: float,
+    stages: int = 1,
+    earlier: Sequence[npt.ArrayLike] = (),
+) -> Finding:
     """Judge sessions of a candidate against those stored with a baseline.
 
     Args:
         baseline: [sessions], of `level`. candidate: [sessions] likewise, usually one; taken to differ as the baseline's do.
         limit, stages: see `paired`.
+        earlier: sessions of other bundles under the same conditions, one array each: how much those of one bundle differ says how
+            much sessions do.
     """
     stored, now = np.asarray(baseline, np.float64), np.asarray(candidate, np.float64)
-    count, allowed, alpha = len(stored), math.log1p(limit), ALPHA / stages
+    groups = [stored, now, *(np.asarray(levels, np.float64) for levels in earlier)]
+    squares = sum(float(((levels - levels.mean()) ** 2).sum()) for levels in groups)
+    count, freedom = len(stored), sum(len(levels) - 1 for levels in groups)
     change = float(now.mean() - stored.mean())
-    if count < FEWEST_STORED:
-        return _unknown(change, count, FEWEST_STORED)
-    squares = float(((stored - stored.mean()) ** 2).sum() + ((now - now.mean()) ** 2).sum())
-    spread = math.sqrt(squares / (count + len(now) - 2))
+    if freedom < FEWEST_STORED - 1:
+        return _unknown(change, count, count + FEWEST_STORED - 1 - freedom)
+    spread, allowed, alpha = math.sqrt(squares / freedom), math.log1p(limit), ALPHA / stages
 
     def half(n: int) -> float:
-        return student(1 - alpha, n + len(now) - 2) * spread * math.sqrt(1 / n + 1 / len(now))
+        return student(1 - alpha, freedom + n - count) * spread * math.sqrt(1 / n + 1 / len(now))
 
-    return _judge(change, half, count, FEWEST_STORED, allowed)
+    return _judge(change, half, count, 1, allowed)
 
 
 def narrow(finding: Finding, limit: float) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter import __version__
-from exporter.bundle import MANIFEST, SCHEMA, Bundle, contents
+from exporter.bundle import MANIFEST, SCHEMA, SIGNATURE, Bundle, contents
 from exporter.errors import EnvironmentMismatch, ExportError, GateError, UsageError, VerificationError
 from exporter.graphset import GraphSet
 from exporter.workspace import Workspace
@@ -26,17 +26,23 @@ if TYPE_CHECKING:
 Log = Callable[[str], None]
 EMBEDDED = "embedded"
 """The name of the model that ships with the package."""
+ESTIMATE = "evidence/estimate.json"
+"""What export foresaw; only of profiles that know their device's memory."""
 
 
-def folder_of(checkpoint: str) -> Path:
-    """The folder of a checkpoint as typed: a path, a hub id, or the embedded model. Raises as `checkpoint.resolve`."""
+def folder_of(checkpoint: str, weights: bool = True) -> Path:
+    """The folder of a checkpoint as typed: a path, a hub id, or the embedded model. Raises as `checkpoint.resolve`.
+
+    Args:
+        weights: whether they are wanted too, or what is about them is enough.
+    """
     from exporter.checkpoint import resolve
 
     if checkpoint == EMBEDDED:
         from exporter.embedded import CHECKPOINT
 
         return CHECKPOINT
-    return resolve(checkpoint)
+    return resolve(checkpoint, weights=weights)
 
 
 def silent(text: str) -> None:
@@ -63,22 +69,27 @@ class Job:
     folder: Path | None = field(default=None, compare=False)
     """The output folder that it was read from. A profile of the user's own lies there too, and travels with the bundle."""
 
-    def plan(self) -> Plan:
-        """Check everything, in words. Raises UsageError or CheckpointError."""
+    def plan(self, weights: bool = True) -> Plan:
+        """Check everything, in words. Raises UsageError or CheckpointError.
+
+        Args:
+            weights: False: the plan is to be reckoned with, not exported, so config.json is enough.
+        """
         from exporter import methods
         from exporter.checkpoint import Checkpoint
         from exporter.families._contract import Request
         from exporter.plan import Unfit, check_weights, make_plan
 
-        folder = folder_of(self.checkpoint)
+        folder = folder_of(self.checkpoint, weights)
         profile = self.loaded_profile()
-        clip = None if self.clip is None else Checkpoint(folder_of(self.clip))
+        clip = None if self.clip is None else Checkpoint(folder_of(self.clip, weights))
         try:
             plan = make_plan(Checkpoint(folder), self.reductions, profile, Request(self.frames, self.image_size, clip))
         except Unfit as e:
             fitting = methods.families_in_words(methods.families(e.method))
             raise UsageError(f"{e} At its defaults it fits: {fitting}.") from e
-        check_weights(plan)
+        if weights:
+            check_weights(plan)
         return plan
 
     def loaded_profile(self) -> Profile:
@@ -115,20 +126,58 @@ class Job:
             ) from e
 
 
-def run_export(job: Job, work: Workspace, log: Log = silent) -> GraphSet:
+def run_export(job: Job, work: Workspace, log: Log = silent, warn: Log = silent) -> GraphSet:
     """Export into the workspace. What a killed export of the same had finished is kept. Later stages' results, which no longer
-    belong to these graphs, are removed."""
+    belong to these graphs, are removed.
+
+    Args:
+        warn: told, before anything is done, what will not fit the profile's device.
+    """
+    from exporter.cost.roofline import foresee
     from exporter.journal import JOURNAL
     from exporter.stages import recipe
     from exporter.stages.export import export
 
     plan = job.plan()
     calibration = calibration_for(job, plan)
+    foreseen = foresee(plan)
+    for text in () if foreseen is None else (*foreseen.refusals, *foreseen.warnings):
+        warn(text)
     with work.resumed("graphs", JOURNAL) as folder:
         graphs = export(plan, folder, log, calibration)
     _forget(work, "engines", "evidence", "report.html", recipe.RECIPE, recipe.PAGE, MANIFEST)
+    if foreseen is not None:
+        work.write(ESTIMATE, json.dumps(foreseen.record(), indent=1, ensure_ascii=False) + "\n")
     job.save(work)
     return graphs
+
+
+def check_graphs(work: Workspace, warn: Log = silent) -> None:
+    """Refuse graphs that the profile's target would refuse or get wrong, as far as there is a table of it.
+
+    Args:
+        warn: told what the target takes, but runs slowly.
+    Raises:
+        EnvironmentMismatch: names the nodes. The graphs stay.
+    """
+    from exporter.lint._check import in_words, lint
+    from exporter.lint._table import table_for
+
+    profile = Job.read(work).loaded_profile()
+    table = table_for(profile.stack)
+    if table is None:
+        return
+    graphs = GraphSet.load(work.graphs)
+    files = [graphs.plugged.get(file, file) if profile.stack.plugins else file for file in graphs.roles()]
+    findings = [finding for file in files for finding in lint(work.graphs / file, table)]
+    for text in in_words([finding for finding in findings if not finding.fatal]):
+        warn(text)
+    if fatal := [finding for finding in findings if finding.fatal]:
+        raise EnvironmentMismatch(
+            f"{table.name}, which profile `{profile.name}` is for, would not run these graphs:\n"
+            + "\n".join(in_words(fatal))
+            + f"\nThe graphs are in {work.graphs}; `edgetrim lint {work.folder}` says this again."
+        )
 
 
 def run_build(work: Workspace, log: Log = silent, strip_weights: bool = False) -> list[EngineRecord]:
@@ -137,19 +186,34 @@ def run_build(work: Workspace, log: Log = silent, strip_weights: bool = False) -
     Args:
         strip_weights: build engines without weights; whoever opens them takes those of the graphs.
     Raises:
-        EnvironmentMismatch: the profile's engines are the device's to build. VerificationError: the bundle was changed.
+        EnvironmentMismatch: the profile's engines are the device's to build, or do not fit it. VerificationError: the bundle was changed.
     """
     from exporter.stages import build, recipe
 
     if (work.folder / MANIFEST).is_file():
         Bundle.open(work.folder)
     job = Job.read(work)
+    refuse_what_does_not_fit(work)
     graphs = GraphSet.load(work.graphs)
     with work.fresh("engines") as folder:
         records = build.build(graphs, work.graphs, folder, job.loaded_profile(), log, strip_weights)
         (folder / "engines.json").write_text(json.dumps(build.record_json(records), indent=1) + "\n")
     _forget(work, MANIFEST, recipe.RECIPE, recipe.PAGE)
     return records
+
+
+def refuse_what_does_not_fit(work: Workspace) -> None:
+    """Raises EnvironmentMismatch with what export foresaw."""
+    if (work.folder / ESTIMATE).is_file():
+        found = work.read_json(ESTIMATE, "Run `edgetrim export` again.")
+        try:
+            said = [str(text) for text in found["refusals"]]
+        except (KeyError, TypeError) as e:
+            raise ExportError(
+                f"{work.folder / ESTIMATE} is damaged ({type(e).__name__}: {e}). Run `edgetrim export` again."
+            ) from e
+        if said:
+            raise EnvironmentMismatch(" ".join(said))
 
 
 def engine_records(work: Workspace) -> list[EngineRecord]:
@@ -172,7 +236,7 @@ def open_runners(
     """
     from exporter.backends import ort
     from exporter.runtime.generate import embedding
-    from exporter.stages.build import backend_for
+    from exporter.stages.build import backend_for, built_from
 
     graphs = GraphSet.load(folder / "graphs")
     files = {file: folder / "graphs" / file for file in graphs.roles()}
@@ -185,7 +249,8 @@ def open_runners(
     with ExitStack() as stack:
         runners: dict[str, Runner] = {}
         for file, roles in graphs.roles().items():
-            runner = backend.runner(files[file], threads, "decode" in roles, folder / "graphs" / file)
+            graph = folder / "graphs" / built_from(file, graphs, profile)
+            runner = backend.runner(files[file], threads, "decode" in roles, graph)
             runners |= dict.fromkeys(roles, stack.enter_context(runner))
         yield runners, graphs, embedding(folder / "graphs", graphs), runners["vision"].in_words + what
 
@@ -266,7 +331,7 @@ def run_validate(
     from exporter.runtime import images
     from exporter.runtime.generate import Generator
     from exporter.runtime.prompt import Prompt
-    from exporter.stages import _answers, regressions, validate
+    from exporter.stages import _answers, _recorded, regressions, validate
 
     job = Job.read(work)
     plan = job.plan()
@@ -287,7 +352,9 @@ def run_validate(
             notes.append("fidelity: measured on synthetic images and random token ids")
         log("comparing stages with PyTorch")
         gates = plan.profile.gates
-        fidelity = validate.compare(plan, runners, graphs, table, pixels, prompts, gates, sides=sides)
+        work.evidence.mkdir(exist_ok=True)
+        record_to = work.folder / _recorded.FILE
+        fidelity = validate.compare(plan, runners, graphs, table, pixels, prompts, gates, sides=sides, record=record_to)
         told: list[validate.Asked] = []
         worse: dict[str, Any] = {}
         _forget(work, regressions.ANSWERS, regressions.PICTURES)
@@ -304,6 +371,38 @@ def run_validate(
     _forget(work, MANIFEST, _answers.FOLDER)
     if failed:
         raise GateError(f"{len(failed)} gate(s) of profile `{plan.profile.name}` did not pass: {'; '.join(failed)}.")
+    return record
+
+
+def run_validate_recorded(work: Workspace, threads: int | None = None, log: Log = silent) -> dict[str, Any]:
+    """Fidelity alone, against what PyTorch gave where the model was exported: needs neither PyTorch nor the checkpoint.
+
+    Writes evidence/validation.json and returns it; quality stays what was measured there.
+
+    Raises:
+        GateError: a gate did not pass. The evidence is written first.
+    """
+    from exporter.stages import _recorded, report, validate
+
+    job = Job.read(work)
+    profile = job.loaded_profile()
+    samples = _recorded.load(work.folder / _recorded.FILE)
+    before = report.optional(work, "evidence/validation.json") or {}
+    log(f"comparing stages with {len(samples)} recorded sample(s)")
+    with open_runners(work.folder, profile, threads) as (runners, graphs, table, what):
+        fidelity = validate.compare_recorded(samples, runners, graphs, table, profile.gates)
+    failed = validate.verdict(fidelity, [])
+    notes = [
+        f"fidelity: measured against outputs of PyTorch that were recorded for {len(samples)} sample(s) at export",
+        *(["quality: measured where the model was exported"] if before.get("quality") else []),
+    ]
+    unasked: dict[str, Any] = {"questions": 0, "quality": [], "samples": [], "gates": [], "regressions": {}}
+    record = {**unasked, **before, "executed": what, "recorded": True}
+    record |= {"fidelity": [asdict(row) for row in fidelity], "failed": failed, "notes": notes}
+    work.write("evidence/validation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    _forget(work, MANIFEST)
+    if failed:
+        raise GateError(f"{len(failed)} gate(s) of profile `{profile.name}` did not pass: {'; '.join(failed)}.")
     return record
 
 
@@ -347,8 +446,6 @@ def run_bench(
     Args:
         compare: also time the PyTorch reference, and both without reduction (exported to a scratch folder for this).
     """
-    from dataclasses import replace
-
     import numpy as np
 
     from exporter import device
@@ -395,14 +492,21 @@ def run_bench(
     return record
 
 
-def run_pack(work: Workspace) -> Bundle:
-    """Write the report, a build recipe where there are no engines, and the manifest: the folder is a bundle from then on."""
+def run_pack(work: Workspace, key: Path | None = None) -> Bundle:
+    """Write the report, a build recipe where there are no engines, and the manifest: the folder is a bundle from then on.
+
+    The same folder gives the same bytes.
+
+    Args:
+        key: an OpenSSH key to sign the manifest with.
+    """
+    from exporter import signature
     from exporter.stages import recipe
     from exporter.stages.report import write_report
 
     job = Job.read(work)
     graphs = GraphSet.load(work.graphs)
-    _forget(work, MANIFEST)
+    _forget(work, MANIFEST, SIGNATURE)
     work.forget_unfinished()
     write_report(work, job)
     if not (work.engines / "engines.json").is_file():
@@ -425,6 +529,8 @@ def run_pack(work: Workspace) -> Bundle:
         "files": files,
     }
     work.write(MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    if key is not None:
+        signature.sign(work.folder / MANIFEST, key, work.folder / SIGNATURE)
     return Bundle.open(work.folder, verify=False)
 
 
@@ -449,9 +555,11 @@ def versions() -> dict[str, str]:
 
 
 def exported(work: Workspace, job: Job) -> bool:
-    """Whether the workspace already holds this very job's graphs."""
+    """Whether the workspace already holds this very job's graphs: the profile counts by what it says."""
     try:
-        return (work.graphs / "graphs.json").is_file() and Job.read(work) == job
+        found = Job.read(work)
+        same = found.loaded_profile() == job.loaded_profile() and replace(found, profile=job.profile) == job
+        return same and (work.graphs / "graphs.json").is_file()
     except (UsageError, ExportError):
         return False
 
@@ -473,7 +581,8 @@ def run(
     around = stage or (lambda title: nullcontext(silent))
     if not exported(work, job):
         with around("export") as log:
-            run_export(job, work, log)
+            run_export(job, work, log, warn)
+    check_graphs(work, warn)
     if not (work.engines / "engines.json").is_file():
         try:
             with around("build") as log:

@@ -42,6 +42,7 @@ class Library:
     """An opened library."""
 
     def __init__(self, file: Path) -> None:
+        self.file = file
         self._c: Any = ctypes.CDLL(str(file))
         self._c.edgetrim_name.restype = self._c.edgetrim_attribute.restype = ctypes.c_char_p
         self._c.edgetrim_run.restype = ctypes.c_char_p

@@ -4,6 +4,9 @@ A profile is a flat description of one target: no inheritance, no defaults for w
 may hold is a field below; an unknown, missing or ill-typed one is an error that names file, section and key. A section
 or key that may be left out means "not known": facts about a device without a source are not guessed.
 
+What a vendor says of a device is the same for every stack and precision: it is in `devices/`, one file per device, which a
+profile names, or in the profile's own section [device].
+
 Profiles are found by file name in this folder; users pass a path to a TOML of their own instead.
 """
 
@@ -28,6 +31,7 @@ else:
     import tomli as tomllib
 
 FOLDER = Path(__file__).resolve().parent
+DEVICES = FOLDER / "devices"
 LARGEST_FILE = 64 * 1024
 """Bytes. A profile is two screens of text; anything longer is not one."""
 
@@ -50,7 +54,7 @@ class Stack:
 
     backend: a name from exporter/backends, "ort" (ONNX Runtime) or "trt". module: the Python module of a trt stack, else left out.
     tensorrt: oldest version the graphs must build on, "10.3"; newer ones are accepted. jetpack: likewise, on a Jetson.
-    compute_capabilities: GPUs engines are built for, 87 for SM 8.7; empty for a CPU.
+    compute_capabilities: GPUs engines are built for, 87 for SM 8.7; left out: the device's. Empty for a CPU.
     flavour: a name from exporter/flavours, which rewrites the language model's graphs for this backend; None leaves them plain.
     plugins: names from plugins/, which take the place of subgraphs; module "tensorrt" only.
     """
@@ -70,7 +74,7 @@ class Stack:
 
     def accepts_tensorrt(self, version: str) -> bool:
         """Whether an installed TensorRT is new enough."""
-        return self.tensorrt is None or _release(version) >= _release(self.tensorrt)
+        return self.tensorrt is None or newer(version, self.tensorrt)
 
 
 @dataclass(frozen=True)
@@ -111,12 +115,40 @@ class Limits:
 class Memory:
     """The device's memory, as far as there is a source.
 
-    total_mib: all of it. bandwidth_gb_s: peak, in 10^9 bytes. largest_block_mib: largest allocation in one piece.
+    total_mib: all of it. usable_mib: what programs find of it. largest_block_mib: largest allocation in one piece.
     """
 
     total_mib: int | None = _known()
-    bandwidth_gb_s: float | None = _known()
+    usable_mib: int | None = _known()
     largest_block_mib: int | None = _known()
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A power mode: the peaks a device reaches in it, dense, as far as there is a source.
+
+    power_w: the budget. bandwidth_gb_s: of the memory, in 10^9 bytes. The others: 10^12 operations of matrix units a second,
+    a multiply and an add counted as two, by the type that is multiplied.
+    """
+
+    power_w: float | None = _known()
+    bandwidth_gb_s: float | None = _known()
+    fp32_tflops: float | None = _known(0)
+    fp16_tflops: float | None = _known(0)
+    int8_tops: float | None = _known(0)
+    fp8_tflops: float | None = _known(0)
+    fp4_tflops: float | None = _known(0)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What is so whatever runs on it. title: the device, as people call it. compute_capability: 87 for SM 8.7; None: no GPU, or
+    many. modes: power modes by the name the device's tool has for them; the first is the one to take."""
+
+    title: str
+    compute_capability: int | None = _known()
+    memory: Memory = Memory()
+    modes: dict[str, Mode] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -142,13 +174,39 @@ class Profile:
     """One target. `name` is the file's stem."""
 
     name: str
-    device: str
+    device: Device
     description: str
     stack: Stack
     precision: Precision
     limits: Limits
     gates: Gates
-    memory: Memory = Memory()
+    power_mode: str | None = None
+
+    @property
+    def memory(self) -> Memory:
+        return self.device.memory
+
+    @property
+    def mode_name(self) -> str | None:
+        """Of the power mode that is reckoned with."""
+        return self.power_mode or next(iter(self.device.modes), None)
+
+    @property
+    def mode(self) -> Mode:
+        return self.device.modes[self.mode_name] if self.mode_name else Mode()
+
+    def in_mode(self, power_mode: str) -> Profile:
+        """The same in another power mode. Raises UsageError for one that the device has not."""
+        if power_mode not in self.device.modes:
+            raise UsageError(
+                f"Profile `{self.name}`: unknown power mode '{power_mode}'. {nearest(power_mode, self.device.modes)}"
+            )
+        return replace(self, power_mode=power_mode)
+
+
+def devices() -> list[str]:
+    """Names of the devices that ship with EdgeTrim, sorted."""
+    return sorted(p.stem for p in DEVICES.glob("*.toml"))
 
 
 def names() -> list[str]:
@@ -186,6 +244,25 @@ def with_quantizer(profile: Profile, name: str) -> Profile:
 
 
 def _read(path: Path) -> Profile:
+    table = _table(path)
+    if "name" in table:
+        raise UsageError(f"Profile {path}: `name` is the file's name; remove the key.")
+    if isinstance(device := table.get("device"), str):
+        if device not in devices():
+            raise UsageError(
+                f"Profile {path.name}: unknown device '{device}'. {nearest(device, devices())} "
+                "Or describe your own in a section [device]."
+            )
+        table["device"] = _table(DEVICES / f"{device}.toml")
+    profile = _section(Profile, {"name": path.stem, **table}, path.name, "")
+    if not profile.stack.compute_capabilities and profile.device.compute_capability is not None:
+        own = replace(profile.stack, compute_capabilities=(profile.device.compute_capability,))
+        profile = replace(profile, stack=own)
+    _check(profile, path.name)
+    return profile
+
+
+def _table(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             raw = file.read(LARGEST_FILE + 1)
@@ -194,14 +271,9 @@ def _read(path: Path) -> Profile:
     if len(raw) > LARGEST_FILE:
         raise UsageError(f"Profile {path} is longer than {LARGEST_FILE // 1024} KiB. That is not a profile.")
     try:
-        table = tomllib.loads(raw.decode())
+        return tomllib.loads(raw.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise UsageError(f"Profile {path} is not valid TOML: {e}.") from e
-    if "name" in table:
-        raise UsageError(f"Profile {path}: `name` is the file's name; remove the key.")
-    profile = _section(Profile, {"name": path.stem, **table}, path.name, "")
-    _check(profile, path.name)
-    return profile
 
 
 def _section(kind: type[S], table: dict[str, Any], file: str, section: str) -> S:
@@ -216,19 +288,26 @@ def _section(kind: type[S], table: dict[str, Any], file: str, section: str) -> S
     values = {}
     for key, f in known.items():
         if key in table:
-            values[key] = _value(hints[key], table[key], f, file, f"[{section}] {key}" if section else key)
-        elif f.default is MISSING:
+            values[key] = _value(hints[key], table[key], f, file, section, key)
+        elif f.default is MISSING and f.default_factory is MISSING:
             word = "section" if isinstance(hints[key], type) and hasattr(hints[key], "__dataclass_fields__") else "key"
             raise UsageError(f"Profile {file}: {word} '{key}' is missing{where}. Compare profiles/cpu_fp32.toml.")
     return kind(**values)
 
 
-def _value(hint: Any, value: Any, f: Field[Any], file: str, where: str) -> Any:
-    """One checked value. `where` is how the user finds it."""
+def _value(hint: Any, value: Any, f: Field[Any], file: str, section: str, key: str) -> Any:
+    """One checked value of a section's key."""
+    where = f"[{section}] {key}" if section else key
+    inner = f"{section}.{key}" if section else key
     if hasattr(hint, "__dataclass_fields__"):
         if not isinstance(value, dict):
-            raise UsageError(f"Profile {file}: '{where}' must be a section, [{where}]; found {_shown(value)}.")
-        return _section(hint, value, file, where)
+            raise UsageError(f"Profile {file}: '{inner}' must be a section, [{inner}]; found {_shown(value)}.")
+        return _section(hint, value, file, inner)
+    if get_origin(hint) is dict:
+        kind = get_args(hint)[1]
+        if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
+            raise UsageError(f"Profile {file}: '{inner}' must hold sections, [{inner}.NAME]; found {_shown(value)}.")
+        return {name: _section(kind, table, file, f"{inner}.{name}") for name, table in value.items()}
     hint = next((a for a in get_args(hint) if a is not type(None)), hint) if type(None) in get_args(hint) else hint
     expected, fits = _expectation(hint)
     if not fits(value):
@@ -287,9 +366,14 @@ def _check(profile: Profile, file: str) -> None:
             if getattr(stack, key) is None:
                 raise fail(f'[stack] backend "trt" needs `{key}` too.')
         if not stack.compute_capabilities:
-            raise fail('[stack] backend "trt" needs `compute_capabilities` too, as in [87] for an Orin.')
+            raise fail(
+                '[stack] backend "trt" needs `compute_capabilities`, as in [87] for an Orin, or a device that has its own.'
+            )
     elif stack.module or stack.tensorrt:
         raise fail('[stack] `module` and `tensorrt` belong to backend "trt"; remove them.')
+    if profile.power_mode is not None and profile.power_mode not in profile.device.modes:
+        known = list(profile.device.modes)
+        raise fail(f"unknown power_mode '{profile.power_mode}'. {nearest(profile.power_mode, known)}")
     if stack.flavour is not None:
         flavours = _discover.names(exporter.flavours)
         if stack.flavour not in flavours:
@@ -320,6 +404,11 @@ def _check(profile: Profile, file: str) -> None:
         raise fail('[precision] `islands` goes with compute = "fp16".')
     if any(b not in (16, 32, 64, 128, 256) for b in precision.blocks):
         raise fail(f"[precision] blocks may hold 16, 32, 64, 128 and 256; found {list(precision.blocks)}.")
+
+
+def newer(version: str, oldest: str) -> bool:
+    """Whether a version is at least `oldest`: "10.16" is newer than "10.3"."""
+    return _release(version) >= _release(oldest)
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -88,7 +88,9 @@ def test_tampering_is_named(tamper: Callable[[Path], None], message: str, folder
         Bundle.open(folder)
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "graphs/../../outside"])
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/hostname", "graphs/../../outside", "..\\outside", "C:/x", "a//b", ".", "a\0b"]
+)
 def test_a_manifest_may_not_name_what_lies_outside(name: str, folder: Path) -> None:
     outside = folder.parent / "outside"
     outside.write_text("x")

@@ -178,6 +178,18 @@ def test_stored_sessions(count: int, spread: float) -> None:
         assert found[right] > 0.95 * RUNS and found[wrong] < 0.01 * RUNS, found
 
 
+def test_sessions_of_earlier_bundles() -> None:
+    """Four, three and one of bundles that take 10, 12 and 9 ms; only the last is compared with, all tell how sessions differ."""
+    rng = np.random.default_rng(7)
+    first, second, last, now = (np.log(ms) + starts(rng, n, 0.003) for ms, n in ((10, 4), (12, 3), (9, 1), (9, 1)))
+    for slowdown, wrong in ((1.0, "slower"), (SLOWER, "not slower")):
+        found = Counter(
+            gate.unpaired(last[i], now[i] + np.log(slowdown), LIMIT, STAGES, (first[i], second[i])).verdict
+            for i in range(RUNS)
+        )
+        assert found[wrong] < 0.01 * RUNS and found["cannot tell"] < 0.5 * RUNS, found
+
+
 def test_one_stored_session_tells_nothing() -> None:
     """However slow the candidate is: a start may be as slow as that."""
     found = gate.unpaired([0.0], [0.5], LIMIT)

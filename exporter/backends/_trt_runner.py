@@ -77,6 +77,8 @@ class TensorRtRunner(Runner):
         self._errors: list[str] = []
         self._shapes: Shapes = {}
         self._found: Shapes = {}
+        self._longest: Shapes = {}
+        self._step = 0
         self._profile = 0
         self._recorded: OrderedDict[Any, int | None] = OrderedDict()
         self._recordable = True

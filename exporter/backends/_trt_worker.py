@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from exporter.backends import _plugins, _trt_module
+from exporter.backends import _trt_module
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
 
 TIMINGS = "timing.cache"
@@ -47,6 +47,8 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
             'Full TensorRT builds on the GPU it builds for; option module = "tensorrt_rtx" builds without one.'
         ) from e
     if request["plugins"] is not None:
+        from exporter.backends import _plugins  # only here: numpy's threads would make addresses a matter of chance
+
         _plugins.load(trt, request["plugins"]["library"])
     network = _network(trt, builder)
     _parse(trt, network, logger, request)
@@ -57,12 +59,10 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
     if request["strip_weights"]:
         for flag in (trt.BuilderFlag.STRIP_PLAN, trt.BuilderFlag.REFIT_IDENTICAL):
             config.set_flag(flag)
-    config.profiling_verbosity = (
-        trt.ProfilingVerbosity.DETAILED
-    )  # the inspector names layers; costs no time when it is not asked
-    if not _repeats(
-        request["module"]
-    ):  # what it prints depends on the clock, and so would the addresses of TensorRT-RTX
+    # The inspector then names layers and where they come from; it costs no time when it is not asked.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # What a monitor prints depends on the clock, and so would addresses: not where the same input gives the same bytes.
+    if not _repeats(request["module"]):
         config.progress_monitor = _monitor(trt)
     timings = _timings(config)
     shapes = _profiles(builder, network, config, request["profiles"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isinf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,8 @@ def latency_cases(checked: Check) -> list[Case]:
 
 
 def _sentence(finding: Finding, checked: Check) -> str:
-    if finding.sessions < 2:
-        found = "one session cannot tell how sessions differ"
+    if isinf(finding.high):
+        found = "too few sessions to know how they differ"
     else:
         found = f"{_percent(finding.slowdown)} ({_interval(finding)})"
     if finding.verdict == "cannot tell":
@@ -109,10 +110,11 @@ def saved(path: Path, baseline: Baseline) -> tuple[dict[str, Any], str]:
 
     last = baseline.generations[-1]
     count = len(last.sessions)
-    more = FEWEST_STORED - count
+    freedom = sum(len(g.sessions) - 1 for g in baseline.generations)
+    more = FEWEST_STORED - 1 - freedom
     text = f"Stored as session {count} of {path}.\n"
     if count == 1 and len(baseline.generations) > 1:
-        text += "The bundle is another one than before: its sessions begin anew.\n"
+        text += "The bundle is another one than before: it is what checks compare with from now on.\n"
     if more > 0:
         text += f"`bench --check` needs {more} more: how much sessions differ is not known before.\n"
     data = {"baseline": path, "sessions": count, "generations": len(baseline.generations), "session": last.sessions[-1]}
@@ -120,8 +122,6 @@ def saved(path: Path, baseline: Baseline) -> tuple[dict[str, Any], str]:
 
 
 def _interval(finding: Finding) -> str | None:
-    from math import isinf
-
     return None if isinf(finding.high) else f"{_percent(finding.low)} to {_percent(finding.high)}"
 
 

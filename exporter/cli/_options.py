@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from exporter.deploy.fleet import Done
+    from exporter.deploy.ssh import Host
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -103,6 +107,14 @@ def profile_option(default: str | None = "cpu_fp32") -> Callable[[F], F]:
     )  # fmt: skip
 
 
+def profiles_option(function: F) -> F:
+    """--profile, repeatable → profiles: tuple[str, ...], names or absolute paths."""
+    return click.option(
+        "--profile", "-p", "profiles", multiple=True, type=ProfileType(), metavar="NAME|TOML",
+        help="Target; repeat to compare. `edgetrim list profiles` shows them.",
+    )(function)  # fmt: skip
+
+
 def output_option(default: str | None = None) -> Callable[[F], F]:
     """--output → Path. Required without a default."""
     return click.option(
@@ -162,7 +174,7 @@ def images_options(function: F) -> F:
     """--image, --clip → tuple[Path, ...] each."""
     function = click.option(
         "--clip", "clips", multiple=True, type=click.Path(path_type=Path), metavar="PATH",
-        help="A clip: an animated image, a folder of frames, or repeated, its frames. Sampled to the model's frames.",
+        help="A clip: a video, an animated image, a folder of frames, or repeated, its frames. Sampled to the model's frames.",
     )(function)  # fmt: skip
     return click.option(
         "--image", "-i", "images", multiple=True, type=click.Path(path_type=Path), metavar="PATH",
@@ -238,3 +250,57 @@ def seed_option(function: F) -> F:
         "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, metavar="N",
         help="Seed of everything that is drawn.",
     )(function)  # fmt: skip
+
+
+def signers_option(function: F) -> F:
+    """--signers → Path | None"""
+    return click.option(
+        "--signers", type=click.Path(path_type=Path), metavar="FILE",
+        help="Also ask for a signature of one of these: OpenSSH's list of allowed signers.",
+    )(function)  # fmt: skip
+
+
+def devices_options(function: F) -> F:
+    """--to → to: tuple[str, ...]; --fleet → Path | None; --ssh-config → config: Path | None; --jobs → int."""
+    function = click.option(
+        "--jobs", type=click.IntRange(1, 64), default=1, show_default=True, metavar="N", help="Devices at a time."
+    )(function)
+    function = click.option(
+        "--ssh-config", "config", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+        help="An ssh configuration in place of yours: ports, keys, known hosts.",
+    )(function)  # fmt: skip
+    function = click.option(
+        "--fleet", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.toml",
+        help='Devices from a file: hosts = ["user@one", "user@two:folder"].',
+    )(function)  # fmt: skip
+    return click.option(
+        "--to", multiple=True, metavar="[USER@]HOST[:FOLDER]",
+        help="A device; repeat for several. FOLDER holds one live bundle; default: edgetrim in the home folder.",
+    )(function)  # fmt: skip
+
+
+def hosts(to: tuple[str, ...], fleet: Path | None) -> list[Host]:
+    """The devices that `devices_options` name, each once. Raises UsageError."""
+    from exporter.deploy.fleet import read
+    from exporter.deploy.ssh import Host
+    from exporter.errors import UsageError
+
+    found = list(dict.fromkeys([*(Host.parse(text) for text in to), *(read(fleet) if fleet else [])]))
+    if not found:
+        raise UsageError("Which device? `--to USER@HOST`, or `--fleet FILE.toml` for many.")
+    return found
+
+
+def raise_failed(done: Sequence[Done[Any]]) -> None:
+    """The devices' errors as one: with their exit code where they agree on it."""
+    from exporter.errors import ExportError
+
+    failed = [d.error for d in done if d.error is not None]
+    if not failed:
+        return
+    if len(done) == 1:
+        raise failed[0]
+    words = "\n".join(f"  {e}" for e in failed)
+    kinds = {type(e) for e in failed}
+    kind = kinds.pop() if len(kinds) == 1 else ExportError
+    raise kind(f"{len(failed)} of {len(done)} devices failed:\n{words}")

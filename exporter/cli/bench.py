@@ -72,9 +72,11 @@ def command(
     from exporter.errors import UsageError
 
     out = Output(as_json)
+    if against is None and not check and (strict or junit or annotations):
+        raise UsageError("--strict, --junit and --annotations go with --check or --against.")
+    if against is None and apart:
+        raise UsageError("--apart goes with --against.")
     if against is None and not check and not save_baseline:
-        if strict or junit or annotations or apart:
-            raise UsageError("--strict, --junit, --annotations and --apart go with --check or --against.")
         return _bench(out, folder, rounds, new_tokens, threads, compare)
     if against is not None and (check or save_baseline):
         raise UsageError("--against compares with a bundle, --check and --save-baseline with what is stored: choose.")
@@ -137,7 +139,7 @@ def _stored(out: Output, subject: Subject, setting: Setting, folder: Path, check
     checked = None
     if check_it:
         limit = subject.profile.gates.latency_slowdown_max / 100
-        checked = check.stored(session, baseline.generations[-1], limit, str(path), executed)
+        checked = check.stored(session, baseline.generations, limit, str(path), executed)
     if save and (checked is None or checked.verdict != "slower"):
         kept = baseline.with_session(subject.bundle, session)
         kept.save(folder)

@@ -36,7 +36,7 @@ def command(
 
     CHECKPOINT is a folder in Hugging Face layout, a hub id, or `embedded` (the default). Results of later stages in the
     same folder, which no longer belong to these graphs, are removed. After a crash or a kill the same command goes on with the
-    weights that were written.
+    weights that were written. Exit code 5 where a graph has a node that the profile's TensorRT would refuse or get wrong (`lint`).
     """
     from exporter import pipeline
     from exporter.cli import _results
@@ -47,7 +47,8 @@ def command(
     job.plan()  # refuse what does not fit before the folder is made
     with Workspace(output).locked() as work:
         with out.stage("export") as log:
-            graphs = pipeline.run_export(job, work, log)
+            graphs = pipeline.run_export(job, work, log, out.warn)
+        pipeline.check_graphs(work, out.warn)
         found = _results.engines(work, job, graphs)
     data = {"folder": output, **_results.described(job, graphs), "graphs": found.data["engines"]}
     out.result(

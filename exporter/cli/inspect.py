@@ -66,11 +66,10 @@ def _bundle(folder: Path, verify: bool) -> tuple[dict[str, Any], list[Any]]:
     bundle = Bundle.open(folder, verify)
     manifest, files = bundle.manifest, bundle.manifest["files"]
     try:
-        size = sum(int(entry["bytes"]) for entry in files.values())
         versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
         checked = "every hash is right" if verify else "not verified"
         lines = [
-            f"Bundle {folder}: {len(files)} files, {in_bytes(size)}, {checked}",
+            f"Bundle {folder}: {len(files)} files, {in_bytes(bundle.bytes)}, {checked}",
             f"Packed by edgetrim {manifest['edgetrim']}, opset {manifest['opset']}, with {versions}",
             "",
         ]
@@ -79,7 +78,55 @@ def _bundle(folder: Path, verify: bool) -> tuple[dict[str, Any], list[Any]]:
             f"{folder}/manifest.json is damaged ({type(e).__name__}: {e}). Pack or copy the bundle again."
         ) from e
     found = _results.summary(Workspace(folder))
-    return {"verified": verify, "manifest": manifest, **found.data}, ["\n".join(lines), *found.parts]
+    data = {
+        "verified": verify,
+        "manifest": manifest,
+        "manifest_sha256": bundle.digest,
+        "largest": _largest(files),
+        **found.data,
+    }
+    return data, ["\n".join(lines), *found.parts, _sizes(files), *_devices(folder)]
+
+
+LISTED = 8
+"""Files shown with their size; of the rest the sum."""
+
+
+def _largest(files: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"file": n, "bytes": e["bytes"]}
+        for n, e in sorted(files.items(), key=lambda f: (-f[1]["bytes"], f[0]))[:LISTED]
+    ]
+
+
+def _devices(folder: Path) -> list[Any]:
+    """What devices recorded that this bundle was deployed to; no part of what is verified."""
+    from exporter.deploy.deploy import medians, records
+    from exporter.deploy.ssh import printable
+
+    def told(value: Any) -> str | None:
+        return None if value is None else printable(str(value))[:60]
+
+    rows = []
+    for record in records(folder):
+        facts = found if isinstance(found := record.get("facts"), dict) else {}
+        ttft = medians(record).get("ttft")
+        stack = (told(facts.get(key)) for key in ("model", "jetpack", "tensorrt", "power_mode"))
+        rows.append((told(record.get("host")), told(record.get("utc")), *stack, ttft and f"{ttft:.1f} ms"))
+    columns = ("device", "deployed (UTC)", "model", "JetPack", "TensorRT", "power mode", ">to first token")
+    return [table("Devices", columns, rows)] if rows else []
+
+
+def _sizes(files: dict[str, Any]) -> Any:
+    from exporter.report.report import in_bytes
+
+    total = sum(entry["bytes"] for entry in files.values())
+    largest = _largest(files)
+    rest = total - sum(f["bytes"] for f in largest)
+    rows = [(f["file"], in_bytes(f["bytes"]), f"{100 * f['bytes'] / max(1, total):.0f} %") for f in largest]
+    if len(files) > len(largest):
+        rows.append((f"{len(files) - len(largest)} more", in_bytes(rest), f"{100 * rest / max(1, total):.0f} %"))
+    return table("Files, largest first", ("file", ">size", ">share"), rows)
 
 
 def _folder(folder: Path) -> tuple[dict[str, Any], list[Any]]:

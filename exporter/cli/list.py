@@ -109,7 +109,7 @@ def _profiles() -> tuple[list[Any], Any]:
     from profiles import _schema
 
     found = [_schema.load(name) for name in _schema.names()]
-    rows = [(p.name, p.device, p.stack.module or p.stack.backend, _precision(p), p.description) for p in found]
+    rows = [(p.name, p.device.title, p.stack.module or p.stack.backend, _precision(p), p.description) for p in found]
     return [*found], table("Profiles (--profile NAME)", ("name", "device", "stack", "precision", "description"), rows)
 
 

@@ -12,11 +12,16 @@ from exporter.cli._output import Output
 
 @click.command()
 @options.folder_argument
+@click.option(
+    "--sign", "key", type=click.Path(path_type=Path), metavar="KEY",
+    help="Sign the manifest with this OpenSSH key; `edgetrim verify --signers` checks it.",
+)  # fmt: skip
 @options.json_option
-def command(folder: Path, as_json: bool) -> None:
+def command(folder: Path, key: Path | None, as_json: bool) -> None:
     """Write FOLDER's report and the manifest with the hash of every file.
 
-    From then on the folder is a bundle: what is in it is what the manifest says, or it is not loaded.
+    From then on the folder is a bundle: what is in it is what the manifest says, or it is not loaded. The same folder gives the
+    same bytes.
     """
     from exporter import pipeline
     from exporter.report.report import in_bytes
@@ -26,8 +31,7 @@ def command(folder: Path, as_json: bool) -> None:
     out = Output(as_json)
     with Workspace(folder).locked() as work:
         with out.stage("pack"):
-            bundle = pipeline.run_pack(work)
+            bundle = pipeline.run_pack(work, key)
     files = bundle.manifest["files"]
-    size = sum(entry["bytes"] for entry in files.values())
     data = {"folder": folder, "report": folder / REPORT, "manifest": bundle.manifest}
-    out.result(data, f"Bundle: {folder}, {len(files)} files, {in_bytes(size)}", f"Report: {folder / REPORT}")
+    out.result(data, f"Bundle: {folder}, {len(files)} files, {in_bytes(bundle.bytes)}", f"Report: {folder / REPORT}")

@@ -14,6 +14,10 @@ from exporter.cli._output import Output
 @click.command()
 @options.folder_argument
 @options.questions_option
+@click.option(
+    "--reference", type=click.Choice(("pytorch", "recorded")), default=None,
+    help="PyTorch, or what it gave where the model was exported. Default: PyTorch if it is installed.",
+)  # fmt: skip
 @options.threads_option
 @_ci.ci_options
 @options.json_option
@@ -21,6 +25,7 @@ def command(
     folder: Path,
     questions: Path | None,
     per_kind: int,
+    reference: str | None,
     threads: int | None,
     junit: Path | None,
     annotations: str | None,
@@ -30,21 +35,32 @@ def command(
 
     Fidelity compares every stage on the same input. Quality compares task scores: unreduced, reduced, the engine, and
     random and uniform selection of as many tokens. Exit code 3 if a gate of the profile does not pass; the evidence is
-    written first. After a kill the same command asks only what is not answered yet.
+    written first. After a kill the same command asks only what is not answered yet. On a device, without PyTorch, fidelity alone
+    is compared, with outputs that the bundle holds.
     """
+    from importlib.util import find_spec
+
     from exporter import pipeline
     from exporter.cli import _gates, _results
-    from exporter.errors import GateError
+    from exporter.errors import GateError, UsageError
     from exporter.graphset import GraphSet
     from exporter.workspace import Workspace
 
     out = Output(as_json)
+    recorded = reference == "recorded" or (reference is None and find_spec("torch") is None)
+    if recorded and questions is not None:
+        raise UsageError(
+            "--questions needs PyTorch, which answers them too. Ask them where the model was exported, or leave them out."
+        )
     gate: GateError | None = None
     with Workspace(folder).locked() as work:
         job = pipeline.Job.read(work)
         with out.stage("validate") as log:
             try:
-                pipeline.run_validate(work, questions, per_kind, threads, log)
+                if recorded:
+                    pipeline.run_validate_recorded(work, threads, log)
+                else:
+                    pipeline.run_validate(work, questions, per_kind, threads, log)
             except GateError as e:
                 gate = e
         record = work.read_json("evidence/validation.json", "Run `edgetrim validate` again.")

@@ -117,6 +117,7 @@ class LoadedCheckpoint(Checkpoint):
     def loaded(self) -> Loaded:
         from exporter.nn.traced import Loaded
 
+        assert self.shards, "refused in words where the weights are not there"
         return Loaded(self.folder)
 
     def __contains__(self, name: str) -> bool:

@@ -43,6 +43,11 @@ def apply(
     return {role: _name(file, name) for role, file in plain.items()}
 
 
+def plain_name(file: str) -> str:
+    """The graph of record of a flavoured one, or of itself: "decode.ort.onnx" → "decode.onnx" """
+    return f"{file.partition('.')[0]}.onnx"
+
+
 def _name(file: str, flavour: str) -> str:
     """ "decode.onnx" → "decode.ort.onnx" """
     return f"{Path(file).stem}.{flavour}.onnx"

@@ -39,6 +39,40 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Core:
+    """Attention without what is around it. q: [batch, heads, seq, head_dim], unscaled; k, v: [batch, kv_heads, total, head_dim];
+    mask: [batch, 1 or kv_heads, seq, total], added to the scores, or the same for every head of a group behind one another, where
+    they differ; out: [batch, heads, seq, head_dim]."""
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    mask: ir.Value
+    scale: float
+    out: ir.Value
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """In halves. x: [batch, heads, seq, head_dim]; cos, sin: [batch, 1, seq, head_dim / 2]; out: as x."""
+
+    x: ir.Value
+    cos: ir.Value
+    sin: ir.Value
+    out: ir.Value
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A root-mean-square norm over the last axis, in float32 whatever x is. weight: [dim]."""
+
+    x: ir.Value
+    weight: ir.Value
+    eps: float
+    out: ir.Value
+
+
+@dataclass(frozen=True)
 class SkipNorm:
     """A root-mean-square norm of the sum of two values of one shape, made by `add`; that is used elsewhere, too."""
 
@@ -52,65 +86,110 @@ class _NoMatch(Exception):
     pass
 
 
-def skip_norm(square: ir.Node) -> SkipNorm | None:
-    """The norm around a Pow, or None if it is something else, or of something else than a sum."""
+def norm(square: ir.Node) -> Norm | None:
+    """The norm around a Pow, or None if it is something else."""
     try:
-        total, exponent = square.inputs
-        assert total is not None and exponent is not None
-        a, b = _made(total, "Add")
+        wide, exponent = square.inputs
+        assert wide is not None and exponent is not None
         mean = _only_user(square.outputs[0], "ReduceMean")
         shifted = _only_user(mean.outputs[0], "Add")
         assert shifted.inputs[1] is not None
         root = _only_user(shifted.outputs[0], "Sqrt")
         normed = _only_user(root.outputs[0], "Div")
-        scaled = _only_user(normed.outputs[0], "Mul")
+        scaled = _only_user(_narrowed(normed.outputs[0]), "Mul")
         weight = scaled.inputs[1]
-        same = a.shape is not None and b.shape is not None and list(a.shape) == list(b.shape)
-        if _number(exponent) != 2 or normed.inputs[0] is not total or not same:
+        if _number(exponent) != 2 or normed.inputs[0] is not wide:
             return None
-        if weight is None or weight.shape is None or len(weight.shape) != 1 or total.dtype != ir.DataType.FLOAT:
+        if weight is None or weight.shape is None or len(weight.shape) != 1 or wide.dtype != ir.DataType.FLOAT:
             return None
-        add = total.producer()
-        assert add is not None
-        return SkipNorm(add, weight, _number(shifted.inputs[1]), scaled.outputs[0])
+        return Norm(_unwidened(wide), weight, _number(shifted.inputs[1]), scaled.outputs[0])
+    except _NoMatch:
+        return None
+
+
+def skip_norm(square: ir.Node) -> SkipNorm | None:
+    """The norm around a Pow, or None if it is something else, or of something else than a sum in float32."""
+    found = norm(square)
+    add = None if found is None else found.x.producer()
+    if found is None or add is None or add.op_type != "Add" or found.x.dtype != ir.DataType.FLOAT:
+        return None
+    a, b = add.inputs
+    same = (
+        a is not None
+        and b is not None
+        and a.shape is not None
+        and b.shape is not None
+        and list(a.shape) == list(b.shape)
+    )
+    return SkipNorm(add, found.weight, found.eps, found.out) if same else None
+
+
+def rotation(joined: ir.Node) -> Rotation | None:
+    """The rotation that ends in a Concat, or None if it is something else."""
+    try:
+        return _rotation(joined.outputs[0])
+    except _NoMatch:
+        return None
+
+
+def core(softmax: ir.Node) -> Core | None:
+    """The attention around a Softmax, whatever its mask says, or None if it is something else."""
+    try:
+        return _core(softmax)
     except _NoMatch:
         return None
 
 
 def attention(softmax: ir.Node) -> Attention | None:
-    """The attention around a Softmax, or None if it is something else."""
+    """The attention around a Softmax with what leads to it, or None if it is something else than rotated and causal by `order`."""
     try:
-        assert softmax.inputs[0] is not None
-        scores, bias = _made(softmax.inputs[0], "Add")
-        scaled, transposed = _made(scores, "MatMul")
-        folded, scale = _made(scaled, "Mul")
-        (key,) = _made(transposed, "Transpose")
-        weighted = _only_user(softmax.outputs[0], "MatMul")
-        value = weighted.inputs[1]
-        unfolded = _only_user(weighted.outputs[0], "Reshape")
-        swapped = _only_user(unfolded.outputs[0], "Transpose")
+        found = _core(softmax)
+        swapped = _only_user(found.out, "Transpose")
         merged = _only_user(swapped.outputs[0], "Reshape")
-        assert value is not None
-        past_key, new_key = _appended(key)
-        past_value, new_value = _appended(value)
-        q, cos, sin = _rotated(_made(folded, "Reshape")[0])
+        past_key, new_key = _appended(found.k)
+        past_value, new_value = _appended(found.v)
+        q, cos, sin = _rotated(found.q)
         k, *same = _rotated(new_key)
         (v,) = _made(new_value, "Transpose")
         if same[0] is not cos or same[1] is not sin:
             return None
         past = None if past_key is None or past_value is None else (past_key, past_value)
-        out = merged.outputs[0]
-        return Attention(q, k, v, cos, sin, _mask(bias), _number(scale), past, (key, value), out)
+        present = found.k, found.v
+        return Attention(q, k, v, cos, sin, _mask(found.mask), found.scale, past, present, merged.outputs[0])
     except _NoMatch:
         return None
 
 
-def _mask(bias: ir.Value) -> Mask:
-    """Behind the mask's repetition for every head of a group."""
+def _core(softmax: ir.Node) -> Core:
+    assert softmax.inputs[0] is not None
+    scores, bias = _made(_unwidened(softmax.inputs[0]), "Add")
+    scaled, transposed = _made(scores, "MatMul")
+    folded, scale = _made(scaled, "Mul")
+    (key,) = _made(transposed, "Transpose")
+    weighted = _only_user(_narrowed(softmax.outputs[0]), "MatMul")
+    value = weighted.inputs[1]
+    assert value is not None
+    unfolded = _only_user(weighted.outputs[0], "Reshape")
     parts = {id(v): v for v in _made(bias, "Concat")} if _is(bias, "Concat") else {id(bias): bias}
-    if len(parts) != 1:
-        raise _NoMatch
-    (visible,) = parts.values()
+    mask = next(iter(parts.values())) if len(parts) == 1 else bias
+    return Core(_made(folded, "Reshape")[0], key, value, mask, _number(scale), unfolded.outputs[0])
+
+
+def _unwidened(value: ir.Value) -> ir.Value:
+    """In front of a Cast to float32, if there is one."""
+    node = value.producer()
+    if node is not None and node.op_type == "Cast" and value.dtype == ir.DataType.FLOAT and node.inputs[0] is not None:
+        return node.inputs[0]
+    return value
+
+
+def _narrowed(value: ir.Value) -> ir.Value:
+    """Behind a Cast of a float32 value that alone uses it, if there is one."""
+    users = [node for node in value.consumers() if node.op_type != "Shape"]
+    return users[0].outputs[0] if len(users) == 1 and users[0].op_type == "Cast" else value
+
+
+def _mask(visible: ir.Value) -> Mask:
     seen, allowed, _ = _made(visible, "Where")
     keys, queries = _made(seen, "LessOrEqual")
     total, order = _squeezed(keys), _squeezed(queries)
@@ -143,17 +222,30 @@ def _appended(value: ir.Value) -> tuple[ir.Value | None, ir.Value]:
 
 def _rotated(value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
     """What was rotated in halves, [batch, seq, heads, head_dim], and cos and sin."""
-    low, high = _made(value, "Concat")
-    a_cos, b_sin = _made(low, "Sub")
-    b_cos, a_sin = _made(high, "Add")
-    (a, cos), (b, sin) = _made(a_cos, "Mul"), _made(b_sin, "Mul")
-    if (*_made(b_cos, "Mul"), *_made(a_sin, "Mul")) != (b, cos, a, sin):
+    found = _rotation(value)
+    (plain,) = _made(found.x, "Transpose")
+    return plain, found.cos, found.sin
+
+
+def _rotation(value: ir.Value) -> Rotation:
+    low, high = _pair(value, "Concat")
+    a_cos, b_sin = _pair(low, "Sub")
+    b_cos, a_sin = _pair(high, "Add")
+    (a, cos), (b, sin) = _pair(a_cos, "Mul"), _pair(b_sin, "Mul")
+    if (*_pair(b_cos, "Mul"), *_pair(a_sin, "Mul")) != (b, cos, a, sin):
         raise _NoMatch
     node = a.producer()
     if node is None or node.op_type != "Split" or tuple(node.outputs) != (a, b) or node.inputs[0] is None:
         raise _NoMatch
-    (plain,) = _made(node.inputs[0], "Transpose")
-    return plain, cos, sin
+    return Rotation(node.inputs[0], cos, sin, value)
+
+
+def _pair(value: ir.Value, kind: str) -> Sequence[ir.Value]:
+    """As `_made`, of a node with two inputs."""
+    found = _made(value, kind)
+    if len(found) != 2:
+        raise _NoMatch
+    return found
 
 
 def _is(value: ir.Value, kind: str) -> bool:

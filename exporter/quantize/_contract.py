@@ -78,6 +78,13 @@ class Quantized:
         form = replace(self.form, block=block)
         return replace(self, form=form, scale=self.scale.repeat_interleave(times, 0), offset=offset)
 
+    def columns(self, start: int, stop: int) -> Quantized:
+        """Some output channels; both ends even."""
+        share = 8 // self.form.bits
+        q = self.q.view(self.shape[0], -1)[:, start // share : stop // share].contiguous().view(-1)
+        offset = None if self.offset is None else self.offset[:, start:stop].contiguous()
+        return replace(self, q=q, scale=self.scale[:, start:stop].contiguous(), offset=offset)
+
     @classmethod
     def of(
         cls, q: Tensor, scale: Tensor, bits: int = 4, offset: Tensor | None = None, order: Tensor | None = None

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from exporter.errors import UsageError
 from exporter.graphset import ImageSpec
+from exporter.runtime import video
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """What counts as an image in a folder of frames."""
@@ -26,12 +27,14 @@ def clip(source: Path | Sequence[Path], count: int) -> list[Image.Image]:
     """`count` frames, evenly spread from the first to the last.
 
     Args:
-        source: an image, an animated GIF, WebP or APNG, a folder of images (in the order of the numbers in their
+        source: an image, a video, an animated GIF, WebP or APNG, a folder of images (in the order of the numbers in their
             names), or the frames' files in order. Fewer frames than `count` are repeated: a still image is a clip at rest.
         count: frames wanted, >= 1.
     """
     if isinstance(source, Path) and source.is_dir():
         source = sorted((p for p in source.iterdir() if p.suffix.lower() in SUFFIXES), key=_natural)
+    if isinstance(source, Path) and source.suffix.lower() in video.SUFFIXES:
+        return video.frames(source, lambda length: sample(length, count))
     if isinstance(source, Path):
         return _read(source, sample(_length(source), count))
     if not source:

@@ -18,6 +18,7 @@ from exporter.errors import CheckpointError
 from exporter.journal import DataFile, Journal, Part
 from exporter.quantize import rtn
 from exporter.quantize._contract import Form, Quantized, block_size
+from exporter.stages._split import blocks_of_columns, split_matmuls
 from exporter.stages._trace import symbolic
 from exporter.weights import FileSource, Source
 
@@ -41,6 +42,7 @@ class WeightFile:
     def __init__(
         self, path: Path, journal: Journal, checkpoint: Checkpoint, sources: Mapping[str, Source], dtype: torch.dtype,
         quantize: Precision | None = None, progress: Progress = lambda n: None,
+        largest: int | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -50,9 +52,10 @@ class WeightFile:
             quantize: how; None: nothing is. Only weights of MatMul nodes with two dimensions are quantised, and never the LM
                 head or a method's own tensors.
             progress: called with the number of checkpoint bytes done.
+            largest: bytes that one matrix of a MatMul may have; larger ones are split in blocks of columns. None: any.
         """
-        self.checkpoint, self.sources, self.dtype = checkpoint, sources, dtype
-        self.precision, self.progress = quantize, progress
+        self.checkpoint, self.sources, self.dtype = checkpoint, dict(sources), dtype
+        self.precision, self.progress, self.largest = quantize, progress, largest
         self.written: dict[str, ir.ExternalTensor] = {}
         self.notes: dict[str, dict[str, Any]] = {}
         """Of every matrix that was to be quantised: its form, and what else its writer noted."""
@@ -69,6 +72,8 @@ class WeightFile:
 
     def attach(self, model: ir.Model) -> None:
         """Write what is not yet written and make the model's symbolic weights point at it."""
+        for value in symbolic(model):
+            self._split(model, value)
         for value in symbolic(model):
             assert value.name is not None
             model.graph.inputs.remove(value)
@@ -167,6 +172,21 @@ class WeightFile:
                 "without INT4."
             )
         return found.divided(block)
+
+    def _split(self, model: ir.Model, value: ir.Value) -> None:
+        """Only matrices that nothing but MatMul reads; others are looked up by row, or small."""
+        source = self.sources[value.name or ""]
+        if self.largest is None or len(source.shape) != 2 or any(_other_than_matmul(use) for use in value.uses()):
+            return
+        if value.name in self.written or value.name in self.notes:
+            return
+        form = self._chosen(value, source)
+        bits = 4 if self._stays(value, source) else 8 * self.dtype.itemsize if form is None else form.bits
+        if math.prod(source.shape) * bits > 8 * self.largest:
+            blocks = blocks_of_columns(source, bits, self.largest)
+            names = [f"{value.name}.columns_{block.start}" for block in blocks]
+            split_matmuls(model, value, names, [block.shape[1] for block in blocks])
+            self.sources.update(zip(names, blocks, strict=True))
 
     def _point(self, model: ir.Model, value: ir.Value, tensor: ir.ExternalTensor) -> None:
         value.const_value = tensor
@@ -269,7 +289,7 @@ def _to(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
 
 def _is_matrix(value: ir.Value) -> bool:
     """Whether it is only ever multiplied with, from the right."""
-    return all(node.op_type == "MatMul" and index == 1 for node, index in value.uses())
+    return not any(_other_than_matmul(use) for use in value.uses())
 
 
 def _reorder(graph: ir.Graph, product: ir.Node, order: ir.Value, name: str) -> None:
@@ -314,6 +334,10 @@ def _add_offset(graph: ir.Graph, product: ir.Node, offset: ir.Value, block: int,
     total = node("Add", [y, less], list(y.shape or []))
     for use in users:
         use.node.replace_input_with(use.idx, total)
+
+
+def _other_than_matmul(use: tuple[ir.Node, int]) -> bool:
+    return use[0].op_type != "MatMul" or use[1] != 1
 
 
 def slices(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -149,7 +149,7 @@ def _question(entry: Mapping[str, Any], folder: Path, frames: int) -> Question:
             raise UsageError(f"there is no {p}.")
     if media[0] == "video":
         if len(paths) != 1:
-            raise UsageError('"video" must be one path: a folder of frames or an animated image.')
+            raise UsageError('"video" must be one path: a video, a folder of frames or an animated image.')
         shown: Files = Clip(paths, frames)
     elif len(paths) != frames:
         raise UsageError(f"{len(paths)} images, but the graphs take {frames} (--frames).")

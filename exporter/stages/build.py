@@ -73,9 +73,13 @@ def build(
     for file, roles in graphs.roles().items():
         log(f"building {', '.join(roles)}")
         shapes = [shape_profile(role, graphs, profile.limits) for role in roles]
-        built = graphs.plugged.get(file, file) if profile.stack.plugins else file
-        records.append(backend.build(source / built, roles, shapes, out, options, log))
+        records.append(backend.build(source / built_from(file, graphs, profile), roles, shapes, out, options, log))
     return records
+
+
+def built_from(file: str, graphs: GraphSet, profile: Profile) -> str:
+    """The file that a graph's engine is built from: the one with plugins, where the profile wants them."""
+    return graphs.plugged.get(file, file) if profile.stack.plugins else file
 
 
 def shape_profile(role: str, graphs: GraphSet, limits: Limits) -> ShapeProfile:

@@ -194,20 +194,20 @@ def start(subject: Subject, setting: Setting, log: Log = lambda text: None) -> t
     return Session.now(stages, state()), executed["bundle"]
 
 
-def stored(session: Session, generation: Generation, limit: float, where: str, executed: str) -> Check:
-    """Judge a start against those stored of one bundle."""
-    times = {stage: [_level(s, stage) for s in generation.sessions if stage in s.stages] for stage in session.stages}
-    times = {stage: levels for stage, levels in times.items() if levels}
+def stored(session: Session, generations: Sequence[Generation], limit: float, where: str, executed: str) -> Check:
+    """Judge a start against those of the last bundle that is stored; those of earlier ones tell how much starts differ."""
+    *earlier, last = generations
+    times = {stage: levels for stage in session.stages if (levels := _levels(last, stage))}
     before = {stage: float(np.exp(np.median(levels))) for stage, levels in times.items()}
     judged = judged_stages(before)
-    stages = [
-        Stage(
-            stage, before[stage], float(np.exp(_level(session, stage))),
-            gate.unpaired(levels, [_level(session, stage)], limit, len(judged)) if stage in judged else None,
-        )
-        for stage, levels in times.items()
-    ]  # fmt: skip
-    return Check("stored", where, executed, limit, len(generation.sessions), stages)
+    stages = []
+    for stage, levels in times.items():
+        now, finding = _level(session, stage), None
+        if stage in judged:
+            others = [found for g in earlier if (found := _levels(g, stage))]
+            finding = gate.unpaired(levels, [now], limit, len(judged), others)
+        stages.append(Stage(stage, before[stage], float(np.exp(now)), finding))
+    return Check("stored", where, executed, limit, len(last.sessions), stages)
 
 
 def conditions(subject: Subject, setting: Setting, executed: str) -> dict[str, str]:
@@ -223,6 +223,10 @@ def judged_stages(before: Mapping[str, float]) -> list[str]:
 
 def _level(session: Session, stage: str) -> float:
     return float(gate.level(session.stages[stage].openings_ms))
+
+
+def _levels(generation: Generation, stage: str) -> list[float]:
+    return [_level(session, stage) for session in generation.sessions if stage in session.stages]
 
 
 def _session(

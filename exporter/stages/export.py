@@ -175,6 +175,8 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: 
 
     log("writing weights")
     quantize = None if precision.weights == "none" else precision
+    block_mib = plan.profile.memory.largest_block_mib
+    largest = None if block_mib is None else block_mib << 20
     with ExitStack() as stack:
         if quantize is None:
             stack.enter_context(_one_thread())
@@ -182,7 +184,7 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: 
         def weight_file(name: str) -> WeightFile:
             path = folder / f"{name}.data"
             how = quantize if name == "llm" else None
-            file = WeightFile(path, journal, plan.checkpoint, found[name], dtype, how, advance)
+            file = WeightFile(path, journal, plan.checkpoint, found[name], dtype, how, advance, largest)
             return stack.enter_context(file)
 
         weight_files = {name: weight_file(name) for name in found}
@@ -335,13 +337,20 @@ def draw_question(module: ClipText) -> ir.Model:
 
 def draw_reduce(plan: Plan, module: Reduce, vision: ir.Model, dtype: torch.dtype) -> ir.Model:
     """The reduce graph; its inputs are outputs of the vision graph, then what comes from elsewhere."""
-    inputs: dict[str, tuple[Shape, torch.dtype]] = {}
+    signals: dict[str, tuple[Shape, torch.dtype]] = {}
     for value in (v for v in vision.graph.outputs if v.name in plan.for_reduce):
         assert value.name is not None and value.dtype is not None
-        inputs[value.name] = ("batch", *static_sizes(value)), TORCH[value.dtype]
-    for name, (shape, kind) in side_inputs(plan).items():
-        inputs[name] = ("batch", *shape), kind or dtype
+        signals[value.name] = ("batch", *static_sizes(value)), TORCH[value.dtype]
+    inputs = reduce_inputs(plan, signals, dtype)
     return draw(module, inputs, lambda v: module(*v.values()), reduce_outputs(plan.sized))
+
+
+def reduce_inputs(
+    plan: Plan, signals: dict[str, tuple[Shape, torch.dtype]], dtype: torch.dtype
+) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Name → shape and dtype, in order. `signals`: those of vision that reduce takes."""
+    side = {name: (("batch", *shape), kind or dtype) for name, (shape, kind) in side_inputs(plan).items()}
+    return signals | side
 
 
 def side_inputs(plan: Plan) -> dict[str, tuple[tuple[int | str, ...], torch.dtype | None]]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from exporter.backends._onnx_file import external_files
 from exporter.graphset import GraphSet
-from exporter.stages.build import shape_profile
+from exporter.stages.build import built_from, shape_profile
 from exporter.workspace import Workspace
 from profiles._schema import Profile
 
@@ -29,14 +28,14 @@ def collect(work: Workspace, graphs: GraphSet, profile: Profile) -> dict[str, An
     """The recipe as data. Bytes of graphs count their weights; a file that several share counts for each."""
     engines: list[dict[str, Any]] = []
     for file, roles in graphs.roles().items():
-        path = work.graphs / file
+        path = work.graphs / built_from(file, graphs, profile)
         size = path.stat().st_size + sum(weights.stat().st_size for weights in external_files(path).values())
         shapes = {role: asdict(shape_profile(role, graphs, profile.limits))["inputs"] for role in roles}
         engines.append(
             {
                 "roles": list(roles),
-                "graph": f"graphs/{file}",
-                "engine": f"engines/{Path(file).stem}.engine",
+                "graph": f"graphs/{path.name}",
+                "engine": f"engines/{path.stem}.engine",
                 "graph_bytes": size,
                 "build_peak_mib": round(
                     PEAK[graphs.weights if "decode" in roles or "prefill" in roles else "none"] * size / 2**20
@@ -49,7 +48,7 @@ def collect(work: Workspace, graphs: GraphSet, profile: Profile) -> dict[str, An
         "schema": 1,
         "command": ["edgetrim", "build", "."],
         "profile": profile.name,
-        "device": profile.device,
+        "device": profile.device.title,
         "needs": {
             "module": stack.module,
             "tensorrt": stack.tensorrt,

@@ -6,6 +6,7 @@ A number that is not there is shown as "not measured" with the reason: nothing s
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Mapping
@@ -67,7 +68,7 @@ def collect(work: Workspace, job: Job) -> report.ReportData:
             backend=_stack(profile),
             precision=_precision(graphs),
             device=f"{machine}, {executed}" if executed else machine,
-            created=time.strftime("%d %B %Y, %H:%M UTC", time.gmtime()),
+            created=_created(latency),
             bundle_bytes=size_of(work.folder),
             unreduced_tokens=graphs.visual.total,
             kept_tokens=narrowest(graphs),
@@ -108,7 +109,8 @@ def command_line(job: Job) -> str:
     words = ["edgetrim", "run", job.checkpoint]
     for spec in job.reductions:
         words += ["--reduce", spec]
-    words += ["--profile", job.profile]
+    own = Path(job.profile).name != job.profile
+    words += ["--profile", f"./{Path(job.profile).name}" if own else job.profile]
     if job.frames != 1:
         words += ["--frames", str(job.frames)]
     if job.image_size:
@@ -116,6 +118,14 @@ def command_line(job: Job) -> str:
     if job.clip:
         words += ["--clip-model", job.clip]
     return shlex.join([*words, "-o", "out/"])
+
+
+def _created(latency: Mapping[str, Any] | None) -> str:
+    """When: SOURCE_DATE_EPOCH, else when it was measured. Not now, so that a folder packed twice gives the same bytes."""
+    if (epoch := os.environ.get("SOURCE_DATE_EPOCH", "")).isdecimal():
+        return time.strftime("%d %B %Y, %H:%M UTC", time.gmtime(int(epoch)))
+    utc = str(((latency or {}).get("machine") or {}).get("utc", ""))
+    return f"{utc} UTC" if utc else "not timed yet"
 
 
 def size_of(folder: Path) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,8 @@ from exporter.runtime.generate import Generator, Visual
 from exporter.runtime.prompt import Prompt
 from exporter.runtime.sampling import greedy
 from exporter.runtime.sequence import split
-from exporter.stages import _answers
+from exporter.stages import _answers, _recorded
 from exporter.stages._answers import Answers
-from exporter.stages._reference import reference
 from exporter.stages._task import Question, kinds
 from exporter.workspace import Workspace
 from profiles._schema import Gates
@@ -160,6 +160,7 @@ def compare(
     gates: Gates | None,
     steps: int = STEPS,
     sides: Sequence[Mapping[str, Array]] | None = None,
+    record: Path | None = None,
 ) -> list[StageFidelity]:
     """Fidelity of every stage.
 
@@ -169,17 +170,43 @@ def compare(
         gates: thresholds, or None to measure only.
         steps: greedy tokens compared at most; what comes behind the reference's end of sequence means nothing.
         sides: per sample what `Generator.reduce` takes beside image and prompt.
+        record: where the reference's outputs go, for `compare_recorded`.
     """
-    measured = _Measured(Generator(*reference(plan)), Generator(engine, graphs, table), engine["vision"].numpy, steps)
+    from exporter.stages._reference import reference
+
+    recorder = _recorded.Recorder(Generator(*reference(plan)))
+    measured = _Measured(recorder, Generator(engine, graphs, table), engine["vision"].numpy, steps)
     for pixel_values, prompt, side in zip(pixels, prompts, sides or [{}] * len(prompts), strict=True):
+        recorder.begin(pixel_values, prompt, side)
         measured.add(pixel_values, prompt, side)
+        recorder.end()
+    if record is not None:
+        _recorded.save(recorder.samples, record)
+    return measured.stages(gates)
+
+
+def compare_recorded(
+    samples: Sequence[_recorded.Sample],
+    engine: Mapping[str, Runner],
+    graphs: GraphSet,
+    table: Array,
+    gates: Gates | None,
+    steps: int = STEPS,
+) -> list[StageFidelity]:
+    """As `compare`, with what the reference made of these samples where it was at hand."""
+    generator = Generator(engine, graphs, table)
+    measured = _Measured(_recorded.Recording(samples), generator, engine["vision"].numpy, steps)
+    for sample in samples:
+        measured.add(sample["pixel_values"], sample["prompt"].tolist(), _recorded.group(sample, "side"))
     return measured.stages(gates)
 
 
 class _Measured:
     """Runs samples through the reference and the engine and keeps the worst of what is compared."""
 
-    def __init__(self, reference: Generator, engine: Generator, host: Callable[[Any], Array], steps: int) -> None:
+    def __init__(
+        self, reference: _recorded.Reference, engine: Generator, host: Callable[[Any], Array], steps: int
+    ) -> None:
         """`host` brings the engine's signals to the host."""
         self.reference, self.engine, self.host, self.steps = reference, engine, host, steps
         self.vision, self.reduce, self.prefill, self.decode = _Compare(), _Compare(), _Compare(), _Compare()
@@ -287,10 +314,10 @@ def answers(
     questions: Sequence[Question],
     known: Answers | None = None,
     log: Log = lambda text: None,
-    batch: int = BATCH,
+    batch: int | None = None,
 ) -> list[str]:
     """Greedy answers, in order. What is `known` is not asked again, and what is asked is known from then on."""
-    graphs, known = generator.graphs, known or Answers()
+    graphs, known, batch = generator.graphs, known or Answers(), batch or BATCH
     batch = min(batch, generator.batch or batch)
     keys = [q.key for q in questions]
     missing = [i for i, key in enumerate(keys) if key not in known.known]
@@ -340,6 +367,8 @@ def ask_reference(
     log: Log = lambda text: None,
 ) -> list[str]:
     """Answers of the PyTorch reference for a plan."""
+    from exporter.stages._reference import reference
+
     runners, graphs, table = reference(plan)
     return answers(Generator(runners, graphs, table), prompt, questions, known, log)
 

@@ -85,7 +85,7 @@ def test_a_baseline_from_the_first_session_to_a_verdict(
     early = edgetrim(*verify)
     assert early.code == 0
     assert early.err.splitlines() == [
-        f"Warning: {stage}: cannot tell after 1 session: one session cannot tell how sessions differ; "
+        f"Warning: {stage}: cannot tell after 1 session: too few sessions to know how they differ; "
         "2 more with `bench --save-baseline` would."
         for stage in ("to first token", "per output token")
     ]
@@ -135,6 +135,8 @@ def test_another_device_is_refused(
         (("--against", "absent"), "There is no folder absent"),
         (("--against", ".", "--check"), "choose"),
         (("--strict",), "go with --check or --against"),
+        (("--save-baseline", "--junit", "x.xml"), "go with --check or --against"),
+        (("--check", "--apart"), "goes with --against"),
         (("--check", "--annotations", "gitlab"), "Unknown format of annotations 'gitlab'"),
         (
             ("--check", "--baselines", "absent"),

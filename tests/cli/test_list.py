@@ -85,7 +85,7 @@ def test_data_of_a_profile(edgetrim: Run) -> None:
     items = json.loads(edgetrim("list", "profiles", "--json")[1])["profiles"]
     orin = next(i for i in items if i["name"] == "orin_nano_8gb_int4")
     assert orin["stack"]["compute_capabilities"] == [87]
-    assert orin["memory"]["largest_block_mib"] == 950
+    assert orin["device"]["memory"]["largest_block_mib"] == 950
 
 
 def test_the_table_of_profiles(edgetrim: Run) -> None:

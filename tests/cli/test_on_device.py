@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from exporter.pipeline import EMBEDDED, Job, run_export, run_pack
 from exporter.workspace import Workspace
 from profiles import _schema
@@ -36,7 +38,7 @@ def test_reductions_are_listed_without_torch() -> None:
     assert "qwen2_5_vl" not in found["tome"]
 
 
-def test_build_bench_and_pack_need_no_torch(bundle: Path) -> None:
+def test_build_bench_validate_and_pack_need_no_torch(bundle: Path) -> None:
     built = device("build", str(bundle), "--json")
     assert built.returncode == 0, built.stderr
     timed = device("bench", str(bundle), "--no-compare", "--rounds", "2", "--json")
@@ -44,10 +46,50 @@ def test_build_bench_and_pack_need_no_torch(bundle: Path) -> None:
     assert (
         json.loads((bundle / "evidence/latency.json").read_text())["variants"]["engine_reduced"]["ttft"]["rounds"] == 2
     )
+    compared = device("validate", str(bundle), "--json")
+    assert compared.returncode == 0, compared.stderr
     packed = device("pack", str(bundle), "--json")
     assert packed.returncode == 0, packed.stderr
     looked = device("inspect", str(bundle), "--json")
     assert looked.returncode == 0, looked.stderr
+
+
+def test_fidelity_against_the_recording_is_that_against_pytorch(bundle: Path, finished: tuple[Path, int, str]) -> None:
+    """Where PyTorch recorded, the same engine on the same samples finds the same numbers."""
+    live = {r["stage"]: r for r in json.loads((finished[0] / "evidence/validation.json").read_text())["fidelity"]}
+    recorded = device("validate", str(bundle), "--threads", "1", "--json")
+    assert recorded.returncode == 0, recorded.stderr
+    found = json.loads(recorded.stdout)
+    assert found["recorded"] is True
+    assert {r["stage"] for r in found["fidelity"]} == set(live)
+    for row in found["fidelity"]:
+        for key in ("cosine", "max_abs", "agreement"):
+            assert (row[key] is None) == (live[row["stage"]][key] is None)
+            assert row[key] is None or abs(row[key] - live[row["stage"]][key]) < 1e-6, (row["stage"], key)
+    assert found["quality"] == json.loads((finished[0] / "evidence/validation.json").read_text())["quality"]
+
+
+def test_a_recording_that_does_not_fit_the_engine_fails_the_gate(bundle: Path) -> None:
+    """Other logits recorded than the engine gives: exit code 3, as on the machine that exported."""
+    path = bundle / "evidence/reference.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    for name in [k for k in arrays if k.endswith("logits")]:
+        most = arrays[name].max(axis=1, keepdims=True)  # the same greedy tokens, so that as many steps are compared
+        arrays[name] = np.where(arrays[name] == most, most, np.minimum(-arrays[name], most - 1))
+    np.savez_compressed(path, **arrays)
+    failed = device("validate", str(bundle))
+    assert failed.returncode == 3
+    assert "did not pass" in failed.stderr
+
+
+def test_a_damaged_recording(bundle: Path) -> None:
+    (bundle / "evidence/reference.npz").write_bytes(b"PK")
+    assert "reference.npz cannot be read" in device("validate", str(bundle)).stderr
+    (bundle / "evidence/reference.npz").unlink()
+    refused = device("validate", str(bundle))
+    assert refused.returncode == 2
+    assert "Run `edgetrim validate` where the model was exported" in refused.stderr
 
 
 @needs_rtx

@@ -32,7 +32,7 @@ by_case = pytest.mark.parametrize(("name", "number"), CASES, ids=lambda v: str(v
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return host.build(tmp_path_factory.mktemp("plugins"))
+    return host.build(tmp_path_factory)
 
 
 def given(name: str, number: int, dtype: str) -> tuple[Plugin, Case, list[Array]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+
 import pytest
 
 from profiles import _schema
@@ -25,10 +28,39 @@ def test_the_name_says_the_precision(profile: _schema.Profile) -> None:
     assert profile.name.endswith(compute if weights == "none" else weights)
 
 
-def test_the_file_says_where_its_figures_come_from(profile: _schema.Profile) -> None:
-    text = (_schema.FOLDER / f"{profile.name}.toml").read_text()
+def test_the_file_says_what_it_is(profile: _schema.Profile) -> None:
+    assert (_schema.FOLDER / f"{profile.name}.toml").read_text().startswith("#")
+
+
+@pytest.mark.parametrize("name", _schema.devices())
+def test_a_device_says_where_its_figures_come_from(name: str) -> None:
+    text = (_schema.DEVICES / f"{name}.toml").read_text()
     assert text.startswith("#")
-    assert "\n[memory]\n#" in text or "\n[memory]" not in text
+    assert "data sheet" in text or "whitepaper" in text or "[m" not in text
+
+
+def test_every_device_has_a_profile() -> None:
+    named = {re.search(r'^device = "(\w+)"$', path.read_text(), re.M) for path in _schema.FOLDER.glob("*.toml")}
+    assert {found[1] for found in named if found} == set(_schema.devices())
+
+
+def test_profiles_of_a_device_are_named_after_it(profile: _schema.Profile) -> None:
+    text = (_schema.FOLDER / f"{profile.name}.toml").read_text()
+    found = re.search(r'^device = "(\w+)"$', text, re.M)
+    assert found, "a shipped profile names a device, it does not describe one"
+    assert profile.name.startswith(found[1])
+
+
+def test_engines_of_a_device_are_for_its_gpu(profile: _schema.Profile) -> None:
+    own = profile.device.compute_capability
+    assert own is None or profile.stack.compute_capabilities == (own,)
+
+
+def test_peaks_fall_with_the_width_of_a_type(profile: _schema.Profile) -> None:
+    """Dense figures of tensor cores: the narrower type is at least as fast, and no more than 4.5 times."""
+    for mode in profile.device.modes.values():
+        known = [p for p in (mode.fp32_tflops, mode.fp16_tflops, mode.int8_tops, mode.fp4_tflops) if p is not None]
+        assert all(a <= b <= 4.5 * a for a, b in itertools.pairwise(known)), mode
 
 
 def test_the_target_exists_in_the_stack(profile: _schema.Profile) -> None:
@@ -46,7 +78,8 @@ def test_cpus_compute_in_fp32(profile: _schema.Profile) -> None:
 
 def test_no_block_is_larger_than_the_memory(profile: _schema.Profile) -> None:
     memory = profile.memory
-    assert memory.largest_block_mib is None or (memory.total_mib or 0) > memory.largest_block_mib
+    sizes = [n for n in (memory.largest_block_mib, memory.usable_mib, memory.total_mib) if n is not None]
+    assert sizes == sorted(sizes)
 
 
 def test_four_bits_are_not_held_to_more_than_full_precision() -> None:

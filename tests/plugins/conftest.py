@@ -10,4 +10,4 @@ from tests.plugins import host
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return host.build(tmp_path_factory.mktemp("plugins"))
+    return host.build(tmp_path_factory)

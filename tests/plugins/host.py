@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,15 @@ from plugins._library import FOLDER, Library, Memory
 COMPILER = os.environ.get("CXX") or "g++"
 
 
-def build(folder: Path) -> Library:
+def build(folders: pytest.TempPathFactory) -> Library:
+    """The kernels, compiled once in a run."""
+    return _build(folders.getbasetemp() / "kernels")
+
+
+@cache
+def _build(folder: Path) -> Library:
     """Compile all kernels with the C++ compiler."""
+    folder.mkdir()
     if shutil.which(COMPILER) is None:
         pytest.skip(f"no C++ compiler ({COMPILER}) to compile the kernels for the CPU")
     probe = folder / "probe.cpp"
@@ -103,7 +111,7 @@ def ascending(shape: tuple[int, ...], below: int, draw: np.random.Generator) -> 
     )
 
 
-def evaluate(library: Library, model: Any, feeds: Mapping[str, Array]) -> list[Array]:
+def evaluate(library: Library, model: Path, feeds: Mapping[str, Array]) -> list[Array]:
     """Run a graph with plugin nodes: those by the kernels, all others by ONNX's reference evaluator."""
     from onnx.reference import ReferenceEvaluator
     from onnx.reference.op_run import OpRun
@@ -115,6 +123,6 @@ def evaluate(library: Library, model: Any, feeds: Mapping[str, Array]) -> list[A
 
         return type(name, (OpRun,), {"op_domain": DOMAIN, "_run": _run})
 
-    evaluator = ReferenceEvaluator(model, new_ops=[operator(n) for n in library.names])
+    evaluator = ReferenceEvaluator(str(model), new_ops=[operator(n) for n in library.names])
     found: list[Array] = evaluator.run(None, dict(feeds))
     return found

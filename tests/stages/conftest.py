@@ -14,6 +14,8 @@ from exporter.backends.ort import OnnxRuntime
 from exporter.checkpoint import Checkpoint
 from exporter.families._contract import Request
 from exporter.graphset import GraphSet
+from exporter.lint import _table
+from exporter.lint._check import Finding, findings, read
 from exporter.plan import Plan
 from exporter.runtime.generate import Generator, embedding
 from exporter.stages._reference import reference
@@ -40,6 +42,12 @@ def plain(plan: Plan) -> Plan:
     """Without the profile's flavour: tests/flavours compares that with the plain graphs."""
     stack = replace(plan.profile.stack, flavour=None)
     return replace(plan, profile=replace(plan.profile, stack=stack))
+
+
+def objections(graph: Path) -> list[Finding]:
+    """What any target has against a graph."""
+    model = read(graph)
+    return [found for name in _table.names() for found in findings(graph.name, model, _table.load(name))]
 
 
 Export = Callable[..., Exported]

@@ -125,10 +125,13 @@ def test_against_what_is_stored() -> None:
         return Session.now({s: Spread((ms, ms, ms), ms, 8) for s in ("ttft", "decode")}, {})
 
     generation = Generation("b", tuple(session(ms) for ms in (10.0, 10.01, 9.99)))
-    assert check.stored(session(10.02), generation, 0.025, "file", "here").verdict == "not slower"
-    assert check.stored(session(11.0), generation, 0.025, "file", "here").verdict == "slower"
+    assert check.stored(session(10.02), [generation], 0.025, "file", "here").verdict == "not slower"
+    assert check.stored(session(11.0), [generation], 0.025, "file", "here").verdict == "slower"
     few = Generation("b", generation.sessions[:2])
-    assert check.stored(session(11.0), few, 0.025, "file", "here").verdict == "cannot tell"
+    assert check.stored(session(11.0), [few], 0.025, "file", "here").verdict == "cannot tell"
+    new = Generation("c", (session(12.0),))
+    judged = check.stored(session(12.02), [generation, new], 0.025, "file", "here")
+    assert (judged.verdict, judged.sessions) == ("not slower", 1), "how starts differ is known from the bundle before"
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.001, 64), (0.1, 20), (0.13, 16), (10, 8)])

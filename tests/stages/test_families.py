@@ -18,7 +18,7 @@ from exporter.stages.export import export
 from exporter.stages.validate import controls
 from tests.families import tiny
 from tests.families.test_processors import sentence_piece
-from tests.stages.conftest import Engine, Exported, plain
+from tests.stages.conftest import Engine, Exported, objections, plain
 
 BEFORE, BEHIND, INSIDE = "uniform:keep_ratio=0.75", "uniform:keep_ratio=0.75,space=llm", "fastv:layer=1,keep_ratio=0.5"
 CASES: dict[str, tuple[Request, tuple[str, ...]]] = {
@@ -88,6 +88,7 @@ def compare(checkpoint: Path, request: Request, reductions: tuple[str, ...], eng
     folder.mkdir()
     said: list[str] = []
     found = Exported(plan, folder, export(plan, folder, said.append))
+    assert [objection for file in found.graphs.roles() for objection in objections(folder / file)] == []
     asked = tiny.question(found.graphs)
 
     def answer(generator: Any) -> Any:

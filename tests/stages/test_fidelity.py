@@ -21,7 +21,7 @@ from graphs import _spec
 from graphs._contract import InLLM, WhileDecoding
 from tests.families import tiny
 from tests.stages import uncached
-from tests.stages.conftest import SIZES, Engine, Export, Exported
+from tests.stages.conftest import SIZES, Engine, Export, Exported, objections
 
 SPLIT = "case"
 TOLERANCE = 1e-4
@@ -171,6 +171,7 @@ def test_graphs_are_plain(case: Exported) -> None:
         }
         assert locations == expected.get(role, set() if role.startswith("shorten_") else {"llm.data"})
         onnx.checker.check_model(case.folder / file, full_check=True)
+        assert objections(case.folder / file) == []
 
 
 def test_nothing_of_this_machine_is_written(case: Exported) -> None:

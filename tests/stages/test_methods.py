@@ -39,7 +39,7 @@ from graphs import _spec
 from graphs._contract import InCache, InLLM
 from tests.conftest import needs_rtx
 from tests.families import tiny
-from tests.stages.conftest import SIZES
+from tests.stages.conftest import SIZES, objections
 
 SPLIT = "name"
 CLIP = 4
@@ -175,6 +175,14 @@ def test_the_graph_keeps_what_pytorch_keeps(model: str, name: str, drawn: Any) -
     assert (index == true_index).all()
     assert np.abs(embeds - true_embeds).max() <= 1e-4 * np.abs(true_embeds).max()
     assert [(a == b).all() for a, b in zip(size, true_size, strict=True)] == [True] * found.plan.sized
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_no_target_has_anything_against_it(model: str, name: str, drawn: Any) -> None:
+    if (model, name) not in REFUSED:
+        files = drawn(model, name).folder.glob("*.onnx")
+        assert [objection for file in files for objection in objections(file)] == []
 
 
 class Builder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from exporter.nn.specs import DecoderSpec
+from exporter.nn.specs import DecoderShape, DecoderSpec
 
 
 def layer_flops(spec: DecoderSpec, tokens: int) -> int:
@@ -31,6 +31,6 @@ def decode_flops(spec: DecoderSpec, tokens: Sequence[int]) -> int:
     return sum(one + 4 * n * spec.heads * spec.head_dim for n in tokens)
 
 
-def cache_bytes(spec: DecoderSpec, tokens: Sequence[int], each: int) -> int:
+def cache_bytes(spec: DecoderShape, tokens: Sequence[int], each: int) -> int:
     """Keys and values of all layers. `tokens`: how many each layer holds; `each`: bytes of a number."""
     return sum(2 * spec.kv_heads * spec.head_dim * n * each for n in tokens)

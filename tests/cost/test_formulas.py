@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from exporter import cost, methods
+from exporter import methods
+from exporter.cost import formulas as cost
 from exporter.plan import make_plan
 from profiles import _schema
 

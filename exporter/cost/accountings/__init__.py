@@ -1,0 +1,1 @@
+"""How others count, one accounting per file: `--accounting NAME` shows its figures beside ours."""
