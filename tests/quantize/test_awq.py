@@ -85,7 +85,8 @@ def test_folding_leaves_the_layer_as_it_is(spec: DecoderSpec) -> None:
         for reader in pair.readers:
             reader.weight.data *= scale[:, None]
     after = layer(*given, None, None)[0]
-    assert torch.allclose(before, after, rtol=1e-10)
+    exact = not spec.layer_norms  # those are float32 throughout
+    assert torch.allclose(before, after, rtol=1e-10 if exact else 1e-4, atol=0.0 if exact else 1e-4)
 
 
 def test_what_was_seen_follows_a_scale() -> None:
