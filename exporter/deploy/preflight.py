@@ -11,7 +11,7 @@ from profiles._schema import Profile, newer
 
 MIB = 2**20
 PYTHON = "3.10"
-BUILD_PEAK = {"none": 3.5, "int4": 5.0}
+BUILD_PEAK = {"none": 3.5, "int8": 5.0, "int4": 5.0}
 """Memory that a TensorRT build takes at its peak, in weights: the worst seen with TensorRT-RTX 1.7.1 (decoders of 0.3 to 2.4 GB)."""
 RUN_PEAK = 1.5
 """Likewise while it runs: weights, activations, cache."""
