@@ -118,7 +118,7 @@ def saved(path: Path, baseline: Baseline) -> tuple[dict[str, Any], str]:
     if more > 0:
         text += f"`bench --check` needs {more} more: how much sessions differ is not known before.\n"
     data = {"baseline": path, "sessions": count, "generations": len(baseline.generations), "session": last.sessions[-1]}
-    return data, text
+    return data, text.rstrip()
 
 
 def _interval(finding: Finding) -> str | None:

@@ -168,10 +168,9 @@ def _single(estimate: Estimate, bare: Estimate | None) -> list[RenderableType]:
         f"Memory at the limits of {estimate.profile}, GiB",
         ("engine", ">weights", ">at work", ">while it is built"),
         held,
-        note=f"Together {total}. The largest piece is `{estimate.largest.name}` of {estimate.largest.engine}, "
-        f"{gib(estimate.largest.bytes)} GiB.",
     )
-    return [time, memory]
+    piece = f"`{estimate.largest.name}` of {estimate.largest.engine}, {gib(estimate.largest.bytes)} GiB"
+    return [time, memory, f"Together {total}. The largest piece is {piece}."]
 
 
 def _comparison(estimates: Sequence[Estimate]) -> RenderableType:

@@ -92,7 +92,7 @@ def _stages(plan: Plan, modules: Modules, load: Load, dtype: torch.dtype) -> dic
         question = modules.question
         ids = torch.empty(load.batch, question.spec.tokens, dtype=torch.int64, device="meta")
         run("question", question, lambda: [question(ids)])
-    taken = {name: ((*value.shape,), value.dtype) for name, value in signals.items() if name in plan.for_reduce}
+    taken: Inputs = {name: ((*value.shape,), value.dtype) for name, value in signals.items() if name in plan.for_reduce}
     given = _empty(reduce_inputs(plan, taken, dtype), sizes)
     run("reduce", modules.reduce, lambda: modules.reduce(*given.values()))
     for role, module, seq, past in (
@@ -121,7 +121,7 @@ class Counting(TorchDispatchMode):
     """
 
     def __init__(self, module: nn.Module, precision: Precision, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: Counter[Operator] = Counter()
         self._of_storage = {_storage(p): (name, p) for name, p in module.named_parameters()}
         self._multiplied: set[str] = set()

@@ -11,10 +11,8 @@ from profiles._schema import Profile, newer
 
 MIB = 2**20
 PYTHON = "3.10"
-BUILD_PEAK = {"none": 3.5, "int8": 5.0, "int4": 5.0}
-"""Memory that a TensorRT build takes at its peak, in weights: the worst seen with TensorRT-RTX 1.7.1 (decoders of 0.3 to 2.4 GB)."""
 RUN_PEAK = 1.5
-"""Likewise while it runs: weights, activations, cache."""
+"""Memory while it runs, in weights: they, activations and cache."""
 SHARE_OF_TOTAL = 0.85
 """Of the memory that a data sheet states, what Linux offers at least (an Orin Nano 8 GB: 7.4 GiB)."""
 
@@ -42,6 +40,8 @@ class Row:
 
 def need(bundle: Bundle, missing_bytes: int, builds: bool, runs: bool) -> Need:
     """Args: builds: whether engines are built there; runs: whether anything is run there."""
+    from exporter.cost.roofline import BUILD_PEAK
+
     profile, graphs = profile_of(bundle), bundle.graphs
     weights = sum(
         int(entry["bytes"])
@@ -50,7 +50,7 @@ def need(bundle: Bundle, missing_bytes: int, builds: bool, runs: bool) -> Need:
     )
     trt = profile.stack.backend == "trt"
     engines = weights if builds and trt else 0
-    peak = (BUILD_PEAK[graphs.weights] if engines else RUN_PEAK) * weights if runs else 0
+    peak = (BUILD_PEAK.get(graphs.weights, max(BUILD_PEAK.values())) if engines else RUN_PEAK) * weights if runs else 0
     return Need(missing_bytes / MIB, (missing_bytes + 1.1 * engines) / MIB + 16, peak / MIB, runs)
 
 
@@ -70,7 +70,7 @@ def check(facts: Mapping[str, Any], look: Mapping[str, Any], profile: Profile, n
     """Compare what a device says of itself (`agent.facts`, `agent.look`) with the profile and the bundle."""
     stack, memory = profile.stack, profile.memory
     rows = [
-        Row("device", _text(facts, "model") or _text(facts, "machine"), profile.device, None),
+        Row("device", _text(facts, "model") or _text(facts, "machine"), profile.device.title, None),
         Row("system", _text(facts, "system"), None, None),
     ]
     if need.edgetrim:
@@ -99,7 +99,7 @@ def check(facts: Mapping[str, Any], look: Mapping[str, Any], profile: Profile, n
         Row("folder", "writable" if look.get("writable") else "not writable", "writable", bool(look.get("writable")))
     )
     if _text(facts, "power_mode"):
-        rows.append(Row("power mode", _text(facts, "power_mode"), None, None))
+        rows.append(Row("power mode", _text(facts, "power_mode"), next(iter(profile.device.modes), None), None))
     if need.edgetrim:
         version = _text(facts, "edgetrim")
         rows.append(Row("edgetrim", version or "not installed", "installed", version is not None))

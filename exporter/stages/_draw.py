@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -119,7 +119,7 @@ class _Sheet:
             mapped[id(old)] = self.weights[name]
         plain = [v for v in model.graph.inputs if not v.metadata_props.get("weight")]
         mapped.update((id(old), new) for old, new in zip(plain, inputs, strict=True))
-        for old in model.graph.initializers.values():
+        for old in _constants(model):
             mapped[id(old)] = self._constant(old)
         for node in model.graph:
             outputs = []
@@ -189,6 +189,17 @@ def _symbols(text: str) -> dict[str, sympy.Symbol]:
 def _evaluate(text: str, sizes: Mapping[str, int]) -> int:
     expression = eval(text, {"__builtins__": {}}, _symbols(text))  # noqa: S307 - written by the tracer, not by a user
     return int(expression.subs({name: sizes[str(name)] for name in expression.free_symbols}))
+
+
+def _constants(model: ir.Model) -> Iterator[ir.Value]:
+    """A graph's constants. Where onnxscript's rules merge two reshapes, the new shape is not among the initializers."""
+    known = model.graph.initializers.values()
+    yield from known
+    seen = {id(value) for value in known}
+    for value in (v for node in model.graph for v in node.inputs if v is not None):
+        if value.producer() is None and value.const_value is not None and id(value) not in seen:
+            seen.add(id(value))
+            yield value
 
 
 def _local_names(values: Sequence[ir.Value]) -> dict[str, str]:

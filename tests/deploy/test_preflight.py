@@ -65,3 +65,10 @@ def test_where_nothing_is_run_only_room_matters() -> None:
 def test_what_steers_a_terminal_is_not_shown() -> None:
     rows = preflight.check({**ORIN, "model": "Orin\x1b[2J"}, LOOK, _schema.load("cpu_fp32"), NEED)
     assert rows[0].found == "Orin\N{REPLACEMENT CHARACTER}[2J"
+
+
+def test_the_power_mode_to_take_is_told() -> None:
+    rows = preflight.check(ORIN, LOOK, _schema.load("orin_nano_8gb_int4"), NEED)
+    (row,) = [r for r in rows if r.what == "power mode"]
+    assert (row.found, row.fits) == ("MAXN_SUPER", None)
+    assert row.expected in _schema.load("orin_nano_8gb_int4").device.modes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     checkpoint = tmp_path_factory.mktemp("checkpoint")
     tiny.llava(checkpoint)
 
+    @cache
     def run(reduction: str) -> tuple[Path, GraphSet, list[str]]:
         folder, log = tmp_path_factory.mktemp("graphs"), list[str]()
         plan = tiny.plan(checkpoint, (reduction,), Request(1, None))
@@ -45,7 +47,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     ("reduction", "file", "nodes"),
     [
         ("fastv:layer=1,keep=3", "prefill", ["layers/token_select"]),
-        ("tome:keep_ratio=0.5", "vision", ["token_merge"] * 2),
+        pytest.param("tome:keep_ratio=0.5", "vision", ["token_merge"] * 2, marks=pytest.mark.slow),
         ("dyrate:layer=1,keep=5,step_list=3+20,keep_list=3+2", "shorten_1", ["token_select", "kv_compact"]),
     ],
     ids=["fastv", "tome", "dyrate"],

@@ -22,7 +22,7 @@ from tests.stages.conftest import Engine, Exported, objections, plain
 
 BEFORE, BEHIND, INSIDE = "uniform:keep_ratio=0.75", "uniform:keep_ratio=0.75,space=llm", "fastv:layer=1,keep_ratio=0.5"
 CASES: dict[str, tuple[Request, tuple[str, ...]]] = {
-    "blip_2": (Request(1), (BEFORE, INSIDE)),
+    "blip_2": (Request(1), ("visionzip:keep_ratio=0.75", INSIDE)),
     "fast_vlm": (Request(1, (128, 192)), ("visionzip:keep_ratio=0.75",)),
     "gemma3": (Request(2), (BEFORE, INSIDE)),
     "idefics3": (Request(1, (56, 112)), (BEFORE,)),
