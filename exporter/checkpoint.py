@@ -15,6 +15,8 @@ from exporter.errors import CheckpointError, EnvironmentMismatch, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from exporter.packings._contract import Matrix, Packing
+
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
     "preprocessor_config.json", "processor_config.json", "generation_config.json", "config.json",
@@ -213,6 +215,56 @@ class Checkpoint:
             raise CheckpointError(
                 f"{place.file} cannot be read as safetensors ({e}). Download this shard again."
             ) from e
+
+    @cached_property
+    def _packing(self) -> tuple[Packing, dict[str, Any]] | None:
+        """The layout of quantised matrices that config.json names, if it names one, and what it says about it."""
+        import exporter.packings
+        from exporter import _discover
+
+        text = self.config.get("text_config")
+        nested = text.get("quantization_config") if isinstance(text, dict) else None
+        found = self.config.get("quantization_config") or self.config.get("compression_config") or nested
+        if not found:
+            return None
+        method = str(found.get("quant_method", "")) if isinstance(found, dict) else ""
+        known = _discover.names(exporter.packings)
+        name = method.replace("-", "_")
+        if name not in known:
+            raise CheckpointError(
+                f"{self.folder}/config.json says that its weights are quantised by '{method}', which is not read. "
+                f"Read are {', '.join(known)}; or take the checkpoint that is not quantised."
+            )
+        packing: Packing = _discover.load(exporter.packings, "packing", name).PACKING
+        packing.bits(found)
+        return packing, found
+
+    @property
+    def quantized(self) -> bool:
+        """Whether config.json says that matrices are quantised. Raises CheckpointError where they cannot be read."""
+        return self._packing is not None
+
+    def matrix(self, name: str) -> Matrix | None:
+        """The quantised matrix that stands for the canonical name "….weight"; None where that is a tensor like others."""
+        from exporter.packings._contract import Matrix, Parts
+
+        stem, _, leaf = name.rpartition(".")
+        if leaf != "weight" or self._packing is None:
+            return None
+        packing, config = self._packing
+        if not any(f"{stem}.{suffix}" in self._where for suffix in packing.marker):
+            return None
+        found = {n[len(stem) + 1 :]: self._where[n].bytes for n in self._below[stem] if not n.endswith(".bias")}
+        return Matrix(
+            packing, config, Parts(f"{self.folder}: {stem}", found, lambda suffix: self.tensor(f"{stem}.{suffix}"))
+        )
+
+    @cached_property
+    def _below(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in self._where:
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+        return found
 
     def tensor_bytes(self, name: str) -> int:
         """What the tensor with this canonical name takes in its file."""

@@ -10,9 +10,9 @@ import hashlib
 import json
 import shutil
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from io import BufferedRandom
 from pathlib import Path
 from types import TracebackType
@@ -28,13 +28,14 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a data file. offset, size: in bytes. sha256: of those bytes."""
+    """A stretch of a data file. offset, size: in bytes. sha256: of those bytes. note: what its writer has to know to read it."""
 
     file: str
     name: str
     offset: int
     size: int
     sha256: str
+    note: dict[str, Any] = field(default_factory=dict)
 
 
 class Journal:
@@ -119,26 +120,34 @@ class DataFile:
         self._file.truncate(self._end)
         self._file.close()
 
-    def part(self, name: str, pieces: Iterable[memoryview], align: int = 1) -> Part:
+    def part(
+        self, name: str, pieces: Iterable[memoryview], align: int = 1, note: Mapping[str, Any] | None = None
+    ) -> Part:
         """Where the part stands.
 
         Args:
             pieces: its bytes. Nothing is asked of them if the part is kept.
             align: what its offset is a multiple of; there are zeros up to it.
+            note: goes into the journal, where the part is written.
         """
-        offset = self._end + -self._end % align
-        part = self._keep(name, offset) or self._write(name, offset, pieces)
-        self._end = part.offset + part.size
+        part = self.kept(name, align)
+        if part is None:
+            part = replace(self._write(name, self._end + -self._end % align, pieces), note=dict(note or {}))
+            self._journal.add(part)
+            self._end = part.offset + part.size
         return part
 
-    def _keep(self, name: str, offset: int) -> Part | None:
+    def kept(self, name: str, align: int = 1) -> Part | None:
+        """The part, if it stands next in the file from before, and is whole. If not, nothing behind it is kept."""
         if not self._kept:
             return None
         part = self._kept.popleft()
-        if (part.name, part.offset) == (name, offset) and self._hash(part) == part.sha256:
-            return part
-        self._kept.clear()
-        return None
+        whole = (part.name, part.offset) == (name, self._end + -self._end % align) and self._hash(part) == part.sha256
+        if not whole:
+            self._kept.clear()
+            return None
+        self._end = part.offset + part.size
+        return part
 
     def _hash(self, part: Part) -> str:
         assert self._file is not None
@@ -166,9 +175,7 @@ class DataFile:
             if pending is not None:
                 pending.result()
         self._file.flush()
-        part = Part(self.path.name, name, offset, size, digest.hexdigest())
-        self._journal.add(part)
-        return part
+        return Part(self.path.name, name, offset, size, digest.hexdigest())
 
     def _put(self, piece: memoryview, digest: hashlib._Hash) -> None:
         assert self._file is not None

@@ -54,7 +54,8 @@ class Job:
     """What the user asked for; written to job.json so that every verb can go on from the folder alone.
 
     checkpoint: as typed. profile: a name or a path. image_size: height, width or None. clip: the CLIP checkpoint that
-    the model's tower came from, as typed, or None.
+    the model's tower came from, as typed, or None. quantizer: in place of the profile's. calibration: a file of questions for it;
+    None: some of the embedded set's kind.
     """
 
     checkpoint: str
@@ -63,6 +64,8 @@ class Job:
     frames: int = 1
     image_size: tuple[int, int] | None = None
     clip: str | None = None
+    quantizer: str | None = None
+    calibration: str | None = None
     folder: Path | None = field(default=None, compare=False)
     """The output folder that it was read from. A profile of the user's own lies there too, and travels with the bundle."""
 
@@ -91,7 +94,8 @@ class Job:
 
     def loaded_profile(self) -> Profile:
         own = None if self.folder is None else self.folder / Path(self.profile).name
-        return _schema.load(own if own is not None and own.suffix == ".toml" and own.is_file() else self.profile)
+        profile = _schema.load(own if own is not None and own.suffix == ".toml" and own.is_file() else self.profile)
+        return profile if self.quantizer is None else _schema.with_quantizer(profile, self.quantizer)
 
     def save(self, work: Workspace) -> None:
         """job.json, and the profile if it is a file of the user's."""
@@ -112,6 +116,8 @@ class Job:
                 int(raw["frames"]),
                 tuple(size) if size else None,
                 raw.get("clip"),
+                raw.get("quantizer"),
+                raw.get("calibration"),
                 work.folder,
             )
         except (AttributeError, KeyError, TypeError, ValueError) as e:
@@ -133,11 +139,12 @@ def run_export(job: Job, work: Workspace, log: Log = silent, warn: Log = silent)
     from exporter.stages.export import export
 
     plan = job.plan()
+    calibration = calibration_for(job, plan)
     foreseen = foresee(plan)
     for text in () if foreseen is None else (*foreseen.refusals, *foreseen.warnings):
         warn(text)
     with work.resumed("graphs", JOURNAL) as folder:
-        graphs = export(plan, folder, log)
+        graphs = export(plan, folder, log, calibration)
     _forget(work, "engines", "evidence", "report.html", recipe.RECIPE, recipe.PAGE, MANIFEST)
     if foreseen is not None:
         work.write(ESTIMATE, json.dumps(foreseen.record(), indent=1, ensure_ascii=False) + "\n")
@@ -299,6 +306,18 @@ def questions_for(job: Job, path: Path | None, per_kind: int) -> list[Question]:
     if path is not None:
         return _task.from_file(path, job.frames)
     return _task.embedded(job.frames, per_kind) if job.checkpoint == EMBEDDED else []
+
+
+def calibration_for(job: Job, plan: Plan) -> list[Question]:
+    """Whose activations are looked at: the user's questions, or embedded ones on digits that no evaluation asks about; none
+    where nobody looks."""
+    from exporter.stages import _calibrate, _task
+
+    if not _calibrate.wanted(plan) and plan.profile.precision.islands == "none":
+        return []
+    if job.calibration is not None:
+        return _task.from_file(Path(job.calibration), job.frames)
+    return _task.for_calibration(job.frames)
 
 
 def run_validate(

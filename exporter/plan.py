@@ -200,7 +200,12 @@ class Unfit(UsageError):
 
 def check_weights(plan: Plan) -> None:
     """Raise UsageError if a reduction's weights lack a tensor that it needs, or have it in another shape; CheckpointError if
-    they cannot be read."""
+    they cannot be read, or the model's are quantised in a way that cannot."""
+    if plan.checkpoint.quantized and isinstance(plan.family, _traced.Traced):
+        raise CheckpointError(
+            f"{plan.checkpoint.folder} is quantised, and {plan.family.model_type} is traced from transformers' modules, which have "
+            "float weights. Take the checkpoint that is not quantised."
+        )
     for step in plan.steps:
         wanted = step.method.trained(step.site)
         found = trained_tensors(plan, step) if wanted else {}

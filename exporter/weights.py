@@ -18,6 +18,7 @@ from exporter.plan import Plan, trained_tensors
 
 if TYPE_CHECKING:
     from exporter.nn.specs import DecoderShape
+    from exporter.quantize._contract import Quantized
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Source:
             CheckpointError: no such tensor, or another shape than the config promises.
         """
         name = self._stored(checkpoint)
-        tensor = checkpoint.tensor(name)
+        matrix = checkpoint.matrix(name)
+        tensor = checkpoint.tensor(name) if matrix is None else matrix.read().t()
         while tensor.ndim > len(self.shape) and tensor.shape[0] == 1:
             tensor = tensor[0]
         if self.transposed:
@@ -52,11 +54,30 @@ class Source:
 
     def bytes(self, checkpoint: Checkpoint) -> int:
         """What there is to read. Raises CheckpointError where there is no such tensor."""
-        return checkpoint.tensor_bytes(self._stored(checkpoint))
+        name = self._stored(checkpoint)
+        matrix = checkpoint.matrix(name)
+        return checkpoint.tensor_bytes(name) if matrix is None else matrix.bytes
+
+    def is_int4(self, checkpoint: Checkpoint) -> bool:
+        """Whether the checkpoint has it as INT4 already, so that `int4` gives it."""
+        matrix = checkpoint.matrix(self.name) if self.transposed else None
+        return matrix is not None and matrix.int4
+
+    def int4(self, checkpoint: Checkpoint) -> Quantized:
+        """The tensor [in, out] as the checkpoint has it quantised, without loss. Raises CheckpointError as `read`."""
+        matrix = checkpoint.matrix(self.name)
+        assert matrix is not None
+        found = matrix.quantized()
+        if found.shape != self.shape:
+            raise CheckpointError(
+                f"{checkpoint.folder}: the quantised `{self.name}` is {list(found.shape)} [in, out], config.json asks for "
+                f"{list(self.shape)}. Config and weights do not belong together."
+            )
+        return found
 
     def _stored(self, checkpoint: Checkpoint) -> str:
         """The name that it has in the checkpoint."""
-        tied = self.name == "head.weight" and self.name not in checkpoint
+        tied = self.name == "head.weight" and self.name not in checkpoint and checkpoint.matrix(self.name) is None
         return "text.embed_tokens.weight" if tied else self.name
 
 
@@ -74,6 +95,21 @@ class PackedSource(Source):
 
     def bytes(self, checkpoint: Checkpoint) -> int:
         return sum(part.bytes(checkpoint) for part in self.parts)
+
+    def is_int4(self, checkpoint: Checkpoint) -> bool:
+        return all(part.is_int4(checkpoint) for part in self.parts)
+
+    def int4(self, checkpoint: Checkpoint) -> Quantized:
+        from exporter.quantize._contract import side_by_side
+
+        whole = side_by_side([part.int4(checkpoint) for part in self.parts])
+        if whole is None:
+            names = ", ".join(part.name for part in self.parts)
+            raise CheckpointError(
+                f"{checkpoint.folder}: {names} read the same input, but differ in blocks or in the order of their channels (g_idx). "
+                "Take a checkpoint in which they do not, or the one that is not quantised."
+            )
+        return whole
 
 
 @dataclass(frozen=True)
@@ -93,6 +129,9 @@ class FileSource(Source):
         """What it takes in float32, as such files usually are."""
         return 4 * math.prod(self.shape)
 
+    def is_int4(self, checkpoint: Checkpoint) -> bool:
+        return False
+
 
 @dataclass(frozen=True)
 class CheckpointSource(Source):
@@ -105,6 +144,12 @@ class CheckpointSource(Source):
 
     def bytes(self, checkpoint: Checkpoint) -> int:
         return super().bytes(self.checkpoint)
+
+    def is_int4(self, checkpoint: Checkpoint) -> bool:
+        return super().is_int4(self.checkpoint)
+
+    def int4(self, checkpoint: Checkpoint) -> Quantized:
+        return super().int4(self.checkpoint)
 
 
 def elsewhere(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> dict[str, Source]:

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import exporter.backends
 import exporter.flavours
+import exporter.quantize
 import plugins
 from exporter import _discover
 from exporter.errors import UsageError, nearest
@@ -78,14 +79,21 @@ class Stack:
 
 @dataclass(frozen=True)
 class Precision:
-    """compute: type of activations and of weights left unquantised. weights: "int4" quantises the language model's.
+    """compute: type of activations and of weights left unquantised. weights: "int4" quantises the language model's in blocks, "int8"
+    by output channel.
 
     blocks: weights that share a scale, in order of preference; the first that divides a matrix's input axis is taken.
+    quantizer: a name from exporter/quantize, which chooses the integers. error_max: a matrix whose output would change by more than
+    this, squared and relative, stays as it is; None: none does. islands: "auto" makes tensors that come near float16's end on
+    calibration data float32, with the nodes around them; goes with compute = "fp16".
     """
 
     compute: Literal["fp32", "fp16"]
-    weights: Literal["none", "int4"]
+    weights: Literal["none", "int4", "int8"]
     blocks: tuple[int, ...] = ()
+    quantizer: str = "rtn"
+    error_max: float | None = field(default=None, metadata={"low": 0.0, "high": 1.0})
+    islands: Literal["none", "auto"] = "none"
 
 
 @dataclass(frozen=True)
@@ -220,6 +228,19 @@ def load(name_or_path: str | Path) -> Profile:
     if text not in known:
         raise UsageError(f"Unknown profile '{text}'. {nearest(text, known)} A path to a .toml file works too.")
     return _read(FOLDER / f"{text}.toml")
+
+
+def with_quantizer(profile: Profile, name: str) -> Profile:
+    """The profile with another quantiser. Raises UsageError: there is no such one, or nothing to quantise."""
+    known = _discover.names(exporter.quantize)
+    if name not in known:
+        raise UsageError(f"Unknown quantizer '{name}'. {nearest(name, known)}")
+    if profile.precision.weights != "int4":
+        raise UsageError(
+            f"--quantizer {name} chooses INT4 weights, and profile `{profile.name}` has none. Choose one with INT4, see "
+            "`edgetrim list profiles`."
+        )
+    return replace(profile, precision=replace(profile.precision, quantizer=name))
 
 
 def _read(path: Path) -> Profile:
@@ -374,6 +395,13 @@ def _check(profile: Profile, file: str) -> None:
             raise fail(f'[stack] {key} must be a version such as "10.3"; found "{text}".')
     if (precision.weights == "int4") != bool(precision.blocks):
         raise fail('[precision] `blocks` goes with weights = "int4", and only with it; [128, 64, 32] is usual.')
+    quantizers = _discover.names(exporter.quantize)
+    if precision.quantizer not in quantizers:
+        raise fail(f"[precision] unknown quantizer '{precision.quantizer}'. {nearest(precision.quantizer, quantizers)}")
+    if precision.weights != "int4" and (precision.quantizer != "rtn" or precision.error_max is not None):
+        raise fail('[precision] `quantizer` and `error_max` go with weights = "int4".')
+    if precision.islands != "none" and precision.compute != "fp16":
+        raise fail('[precision] `islands` goes with compute = "fp16".')
     if any(b not in (16, 32, 64, 128, 256) for b in precision.blocks):
         raise fail(f"[precision] blocks may hold 16, 32, 64, 128 and 256; found {list(precision.blocks)}.")
 

@@ -217,6 +217,33 @@ def clip_model_option(function: F) -> F:
     )(function)  # fmt: skip
 
 
+class QuantizerType(click.ParamType[str]):
+    """A quantiser's name, checked where it meets the profile."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        import exporter.quantize
+        from exporter import _discover
+
+        return [CompletionItem(n) for n in _discover.names(exporter.quantize) if n.startswith(incomplete)]
+
+
+def quantizer_options(function: F) -> F:
+    """--quantizer → str | None; --calibration → str | None, an absolute path."""
+    function = click.option(
+        "--calibration", type=click.Path(dir_okay=False, exists=True, resolve_path=True), metavar="FILE.jsonl",
+        help="Questions whose activations a quantiser looks at, as --questions has them. Default: some about digits.",
+    )(function)  # fmt: skip
+    return click.option(
+        "--quantizer", type=QuantizerType(), metavar="rtn|awq|gptq",
+        help="How INT4 weights are chosen: rounded, or calibrated on activations. Default: the profile's.",
+    )(function)  # fmt: skip
+
+
 def seed_option(function: F) -> F:
     """--seed → int."""
     return click.option(

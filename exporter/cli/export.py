@@ -18,6 +18,7 @@ from exporter.cli._output import Output
 @options.frames_option
 @options.image_size_option
 @options.clip_model_option
+@options.quantizer_options
 @options.json_option
 def command(
     checkpoint: str,
@@ -27,6 +28,8 @@ def command(
     frames: int,
     image_size: tuple[int, int] | None,
     clip: str | None,
+    quantizer: str | None,
+    calibration: str | None,
     as_json: bool,
 ) -> None:
     """Write the graphs of CHECKPOINT with the reductions in them.
@@ -40,7 +43,7 @@ def command(
     from exporter.workspace import Workspace
 
     out = Output(as_json)
-    job = pipeline.Job(checkpoint, reductions, profile, frames, image_size, clip)
+    job = pipeline.Job(checkpoint, reductions, profile, frames, image_size, clip, quantizer, calibration)
     job.plan()  # refuse what does not fit before the folder is made
     with Workspace(output).locked() as work:
         with out.stage("export") as log:

@@ -18,6 +18,7 @@ from exporter.cli._output import Output
 @options.frames_option
 @options.image_size_option
 @options.clip_model_option
+@options.quantizer_options
 @options.questions_option
 @options.threads_option
 @options.rounds_option
@@ -30,6 +31,8 @@ def command(
     frames: int,
     image_size: tuple[int, int] | None,
     clip: str | None,
+    quantizer: str | None,
+    calibration: str | None,
     questions: Path | None,
     per_kind: int,
     threads: int | None,
@@ -49,7 +52,7 @@ def command(
     from exporter.workspace import Workspace
 
     out = Output(as_json)
-    job = pipeline.Job(checkpoint, reductions, profile, frames, image_size, clip)
+    job = pipeline.Job(checkpoint, reductions, profile, frames, image_size, clip, quantizer, calibration)
     if (foreseen := foresee(job.plan())) is not None:  # refuse what does not fit before the folder is made
         foreseen.check()
     pipeline.questions_for(job, questions, 1)

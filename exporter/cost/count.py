@@ -181,7 +181,7 @@ class Counting(TorchDispatchMode):
         if bits is None or own or name not in self._multiplied:
             return parameter.numel() * self._dtype.itemsize
         rows = parameter.shape[0]
-        block = next((b for b in self._precision.blocks if rows % b == 0), None)
+        block = next((b for b in self._precision.blocks or (rows,) if rows % b == 0), None)
         if block is None:
             return parameter.numel() * self._dtype.itemsize
         return parameter.numel() * bits // 8 + parameter.numel() // block * self._dtype.itemsize

@@ -19,7 +19,7 @@ from profiles._schema import Limits, Memory, Profile
 if TYPE_CHECKING:
     from exporter.plan import Plan
 
-BUILD_PEAK = {"none": 3.5, "int4": 5.0}
+BUILD_PEAK = {"none": 3.5, "int8": 5.0, "int4": 5.0}
 """Memory of TensorRT while it builds, in weights of the engine. Measured with TensorRT-RTX 1.7 on decoders up to 2.4 GB."""
 
 FIRST = ("vision", "question", "reduce", "prefill")

@@ -180,10 +180,19 @@ def held_out(kind: str, count: int, seed: int = 0) -> list[Example]:
     Raises:
         ValueError: `kind` is not one of `KINDS`.
     """
+    return _examples(kind, count, seed, held_out=True)
+
+
+def seen(kind: str, count: int, seed: int = 0) -> list[Example]:
+    """As `held_out`, on digits that training has seen: for what must not look at what is evaluated."""
+    return _examples(kind, count, seed, held_out=False)
+
+
+def _examples(kind: str, count: int, seed: int, held_out: bool) -> list[Example]:
     if kind not in KINDS:
         raise ValueError(f"No question kind {kind!r}. Known kinds: {', '.join(KINDS)}.")
     rng = np.random.default_rng([seed, KINDS.index(kind)])
-    return [_example(kind, rng, glyphs(held_out=True)) for _ in range(count)]
+    return [_example(kind, rng, glyphs(held_out)) for _ in range(count)]
 
 
 def _example(kind: str, rng: np.random.Generator, source: Glyphs) -> Example:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -70,6 +71,16 @@ class GatedMlp(nn.Module):
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Matrices that read, channel by channel, what one module gives: dividing its weights (and bias) there and multiplying the
+    matrices' rows leaves what the layer computes as it is. columns: of the giver's output."""
+
+    giver: nn.Module
+    columns: slice
+    readers: tuple[Linear, ...]
+
+
 def norm(spec: DecoderSpec) -> nn.Module:
     return LayerNorm(spec.hidden, spec.eps) if spec.layer_norms else RMSNorm(spec.hidden, spec.eps, spec.norm_offset)
 
@@ -91,6 +102,21 @@ class Layer(Atom):
 
     def key(self) -> Hashable:
         return self.self_attn.spec
+
+    def pairs(self) -> list[Pair]:
+        """Groups of matrices with one input, but for those that read values which several query heads share."""
+        a, whole = self.self_attn, slice(None)
+        before = self.pre_feedforward_layernorm if a.spec.post_norms else self.post_attention_layernorm
+        found = [Pair(self.input_layernorm, whole, (a.qkv_proj,))]
+        if isinstance(self.mlp, GatedMlp):
+            found.append(Pair(before, whole, (self.mlp.gate_proj, self.mlp.up_proj)))
+            found.append(Pair(self.mlp.up_proj, whole, (self.mlp.down_proj,)))
+        else:  # behind an activation nothing can be divided
+            found.append(Pair(before, whole, (self.mlp.fc1,)))
+        if a.spec.heads == a.spec.kv_heads:
+            values = slice(-a.qkv_proj.parts["v_proj"], None)
+            found.append(Pair(a.qkv_proj, values, (a.o_proj,)))
+        return found
 
     def forward(
         self,

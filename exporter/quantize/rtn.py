@@ -1,15 +1,16 @@
 """Round-to-nearest INT4 in blocks along the input axis, with a small search for the clipping point of every block.
 
-Layout: weight [in, out], scale [in / block, out], value = scale * q, q in -8..7. Scales are positive and there is no zero
-point: TensorRT refuses both a zero point and UINT4.
+Scales are positive and there is no zero point: TensorRT refuses both a zero point and UINT4.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
+
+from exporter.quantize._contract import Form, Quantized, Quantizer, Seen
 
 CLIPS = (7.0, 7.5, 8.0, 8.75)
 """Candidates for |block maximum| / scale. 7 clips nothing; larger values trade the extreme weight for a finer grid."""
@@ -17,63 +18,70 @@ CHANNELS = 128
 """Output channels at a time; even."""
 
 
-class Int4(NamedTuple):
-    """packed: uint8 [in * out / 2], two values per byte, the first in the low half. scale: float32 [in / block, out]."""
+class Rtn(Quantizer):
+    summary = "round to nearest, per block the scale with the least squared error; no calibration"
+    calibrated = False
 
-    packed: Tensor
-    scale: Tensor
-
-
-def block_size(inputs: int, candidates: tuple[int, ...] = (128, 64, 32)) -> int | None:
-    """The largest block that divides the input axis, or None."""
-    return next((b for b in candidates if inputs % b == 0), None)
+    def quantize(self, weight: Tensor, block: int, seen: Seen | None = None) -> Quantized:
+        return quantize(weight, block)
 
 
-def quantize(weight: Tensor, block: int) -> Int4:
+def quantize(weight: Tensor, block: int, importance: Tensor | None = None, clips: Sequence[float] = CLIPS) -> Quantized:
     """Quantise weight [in, out] (any float dtype); `in` must be a multiple of `block`, `out` even.
 
     A few output channels at a time, so that what is in float32 stays in the processor's cache. Fastest where the weight is
     a transposed view, as it comes from a checkpoint.
-    """
-    import torch
 
+    Args:
+        importance: [in], by which an input channel's squared error counts when a scale is chosen; None: all alike.
+        clips: see `CLIPS`.
+    """
     by_output = weight.t()
     outputs, inputs = by_output.shape
     pairs = torch.empty(outputs // 2, inputs, dtype=torch.uint8)
     scales = torch.empty(outputs, inputs // block)
     for start in range(0, outputs, CHANNELS):
         channels = by_output[start : start + CHANNELS].float().contiguous()
-        scale, q = _nearest(channels.view(-1, block))
+        counts = None if importance is None else importance.view(-1, block).repeat(len(channels), 1)
+        scale, q = _nearest(channels.view(-1, block), counts, clips)
         nibbles = (q.view_as(channels) & 0xF).view(torch.uint8)
         pairs[start // 2 : (start + CHANNELS) // 2] = nibbles[0::2] | (nibbles[1::2] << 4)
         scales[start : start + CHANNELS] = scale.view(len(channels), -1)
-    return Int4(pairs.t().contiguous().view(-1), scales.t().contiguous())
+    return Quantized(Form(4, block), pairs.t().contiguous().view(-1), scales.t().contiguous())
 
 
-def _nearest(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest(blocks: Tensor, importance: Tensor | None = None, clips: Sequence[float] = CLIPS) -> tuple[Tensor, Tensor]:
     """float32 [blocks, block] → the scale with the least squared error [blocks, 1], the first among equals, and int8 values
     [blocks, block]."""
-    import torch
 
     def rounded(scale: Tensor) -> Tensor:
         return torch.div(blocks, scale, out=scratch).round_().clamp_(-8, 7)
 
     scratch = torch.empty_like(blocks)
     top = blocks.abs().amax(1, keepdim=True).clamp_min(1e-8)
-    best, least = top / CLIPS[0], torch.full_like(top, torch.inf)
-    for clip in CLIPS:
+    best, least = top / clips[0], torch.full_like(top, torch.inf)
+    for clip in clips:
         scale = top / clip
-        error = rounded(scale).mul_(scale).sub_(blocks).square_().sum(1, keepdim=True)
-        best = torch.where(error < least, scale, best)
-        least = torch.minimum(error, least)
+        error = rounded(scale).mul_(scale).sub_(blocks).square_()
+        if importance is not None:
+            error = error.mul_(importance)
+        total = error.sum(1, keepdim=True)
+        best = torch.where(total < least, scale, best)
+        least = torch.minimum(total, least)
     return best, rounded(best).to(torch.int8)
 
 
-def dequantize(packed: Tensor, scale: Tensor, block: int) -> Tensor:
-    """The float32 weight [in, out] that `quantize` stands for."""
-    import torch
+def columns(weight: Tensor) -> Quantized:
+    """INT8 with a scale per output channel, which clips nothing: weight [in, out], any float dtype."""
+    by_output = weight.t()
+    q = torch.empty(by_output.shape, dtype=torch.int8)
+    scales = torch.empty(len(by_output))
+    for start in range(0, len(by_output), CHANNELS):
+        channels = by_output[start : start + CHANNELS].float()
+        scale = channels.abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
+        q[start : start + CHANNELS] = (channels / scale).round_().clamp_(-127, 127).to(torch.int8)
+        scales[start : start + CHANNELS] = scale[:, 0]
+    return Quantized.of(q.t(), scales[None], 8)
 
-    low, high = packed & 0xF, packed >> 4
-    q = torch.stack([low, high], 1).reshape(-1, block, scale.shape[1]).to(torch.float32)
-    q = torch.where(q > 7, q - 16, q)
-    return (q * scale.unsqueeze(1)).flatten(0, 1)
+
+QUANTIZER = Rtn()

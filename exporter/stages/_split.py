@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 
 from exporter.checkpoint import Checkpoint
+from exporter.quantize._contract import Quantized
 from exporter.weights import Source
 
 ALIGNED = 128
@@ -28,6 +29,12 @@ class Columns(Source):
 
     def read(self, checkpoint: Checkpoint) -> torch.Tensor:
         return self.whole.read(checkpoint)[:, self.start : self.stop]
+
+    def is_int4(self, checkpoint: Checkpoint) -> bool:
+        return self.whole.is_int4(checkpoint)
+
+    def int4(self, checkpoint: Checkpoint) -> Quantized:
+        return self.whole.int4(checkpoint).columns(self.start, self.stop)
 
     def bytes(self, checkpoint: Checkpoint) -> int:
         """Shares of the whole's; those of all blocks add up to it."""

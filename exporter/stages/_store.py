@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
-from exporter.journal import DataFile, Journal
+from exporter.journal import DataFile, Journal, Part
 from exporter.quantize import rtn
+from exporter.quantize._contract import Form, Quantized, block_size
 from exporter.stages._split import blocks_of_columns, split_matmuls
 from exporter.stages._trace import symbolic
 from exporter.weights import FileSource, Source
+
+if TYPE_CHECKING:
+    from profiles._schema import Precision
 
 ALIGN = 4096
 """Page size: runtimes memory-map initializers only from aligned offsets."""
@@ -33,22 +40,25 @@ class WeightFile:
     """An external data file. `attach` turns the symbolic weights of a model into initializers that point into it."""
 
     def __init__(
-        self, path: Path, journal: Journal, checkpoint: Checkpoint, sources: dict[str, Source], dtype: torch.dtype,
-        int4_blocks: tuple[int, ...] = (), progress: Progress = lambda n: None, largest: int | None = None,
+        self, path: Path, journal: Journal, checkpoint: Checkpoint, sources: Mapping[str, Source], dtype: torch.dtype,
+        quantize: Precision | None = None, progress: Progress = lambda n: None,
+        largest: int | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
             journal: of the folder; tensors that it knows are not written again.
             sources: parameter name → where it comes from.
             dtype: float dtype of everything that is not quantised.
-            int4_blocks: block sizes to try, largest first; empty: no quantisation. Only weights of MatMul nodes with two
-                dimensions are quantised, and never the LM head or a method's own tensors.
+            quantize: how; None: nothing is. Only weights of MatMul nodes with two dimensions are quantised, and never the LM
+                head or a method's own tensors.
             progress: called with the number of checkpoint bytes done.
             largest: bytes that one matrix of a MatMul may have; larger ones are split in blocks of columns. None: any.
         """
         self.checkpoint, self.sources, self.dtype = checkpoint, dict(sources), dtype
-        self.blocks, self.progress, self.largest = int4_blocks, progress, largest
+        self.precision, self.progress, self.largest = quantize, progress, largest
         self.written: dict[str, ir.ExternalTensor] = {}
+        self.notes: dict[str, dict[str, Any]] = {}
+        """Of every matrix that was to be quantised: its form, and what else its writer noted."""
         self._file = DataFile(path, journal)
 
     def __enter__(self) -> WeightFile:
@@ -68,27 +78,110 @@ class WeightFile:
             assert value.name is not None
             model.graph.inputs.remove(value)
             source = self.sources[value.name]
-            block = self._block(value, source)
-            if block is None:
-                self._point(model, value, self._float(value.name, source))
+            if value.name not in self.written and value.name not in self.notes:
+                self._stream(value, source)
+            if value.name in self.written:
+                self._point(model, value, self.written[value.name])
             else:
-                self._dequantize(model, value, source, block)
+                self._dequantize(model, value, source.shape, _form(self.notes[value.name]))
 
-    def _block(self, value: ir.Value, source: Source) -> int | None:
-        if not self.blocks or source.name.startswith("head.") or len(source.shape) != 2 or source.shape[1] % 2:
+    def _stream(self, value: ir.Value, source: Source) -> None:
+        """Write one tensor of the checkpoint."""
+        name = value.name or ""
+        if self._stays(value, source):
+            self.store(name, lambda: (self._published(source), {}))
+            return
+        form = self._chosen(value, source)
+        pieces = self._converted(name, source) if form is None else self._quantized(name, source, form)
+        self._place(name, source.shape, form, self._part(name, pieces, {} if form is None else form.record()))
+        self.progress(source.bytes(self.checkpoint))
+
+    def _part(self, name: str, pieces: Iterable[memoryview], note: Mapping[str, Any]) -> Part:
+        part = self._file.part(name, pieces, ALIGN, note)
+        if part.note:
+            self.notes[name] = part.note
+        return part
+
+    def store(self, name: str, make: Callable[[], tuple[Quantized | torch.Tensor, dict[str, Any]]]) -> None:
+        """Write a tensor that does not stand in the checkpoint as it will be.
+
+        Args:
+            name: the parameter's. make: the tensor [in, out] and what to note of it; not called if it is there from before.
+        """
+        part, source = self._file.kept(name, ALIGN), self.sources[name]
+        if part is None:
+            value, note = make()
+            if isinstance(value, Quantized):
+                note = value.form.record() | note
+                check_range(name, value.scale * 2 ** (value.form.bits - 1), self.dtype)
+                part = self._part(name, self._laid_out(value), note)
+            else:
+                part = self._part(name, [as_bytes(to_dtype(name, value.contiguous(), self.dtype))], note)
+        if part.note:
+            self.notes[name] = part.note
+        self._place(name, source.shape, _form(part.note), part)
+        self.progress(source.bytes(self.checkpoint))
+
+    def stored(self, name: str) -> torch.Tensor:
+        """What a parameter that was written is now, float32."""
+        form = _form(self.notes.get(name, {}))
+        if form is None:
+            return self._bytes(name).float()
+        kind = torch.uint8 if form.bits == 4 else torch.int8
+        scale = self._bytes(f"{name}.scale").float()
+        return Quantized(
+            form, self._bytes(f"{name}.int{form.bits}", kind).view(-1), scale.view(-1, scale.shape[-1])
+        ).dequantized()
+
+    def _bytes(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        tensor = self.written[name]
+        assert tensor.offset is not None and tensor.length is not None
+        raw = np.fromfile(self._file.path, np.uint8, tensor.length, offset=tensor.offset)
+        found = torch.from_numpy(raw).view(dtype or self.dtype)
+        return found if dtype else found.view(tensor.shape.numpy())
+
+    def quantizable(self, source: Source) -> Form | None:
+        """How a matrix of the checkpoint is to be quantised; None: it is not. Method's own tensors are small, and choosing is not
+        forgiving; the LM head decides what is said."""
+        if self.precision is None or source.name.startswith("head.") or len(source.shape) != 2 or source.shape[1] % 2:
             return None
-        if isinstance(source, FileSource):  # what a method chooses by is small, and choosing is not forgiving
+        if isinstance(source, FileSource):
             return None
-        if any(_other_than_matmul(use) for use in value.uses()):
-            return None
-        return rtn.block_size(source.shape[0], self.blocks)
+        if self.precision.weights == "int8":
+            return Form(8, source.shape[0])
+        block = block_size(source.shape[0], self.precision.blocks)
+        return None if block is None else Form(4, block)
+
+    def _chosen(self, value: ir.Value, source: Source) -> Form | None:
+        return self.quantizable(source) if _is_matrix(value) else None
+
+    def _stays(self, value: ir.Value, source: Source) -> bool:
+        """Whether the checkpoint has it in INT4 already, and may keep it."""
+        int4 = self.precision is not None and self.precision.weights == "int4"
+        return int4 and _is_matrix(value) and source.is_int4(self.checkpoint)
+
+    def _published(self, source: Source) -> Quantized:
+        """A matrix as the checkpoint has it quantised, in blocks that the profile takes."""
+        assert self.precision is not None
+        found = source.int4(self.checkpoint)
+        block = next((b for b in self.precision.blocks if found.form.block % b == 0), None)
+        if block is None:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: `{source.name}` has INT4 blocks of {found.form.block}, the profile takes "
+                f"{', '.join(map(str, self.precision.blocks))}. Choose a profile with {found.form.block} in `blocks`, or one "
+                "without INT4."
+            )
+        return found.divided(block)
 
     def _split(self, model: ir.Model, value: ir.Value) -> None:
         """Only matrices that nothing but MatMul reads; others are looked up by row, or small."""
         source = self.sources[value.name or ""]
         if self.largest is None or len(source.shape) != 2 or any(_other_than_matmul(use) for use in value.uses()):
             return
-        bits = 8 * self.dtype.itemsize if self._block(value, source) is None else 4
+        if value.name in self.written or value.name in self.notes:
+            return
+        form = self._chosen(value, source)
+        bits = 4 if self._stays(value, source) else 8 * self.dtype.itemsize if form is None else form.bits
         if math.prod(source.shape) * bits > 8 * self.largest:
             blocks = blocks_of_columns(source, bits, self.largest)
             names = [f"{value.name}.columns_{block.start}" for block in blocks]
@@ -100,21 +193,17 @@ class WeightFile:
         value.metadata_props.clear()
         model.graph.initializers[value.name or ""] = value
 
-    def _dequantize(self, model: ir.Model, value: ir.Value, source: Source, block: int) -> None:
+    def _dequantize(self, model: ir.Model, value: ir.Value, shape: tuple[int, ...], form: Form | None) -> None:
+        """DequantizeLinear in front of the MatMuls that read it; what an offset and an order stand for, at their inputs."""
+        assert form is not None
         name = value.name or ""
-        if f"{name}.int4" not in self.written:
-            self._write_int4(name, source, block)
-        packed, scale = self.written[f"{name}.int4"], self.written[f"{name}.scale"]
-        inputs = []
-        for suffix, tensor_ in (("int4", packed), ("scale", scale)):
-            part = ir.Value(name=f"{name}.{suffix}", shape=ir.Shape(tensor_.shape), type=ir.TensorType(tensor_.dtype))
-            self._point(model, part, tensor_)
-            inputs.append(part)
-        out = ir.Value(name=f"{name}.dequantized", shape=ir.Shape(source.shape), type=ir.TensorType(scale.dtype))
-        node = ir.Node(
-            "", "DequantizeLinear", inputs, [ir.AttrInt64("axis", 0), ir.AttrInt64("block_size", block)],
-            outputs=[out], name=f"{name}/DequantizeLinear",
-        )  # fmt: skip
+        inputs = [self._initializer(model, f"{name}.{suffix}") for suffix in (f"int{form.bits}", "scale")]
+        dtype = self._kind
+        out = ir.Value(name=f"{name}.dequantized", shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        per_column = form.block == shape[0] and form.bits == 8
+        attributes = [ir.AttrInt64("axis", 1 if per_column else 0)]
+        attributes += [] if per_column else [ir.AttrInt64("block_size", form.block)]
+        node = ir.Node("", "DequantizeLinear", inputs, attributes, outputs=[out], name=f"{name}/DequantizeLinear")
         uses = list(value.uses())
         first = (
             min((use.node for use in uses), key=lambda n: list(model.graph).index(n)) if len(uses) > 1 else uses[0].node
@@ -122,42 +211,129 @@ class WeightFile:
         model.graph.insert_before(first, node)
         for use in uses:
             use.node.replace_input_with(use.idx, out)
+            if form.order:
+                _reorder(model.graph, use.node, self._initializer(model, f"{name}.order"), name)
+            if form.offset:
+                _add_offset(model.graph, use.node, self._initializer(model, f"{name}.offset"), form.block, name)
 
-    def _write_int4(self, name: str, source: Source, block: int) -> None:
-        inputs, outputs = source.shape
-        packed = inputs * outputs // 2
-        behind = packed + -packed % ALIGN
-        part = self._file.part(name, self._quantized(name, source, block), ALIGN)
-        self._place(f"{name}.int4", part.offset, packed, source.shape, ir.DataType.INT4)
-        self._place(f"{name}.scale", part.offset + behind, part.size - behind, (inputs // block, outputs))
-        self.progress(source.bytes(self.checkpoint))
-
-    def _float(self, name: str, source: Source) -> ir.ExternalTensor:
-        if name not in self.written:
-            part = self._file.part(name, self._converted(name, source), ALIGN)
-            self._place(name, part.offset, part.size, source.shape)
-            self.progress(source.bytes(self.checkpoint))
-        return self.written[name]
+    def _initializer(self, model: ir.Model, name: str) -> ir.Value:
+        if name in model.graph.initializers:
+            return model.graph.initializers[name]
+        tensor = self.written[name]
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
+        self._point(model, value, tensor)
+        return value
 
     def _converted(self, name: str, source: Source) -> Iterator[memoryview]:
         for rows in slices(source.read(self.checkpoint)):
             yield as_bytes(to_dtype(name, rows, self.dtype))
 
-    def _quantized(self, name: str, source: Source, block: int) -> Iterator[memoryview]:
-        """The integers, and, aligned as well, their scales."""
+    def _quantized(self, name: str, source: Source, form: Form) -> Iterator[memoryview]:
         tensor = source.read(self.checkpoint)
         check_range(name, tensor, self.dtype)  # what is dequantised has to fit, not only the scale
-        packed, scale = rtn.quantize(tensor, block)
-        yield as_bytes(packed)
-        yield memoryview(bytes(-packed.numel() % ALIGN))
-        yield as_bytes(scale.to(self.dtype))
+        yield from self._laid_out(rtn.columns(tensor) if form.bits == 8 else rtn.quantize(tensor, form.block))
 
-    def _place(self, name: str, offset: int, size: int, shape: Iterable[int], dtype: ir.DataType | None = None) -> None:
-        kind = dtype or (ir.DataType.FLOAT16 if self.dtype == torch.float16 else ir.DataType.FLOAT)
-        path = self._file.path
+    def _laid_out(self, found: Quantized) -> Iterator[memoryview]:
+        """The integers, and, aligned as well, what goes with them."""
+        yield as_bytes(found.q)
+        size = found.q.numel()
+        scale = found.scale.clamp_min(SMALLEST).to(self.dtype)
+        for tensor in (scale, _to(found.offset, self.dtype), found.order):
+            if tensor is not None:
+                yield memoryview(bytes(-size % ALIGN))
+                yield as_bytes(tensor.contiguous())
+                size += -size % ALIGN + tensor.numel() * tensor.element_size()
+
+    def _place(self, name: str, shape: tuple[int, ...], form: Form | None, part: Part) -> None:
+        """Remember where the tensors of a part are."""
+        if form is None:
+            self._tensor(name, part.offset, shape, self._kind)
+            return
+        inputs, outputs = shape
+        scales = (outputs,) if form.bits == 8 and form.block == inputs else (inputs // form.block, outputs)
+        end = self._tensor(f"{name}.int{form.bits}", part.offset, shape, INTEGERS[form.bits])
+        end = self._tensor(f"{name}.scale", end, scales, self._kind)
+        if form.offset:
+            end = self._tensor(f"{name}.offset", end, scales, self._kind)
+        if form.order:
+            self._tensor(f"{name}.order", end, (inputs,), ir.DataType.INT64)
+
+    def _tensor(self, name: str, offset: int, shape: tuple[int, ...], dtype: ir.DataType) -> int:
+        """Returns where it ends."""
+        path, offset = self._file.path, offset + -offset % ALIGN
+        size = math.ceil(math.prod(shape) * dtype.itemsize)
         self.written[name] = ir.ExternalTensor(
-            path.name, offset, size, kind, shape=ir.Shape(shape), name=name, base_dir=path.parent
+            path.name, offset, size, dtype, shape=ir.Shape(shape), name=name, base_dir=path.parent
         )
+        return offset + size
+
+    @property
+    def _kind(self) -> ir.DataType:
+        return ir.DataType.FLOAT16 if self.dtype == torch.float16 else ir.DataType.FLOAT
+
+
+SMALLEST = 2.0**-24
+"""Of a scale: in float16 anything smaller is zero, which TensorRT refuses. So are weights that it is the scale of, or nearly."""
+INTEGERS = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+
+
+def _form(note: Mapping[str, Any]) -> Form | None:
+    """What a note says of it."""
+    known = {f.name for f in fields(Form)}
+    return Form(**{k: v for k, v in note.items() if k in known}) if "bits" in note else None
+
+
+def _to(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _is_matrix(value: ir.Value) -> bool:
+    """Whether it is only ever multiplied with, from the right."""
+    return not any(_other_than_matmul(use) for use in value.uses())
+
+
+def _reorder(graph: ir.Graph, product: ir.Node, order: ir.Value, name: str) -> None:
+    """The channels of a product's input in the order of its matrix's rows."""
+    x = product.inputs[0]
+    assert x is not None
+    out = ir.Value(name=f"{name}.ordered_{product.name}", shape=x.shape, type=x.type)
+    gather = ir.Node("", "Gather", [x, order], [ir.AttrInt64("axis", -1)], outputs=[out], name=f"{product.name}/Gather")
+    graph.insert_before(product, gather)
+    product.replace_input_with(0, out)
+
+
+def _add_offset(graph: ir.Graph, product: ir.Node, offset: ir.Value, block: int, name: str) -> None:
+    """What the zero points take off: the mean of every block of the input, times the matrix's offsets. The mean, not the sum, which
+    could leave float16."""
+    x, y = product.inputs[0], product.outputs[0]
+    assert x is not None and x.shape is not None
+    lead, stem = list(x.shape[:-1]), product.name
+
+    def node(op: str, inputs: list[ir.Value], shape: list[Any], **attributes: int) -> ir.Value:
+        made = ir.Value(name=f"{stem}.{op.lower()}", shape=ir.Shape(shape), type=y.type)
+        given = [ir.AttrInt64(key, value) for key, value in attributes.items()]
+        graph.insert_after(nodes[-1], new := ir.Node("", op, inputs, given, outputs=[made], name=f"{stem}/{op}"))
+        nodes.append(new)
+        return made
+
+    def constant(suffix: str, values: list[int]) -> ir.Value:
+        tensor = ir.tensor(np.array(values, np.int64), name=f"{stem}.{suffix}")
+        value = ir.Value(
+            name=tensor.name, shape=ir.Shape([len(values)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
+        )
+        graph.initializers[value.name or ""] = value
+        return value
+
+    nodes, blocks = [product], offset.shape[0] if offset.shape is not None else None
+    users = list(y.uses())
+    output = y.is_graph_output()
+    assert not output, f"{stem} is an output of the graph"
+    split = node("Reshape", [x, constant("blocks", [*[0] * len(lead), -1, block])], [*lead, blocks, block])
+    means = node("ReduceMean", [split, constant("last", [-1])], [*lead, blocks], keepdims=0)
+    less = node("MatMul", [means, offset], list(y.shape or []))
+    total = node("Add", [y, less], list(y.shape or []))
+    for use in users:
+        use.node.replace_input_with(use.idx, total)
 
 
 def _other_than_matmul(use: tuple[ir.Node, int]) -> bool:

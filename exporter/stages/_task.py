@@ -93,6 +93,19 @@ def embedded(frames: int, per_kind: int, seed: int = 0) -> list[Question]:
     return found
 
 
+def for_calibration(frames: int, count: int = 64) -> list[Question]:
+    """Embedded questions of all kinds on digits that training has seen; a clip's frames are repeated or left out to be so many."""
+    from exporter.embedded import digits
+
+    kinds = [kind for kind in digits.KINDS if (kind == "moved") == (frames > 1)]
+    found = []
+    for kind in kinds:
+        for e in digits.seen(kind, count // len(kinds)):
+            chosen = [e.frames[i * len(e.frames) // frames] for i in range(frames)]
+            found.append(Question(e.kind, [Image.fromarray(f) for f in chosen], e.question, e.answer))
+    return found
+
+
 def from_file(path: Path, frames: int) -> list[Question]:
     """One JSON object a line, see docs/questions.md; paths are relative to the file. Images are there, but not read yet.
 

@@ -7,7 +7,8 @@ time, into the external data files. Memory peaks at one tensor, whatever the mod
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Collection, Iterator
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,7 +41,10 @@ from plugins._apply import apply as plug
 
 if TYPE_CHECKING:
     from exporter.nn.traced import LanguageModel
+    from exporter.stages._task import Question
 
+PRECISION = "precision.json"
+"""How the matrices of a quantised language model are stored, and which nodes of a float16 graph compute in float32."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 Log = Callable[[str], None]
@@ -113,15 +117,19 @@ def share(source: nn.Module, target: nn.Module) -> None:
     target.eval()
 
 
-def export(plan: Plan, folder: Path, log: Log = lambda text: None) -> GraphSet:
+def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: Sequence[Question] = ()) -> GraphSet:
     """Write the plan's graphs into `folder` and return their description.
 
     Args:
         folder: empty, or as an export that was killed left it: what it had finished of this plan is kept.
+        calibration: questions whose activations may be looked at, by a quantiser or for overflows.
     Raises:
         CheckpointError: weights that are missing, damaged or of another shape; a CLIP checkpoint without its tokenizer.
         ExportError: the folder holds something else.
+        UsageError: a quantiser that does not fit, or has no calibration data.
     """
+    from exporter.stages import _calibrate, _islands
+
     if plan.clip is not None:  # what a runtime will need: refused now, not there
         QuestionTokenizer.load(plan.clip.folder)
     if plan.instruction is not None:
@@ -129,10 +137,14 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None) -> GraphSet:
     precision = plan.profile.precision
     dtype = DTYPES[precision.compute]
     modules = build_modules(plan)
+    calibrated = _calibrate.wanted(plan)
+    if calibrated:
+        _calibrate.check(plan, modules)
     found = origins(plan, modules)
     embedding = Source("text.embed_tokens.weight", (plan.geometry.vocab, plan.geometry.hidden), False)
     advance = Transfer(_bytes(plan, found, embedding), "writing weights", log).advance
-    journal = Journal(folder, made_from(plan))
+    data = _calibrate.fingerprint(calibration) if calibration else None
+    journal = Journal(folder, made_from(plan) | {"calibration": data})
     for module in modules.stored().values():
         _cast(module, dtype)
     if modules.prefill is not modules.decode:
@@ -162,27 +174,29 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None) -> GraphSet:
         models.append(("question", draw_question(modules.question)))
 
     log("writing weights")
-    blocks = tuple(precision.blocks) if precision.weights == "int4" else ()
+    quantize = None if precision.weights == "none" else precision
     block_mib = plan.profile.memory.largest_block_mib
     largest = None if block_mib is None else block_mib << 20
     with ExitStack() as stack:
-        if not blocks:
+        if quantize is None:
             stack.enter_context(_one_thread())
 
         def weight_file(name: str) -> WeightFile:
-            int4 = blocks if name == "llm" else ()
             path = folder / f"{name}.data"
-            file = WeightFile(path, journal, plan.checkpoint, found[name], dtype, int4, advance, largest)
+            how = quantize if name == "llm" else None
+            file = WeightFile(path, journal, plan.checkpoint, found[name], dtype, how, advance, largest)
             return stack.enter_context(file)
 
         weight_files = {name: weight_file(name) for name in found}
+        if calibrated:
+            _calibrate.calibrate(plan, weight_files["llm"], calibration, log)
         for role, model in models:
             weight_files.get(role, weight_files["llm"]).attach(model)
             model.graph.name = f"edgetrim_{role}"
             ir.save(model, folder / files[role])
-    for data in folder.glob("*.data"):
-        if data.stat().st_size == 0:
-            data.unlink()
+    for file in folder.glob("*.data"):
+        if file.stat().st_size == 0:
+            file.unlink()
     _write_embedding(plan, embedding, folder / "embedding.npy", journal, dtype)
     advance(embedding.bytes(plan.checkpoint))
     write_processor(plan, folder / "processor")
@@ -190,11 +204,31 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None) -> GraphSet:
     if target.flavour is not None:
         files |= apply(target.flavour, target.backend, folder, files, log)
     graphs = describe(plan, files, {v.name or "": static_sizes(v) for v in vision.graph.outputs})
+    islands = _islands.insert(plan, graphs, folder, calibration, log) if precision.islands == "auto" else []
+    if quantize is not None or islands:
+        record = _precision_record(plan, weight_files["llm"].notes, len(calibration), islands)
+        (folder / PRECISION).write_text(json.dumps(record, indent=1) + "\n")
     if target.plugins:
         graphs = replace(graphs, plugged=plug(target.plugins, folder, files.values(), log))
     graphs.save(folder)
     journal.close()
     return graphs
+
+
+def _precision_record(
+    plan: Plan, matrices: dict[str, Any], questions: int, islands: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """How every matrix of the language model is stored, what that changes of its output, why some stay as they are, and what
+    computes in float32."""
+    precision = plan.profile.precision
+    return {
+        "compute": precision.compute,
+        "weights": precision.weights,
+        "quantizer": "the checkpoint's" if plan.checkpoint.quantized else precision.quantizer,
+        "calibration_questions": questions,
+        "matrices": matrices,
+        "islands": islands,
+    }
 
 
 def made_from(plan: Plan) -> dict[str, Any]:

@@ -319,7 +319,7 @@ def _title(job: Job, graphs: GraphSet) -> str:
 
 def _precision(graphs: GraphSet) -> str:
     compute = graphs.compute.upper()
-    return f"INT4 weights, {compute}" if graphs.weights == "int4" else compute
+    return compute if graphs.weights == "none" else f"{graphs.weights.upper()} weights, {compute}"
 
 
 def _stack(profile: Profile) -> str:

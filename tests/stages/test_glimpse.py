@@ -21,9 +21,11 @@ from exporter.errors import UsageError
 from exporter.families._contract import Request
 from exporter.journal import Journal
 from exporter.pipeline import Job, run_build, run_export
+from exporter.quantize._contract import Form
 from exporter.stages._store import WeightFile
 from exporter.weights import FileSource, Source
 from exporter.workspace import Workspace
+from profiles._schema import Precision
 from tests.conftest import needs_rtx
 from tests.families import tiny
 from tests.graphs.oracle_glimpse import New
@@ -162,9 +164,10 @@ def test_a_methods_own_tensors_are_not_quantised(checkpoints: dict[str, Path], t
     """Though they stand in MatMul as those of the layers do."""
     value = ir.Value(name="weight", shape=ir.Shape([64, 64]))
     journal, checkpoint = Journal(tmp_path, {}), Checkpoint(checkpoints["llava"])
-    file = WeightFile(tmp_path / "llm.data", journal, checkpoint, {}, torch.float32, (32,))
-    assert file._block(value, Source("weight", (64, 64), False)) == 32
-    assert file._block(value, FileSource("weight", (64, 64), False, tmp_path)) is None
+    how = Precision("fp32", "int4", (32,))
+    file = WeightFile(tmp_path / "llm.data", journal, checkpoint, {}, torch.float32, how)
+    assert file._chosen(value, Source("weight", (64, 64), False)) == Form(4, 32)
+    assert file._chosen(value, FileSource("weight", (64, 64), False, tmp_path)) is None
 
 
 @pytest.mark.parametrize("other", ["fastv:layer=1,keep=4", "lookm:keep=4", "dyrate:layer=3,keep=4"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +19,7 @@ from exporter.backends.ort import OnnxRuntime
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.quantize import rtn
+from exporter.quantize._contract import block_size
 from exporter.runtime.generate import Generator
 from exporter.stages._reference import reference
 from exporter.stages.export import export, load_reference
@@ -84,9 +88,9 @@ def dequantized(found: Exported) -> Generator:
     blocks = found.plan.profile.precision.blocks
     for name, parameter in modules.decode.named_parameters():
         if parameter.ndim == 2 and name != "lm_head.weight":
-            block = rtn.block_size(parameter.shape[0], tuple(blocks))
+            block = block_size(parameter.shape[0], tuple(blocks))
             assert block is not None
-            parameter.data = rtn.dequantize(*rtn.quantize(parameter.data, block), block)
+            parameter.data = rtn.quantize(parameter.data, block).dequantized()
     runners, graphs, table = reference(found.plan, modules)
     return Generator(runners, tiny.endless(graphs), table)
 
@@ -143,3 +147,57 @@ def test_what_does_not_fit_fp16_is_refused(name: str, dtype: torch.dtype, fp16: 
 def _empty(folder: Path) -> Path:
     folder.mkdir()
     return folder
+
+
+def test_the_profile_of_a_run_shows_int4_kernels(int4: Exported, tmp_path: Path) -> None:
+    """What ONNX Runtime says it ran: every quantised product by MatMulNBits, nothing dequantised on the way."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "run")
+    session = onnxruntime.InferenceSession(int4.folder / "decode.onnx", options, providers=["CPUExecutionProvider"])
+    feeds = {}
+    for value in session.get_inputs():
+        sizes = [d if isinstance(d, int) else {"batch": 1, "seq": 2}.get(d, 3) for d in value.shape]
+        feeds[value.name] = np.zeros(sizes, np.float32 if "float" in value.type else np.int64)
+    session.run(None, feeds)
+    events = json.loads(Path(session.end_profiling()).read_text())
+    ran = Counter(e["args"]["op_name"] for e in events if e.get("cat") == "Node" and e["name"].endswith("kernel_time"))
+    assert ran["MatMulNBits"] == QUANTIZED
+    assert "DequantizeLinear" not in ran
+
+
+@pytest.fixture(scope="module")
+def int8(exported: Export) -> Exported:
+    return exported("llava", ("fastv",), 1, "cpu_int8")
+
+
+def test_int8_weights_have_a_scale_per_output_channel(int8: Exported) -> None:
+    graph = load(int8, "decode.onnx").graph
+    tensors = {t.name: t for t in graph.initializer}
+    nodes = [n for n in graph.node if n.op_type == "DequantizeLinear"]
+    assert len(nodes) == QUANTIZED
+    for node in nodes:
+        packed, scale = (tensors[name] for name in node.input)
+        assert {a.name: a.i for a in node.attribute} == {"axis": 1}
+        assert packed.data_type == onnx.TensorProto.INT8
+        assert list(scale.dims) == [packed.dims[1]]
+        assert next(int(e.value) for e in packed.external_data if e.key == "length") == packed.dims[0] * packed.dims[1]
+
+
+def test_int8_is_the_nearest_of_255_values(int8: Exported, engine: Engine) -> None:
+    modules = load_reference(int8.plan)
+    for name, parameter in modules.decode.named_parameters():
+        if parameter.ndim == 2 and name != "lm_head.weight":
+            step = parameter.data.abs().amax(0) / 127
+            parameter.data = (parameter.data / step).round() * step
+    runners, graphs, table = reference(int8.plan, modules)
+    theirs, ours, exact = Generator(runners, tiny.endless(graphs), table), engine(int8), int8.theirs()
+    asked = tiny.question(int8.graphs)
+    visual = theirs.reduce(theirs.vision(asked.pixels))
+    expected, found, true = (g.prefill(visual, [asked.prompt]).logits for g in (theirs, ours, exact))
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert cosine(found, true) > 0.999
+
+
+def test_onnx_runtime_fuses_int8_too(int8: Exported, tmp_path: Path) -> None:
+    record = OnnxRuntime(threads=1).build(int8.folder / "decode.onnx", ("decode",), [], tmp_path, {}, lambda text: None)
+    assert record.details["kernels"]["MatMulNBits"] == QUANTIZED

@@ -12,6 +12,9 @@ from exporter.errors import ExportError
 from exporter.pipeline import Job, engine_records, run_build, run_export
 from exporter.workspace import Workspace
 from tests.conftest import needs_rtx
+from tests.families import tiny
+from tests.packings import published
+from tests.packings.test_packings import CASES as PUBLISHED
 from tests.stages.conftest import SIZES
 
 pytestmark = needs_rtx
@@ -58,3 +61,25 @@ def test_a_failing_build_leaves_the_engines_that_were_there(
     with pytest.raises(ExportError, match="refused"):
         run_build(work)
     assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+
+
+def test_int4_stays_int4_in_the_engine(tmp_path: Path) -> None:
+    """What the engine loses against FP16's is what the matrices lose: three quarters, but for the scales. So do published integers,
+    with zero points and scattered channels."""
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 16}
+    tiny.llava(tmp_path / "model", **wide)
+    case = PUBLISHED["gptq-asymmetric-scattered"]
+    published.publish(tmp_path / "model", tmp_path / "published", case.config, case)
+    sizes = {}
+    for name, folder, profile in [
+        ("fp16", "model", "rtx_fp16"),
+        ("int4", "model", "rtx_int4"),
+        ("published", "published/quantized", "rtx_int4"),
+    ]:
+        work = Workspace(tmp_path / name)
+        run_export(Job(str(tmp_path / folder), (), profile), work)
+        sizes[name] = next(r.bytes for r in run_build(work) if "decode" in r.roles)
+    values = 4 * (512 * (64 + 2 * 32) + 64 * 512 + 3 * 512 * 1024)
+    for name, block in (("int4", 128), ("published", 32)):
+        saved = 2 * values - values / 2 - 2 * values / block
+        assert 0.85 * saved < sizes["fp16"] - sizes[name] < 1.1 * saved

@@ -1,0 +1,43 @@
+"""Whatever lies in exporter/quantize and exporter/packings keeps its contract."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import exporter.packings
+import exporter.quantize
+from exporter import _discover
+from exporter.packings._contract import Packing
+from exporter.quantize import rtn
+from exporter.quantize._contract import Form, Quantizer, Seen
+
+
+@pytest.mark.parametrize("name", _discover.names(exporter.quantize))
+@pytest.mark.parametrize("block", [16, 64])
+def test_a_quantizer_gives_the_layout_and_little_error(name: str, block: int) -> None:
+    found: Quantizer = _discover.load(exporter.quantize, "quantizer", name).QUANTIZER
+    assert found.summary
+    weight = torch.randn(128, 10, generator=torch.manual_seed(0))
+    seen = Seen(128, found.gram)
+    seen.add(torch.randn(300, 128, generator=torch.manual_seed(1)))
+    scale = found.scale([weight], seen, block)
+    assert scale is None or (scale.shape == (128,) and (scale > 0).all())
+    made = found.quantize(weight, block, seen)
+    assert made.form == Form(4, block)
+    assert made.shape == weight.shape
+    assert (made.scale > 0).all()
+    assert made.q.numel() == 128 * 10 // 2
+    plain = rtn.quantize(weight, block, clips=(7.0,)).dequantized()
+    assert seen.energy(made.dequantized() - weight) <= 1.05 * seen.energy(plain - weight)
+
+
+@pytest.mark.parametrize("name", _discover.names(exporter.packings))
+def test_a_packing_needs_no_torch_to_be_found(name: str) -> None:
+    found: Packing = _discover.load(exporter.packings, "packing", name).PACKING
+    assert found.marker
+    code = f"import sys, exporter.packings.{name}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
