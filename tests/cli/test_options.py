@@ -111,7 +111,7 @@ def test_no_threads(command: click.Command) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "typed", "offered"),
-    [(o.ProfileType(), "orin_na", ["orin_nano_8gb_int4"]), (o.ReductionType(), "vision", ["visionzip"])],
+    [(o.ProfileType(), "cpu_f", ["cpu_fp32"]), (o.ReductionType(), "vision", ["visionzip"])],
 )
 def test_completion(command: click.Command, kind: Any, typed: str, offered: list[str]) -> None:
     context = click.Context(command)
