@@ -145,7 +145,7 @@ def _tables(result: Result) -> list[RenderableType]:
     columns = (
         "reduction", "profile", "tokens", ">% right", ">points lost", ">ms to first token", ">ms a whole answer", ">MiB", "",
     )  # fmt: skip
-    note = "Roofs (≥) are lower bounds; controls were asked in PyTorch."
+    note = "≥: a roofline, a lower bound. Controls were asked in PyTorch."
     gone = len([e for e in result.entries if e.out])
     said = f"{len(result.entries)} candidates, {gone} dropped on the way, {len(result.left_out)} do not fit; reasons are on the page."
     return [

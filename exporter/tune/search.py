@@ -313,6 +313,11 @@ class Search:
         won = self.entries[winner]
         if won.candidate.role == "unreduced":
             yield "The unreduced model wins: no reduction is needed for this budget, or none that was tried brings anything."
+        if basis == "operations":
+            yield (
+                "Neither a measured time nor a roofline is known of all finalists, so they are compared by operations to the first "
+                "token, which say nothing of devices. Search for one profile at a time."
+            )
         timed = [b.words for b in self.budgets if b.name in ("latency", "ttft")]
         if timed and won.measured is None:
             bound = (
