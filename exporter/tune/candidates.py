@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +15,9 @@ from graphs._contract import ReductionError
 if TYPE_CHECKING:
     from exporter.pipeline import Job
     from exporter.plan import Plan
+
+PLACEHOLDERS = frozenset(("ratio", "keep", "total", "frames"))
+"""What `curves.fill` fills in."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def templates(methods: Sequence[str]) -> list[str]:
     colon. Nothing: all methods.
 
     Raises:
-        UsageError: there is no such method.
+        UsageError: there is no such method, no such placeholder, or nothing to search for.
     """
     found: list[str] = []
     for text in methods or (",".join(_spec.names()),):
@@ -60,7 +64,18 @@ def templates(methods: Sequence[str]) -> list[str]:
             if name not in _spec.names():
                 raise UsageError(f"Unknown reduction '{name}'. {nearest(name, _spec.names())}")
             found.append(_spec.sweep(name))
-    return [t for t in dict.fromkeys(found) if t.partition(":")[0] not in CONTROLS]
+    for template in found:
+        if unknown := sorted(set(re.findall(r"\{(.*?)\}", template)) - PLACEHOLDERS):
+            raise UsageError(
+                f"'{template}' has the placeholder {{{unknown[0]}}}. Known: {', '.join(f'{{{p}}}' for p in sorted(PLACEHOLDERS))}."
+            )
+    searched = [t for t in dict.fromkeys(found) if t.partition(":")[0] not in CONTROLS]
+    if not searched:
+        raise UsageError(
+            f"`--methods` names nothing to search for. {' and '.join(CONTROLS)} take part by themselves, as controls. `edgetrim list "
+            "reductions` shows the methods."
+        )
+    return searched
 
 
 def candidates(

@@ -26,6 +26,8 @@ from exporter.workspace import Workspace
 JOURNAL = "tune.jsonl"
 FINALISTS = ".part-finalists"
 """Their exports, while the search goes on."""
+SHOWN = 5
+"""Reasons of an error."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ def run(wanted: Wanted, work: Workspace, workers: Workers, log: Callable[[str], 
     """
     log("what fits")
     found, left = candidates(wanted.job, wanted.methods, wanted.keep, wanted.profiles, log)
+    if not any(c.role == "method" for c in found):
+        reasons = "\n".join(f"  {entry.spec}: {entry.reason}" for entry in left[:SHOWN])
+        raise UsageError(f"No method that was asked for fits:\n{reasons}")
     questions = measure.questions(wanted.job, wanted.asking)
     journal = Journal(work.folder / JOURNAL, _made_from(wanted, found))
     (work.folder / report.WINNER).unlink(missing_ok=True)

@@ -103,9 +103,10 @@ class Result:
         """Raises the error of the budget that nobody is within, else ExportError."""
         if self.winner is not None:
             return
-        finished = [e for e in self.entries if e.engine]
+        able = [e for e in self.entries if e.candidate.role != "control"]
+        finished = [e for e in able if e.engine]
         for budget in self.budgets:
-            met = [_figure(e, budget.name) for e in finished or self.entries]
+            met = [_figure(e, budget.name) for e in finished or able]
             best = min((m for m in met if m is not None), default=None)
             if best is not None and best > budget.most:
                 unit = budget.kind.unit

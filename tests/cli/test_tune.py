@@ -67,6 +67,10 @@ def test_the_printed_command_works(
         (["embedded", "-p", "cpu_fp32", "--budget", "speed=1"], "There is no budget 'speed'"),
         (["embedded", "-p", "cpu_fp32", "--budget", "ttft=1", "--keep", "2"], "'2' is no list of keep ratios"),
         (["embedded", "-p", "cpu_fp32", "--budget", "ttft=1", "--methods", "fastw"], "Did you mean 'fastv'"),
+        (
+            ["embedded", "-p", "cpu_fp32", "--budget", "ttft=1", "--methods", "slowfast"],
+            "No method that was asked for fits:",
+        ),
         (["embedded", "-p", "cpu_fp32", "--budget", "ttft=1", "--frames", "3"], "Pass --questions FILE.jsonl"),
     ],
 )

@@ -43,3 +43,8 @@ def test_templates() -> None:
     assert {t.partition(":")[0] for t in templates(())} == set(_spec.names()) - {"random", "uniform"}
     with pytest.raises(UsageError, match="Unknown reduction 'vizionzip'"):
         templates(("vizionzip",))
+    with pytest.raises(UsageError, match=r"has the placeholder \{rate\}"):
+        templates(("visionzip:keep_ratio={rate}",))
+    for nothing in ("random,uniform", ","):
+        with pytest.raises(UsageError, match="names nothing to search for"):
+            templates((nothing,))

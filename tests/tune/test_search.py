@@ -169,7 +169,7 @@ def test_a_finalist_that_cannot_be_exported_is_out_with_its_reason(tmp_path: Pat
 @pytest.mark.parametrize(
     ("budgets", "error", "said"),
     [
-        (["memory=10"], EnvironmentMismatch, "memory ≤ 10 MiB: the best has 790"),
+        (["memory=10"], EnvironmentMismatch, "memory ≤ 10 MiB: the best has 800"),
         (["ttft=59"], LatencyError, "ttft ≤ 59 ms: the best has 60 ms"),
         (["quality_drop=0.5", "ttft=61"], GateError, "quality_drop ≤ 0.5 points"),
     ],
