@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter import __version__
+from exporter._typed import parsed
 from exporter.device import differences
 from exporter.errors import EnvironmentMismatch, UsageError, VerificationError
 from exporter.workspace import write_text
@@ -106,12 +107,12 @@ def load(path: Path) -> Baseline:
     if len(text) > LARGEST:
         raise VerificationError(f"{path} is larger than {LARGEST // 2**20} MiB. That is not a baseline.")
     try:
-        raw = json.loads(text)
+        raw = parsed(text)
         schema = int(raw["schema"])
         if schema == SCHEMA:
             conditions = {str(k): str(v) for k, v in raw["conditions"].items()}
             return Baseline(str(raw["profile"]), conditions, tuple(_generation(g) for g in raw["generations"]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
         raise VerificationError(
             f"Baseline {path} is damaged ({type(e).__name__}: {e}). Restore it, or remove it and save it anew."
         ) from e

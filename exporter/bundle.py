@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter._typed import parsed
 from exporter.errors import UsageError, VerificationError
 from exporter.graphset import GraphSet
 
@@ -73,10 +74,10 @@ class Bundle:
             raise VerificationError(f"{path} is larger than {LARGEST_MANIFEST // 2**20} MiB. That is not a manifest.")
         try:
             raw = path.read_bytes()
-            manifest = json.loads(raw)
+            manifest = parsed(raw)
             files = {str(name): dict(entry) for name, entry in manifest["files"].items()}
             schema = int(manifest["schema"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
             raise VerificationError(
                 f"{path} is damaged ({type(e).__name__}: {e}). Pack or copy the bundle again."
             ) from e

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from exporter._typed import parsed, read_json, typed
 from exporter.errors import CheckpointError, EnvironmentMismatch, UsageError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         path = self.folder / "config.json"
         try:
-            config = json.loads(path.read_text())
+            config = read_json(path)
         except FileNotFoundError as e:
             raise CheckpointError(
                 f"{self.folder} has no config.json: it is not a Hugging Face checkpoint folder."
@@ -118,7 +118,7 @@ class Checkpoint:
         if not path.is_file():
             return {}
         try:
-            found = json.loads(path.read_text())
+            found = read_json(path)
         except ValueError as e:
             raise CheckpointError(f"{path} is not valid JSON ({e}). Download the checkpoint again.") from e
         return found if isinstance(found, dict) else {}
@@ -176,7 +176,7 @@ class Checkpoint:
         for path in self.shards:
             for key, entry in _check_shard(path).items():
                 if key != "__metadata__":
-                    begin, end = (int(offset) for offset in entry["data_offsets"][:2])
+                    begin, end = entry["data_offsets"]
                     names = _spelled_out(self._canonical(key))
                     size = (end - begin) // len(names)
                     where.update((name, Place(path, key, i, len(names), size)) for i, name in enumerate(names))
@@ -318,7 +318,7 @@ def _stored(path: Path) -> dict[str, Stored]:
     header = _check_shard(path)
     try:
         shapes = {k: tuple(int(n) for n in entry["shape"]) for k, entry in header.items() if k != "__metadata__"}
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as e:
         raise CheckpointError(f"{path} is damaged: its header gives no shapes.") from e
     return {key: Stored(path, key, shape) for key, shape in shapes.items()}
 
@@ -333,14 +333,16 @@ def _check_shard(path: Path) -> dict[str, Any]:
                 f"{path} is damaged: {size} bytes, its header cannot be read. Download this shard again."
             )
         try:
-            header: dict[str, Any] = json.loads(f.read(length))
+            header: dict[str, Any] = parsed(f.read(length))
         except ValueError as e:
             raise CheckpointError(f"{path} is damaged: its header is not JSON. Download this shard again.") from e
     try:
-        ends = [int(entry["data_offsets"][1]) for key, entry in header.items() if key != "__metadata__"]
+        places = [typed(tuple[int, int], e["data_offsets"]) for key, e in header.items() if key != "__metadata__"]
+        if not all(0 <= begin <= end for begin, end in places):
+            raise ValueError("a tensor ends before it begins")
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as e:
         raise CheckpointError(f"{path} is damaged: its header lists no tensors. Download this shard again.") from e
-    expected = 8 + length + max(ends, default=0)
+    expected = 8 + length + max((end for _, end in places), default=0)
     if size < expected:
         raise CheckpointError(
             f"{path} is truncated: {size} bytes, its header asks for {expected}. Download this shard again."

@@ -42,7 +42,7 @@ Layers that keep the same tokens form a *KV group*: they share a cache length an
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -251,21 +251,30 @@ class GraphSet:
 
     @classmethod
     def load(cls, folder: Path) -> GraphSet:
+        """Read what `save` wrote. Raises VerificationError: it is not that."""
+        from exporter._typed import read_json, typed
         from exporter.errors import VerificationError
 
         try:
-            raw = json.loads((folder / "graphs.json").read_text())
-            sub = {"image": ImageSpec, "visual": VisualLayout, "text": TextSpec}
-            values = {f.name: raw[f.name] for f in fields(cls)}
-            for name, kind in sub.items():
-                values[name] = kind(
-                    **{k: tuple(v) if k in ("mean", "std", "grid", "tiles") and v else v for k, v in raw[name].items()}
-                )
-            for name in [*values["files"].values(), *values["plugged"].values(), values["embedding"]]:
-                if Path(name).name != name:
-                    raise ValueError(f"it names a file outside the folder: {name!r}")
-            return cls(**values)
-        except (OSError, KeyError, TypeError, ValueError) as e:
-            raise VerificationError(
-                f"{folder}/graphs.json cannot be read ({type(e).__name__}: {e}). Run export again."
-            ) from e
+            found = typed(cls, read_json(folder / "graphs.json"))
+            found._check()
+        except (OSError, ValueError) as e:
+            raise VerificationError(f"{folder}/graphs.json cannot be read ({e}). Run export again.") from e
+        return found
+
+    def _check(self) -> None:
+        """What no single entry can tell. Raises ValueError."""
+        for name in [*self.files.values(), *self.plugged.values(), self.embedding]:
+            if Path(name).name != name or "\\" in name or "\0" in name:
+                raise ValueError(f"it names a file outside the folder: {name!r}")
+        if missing := [role for role in ROLES if role not in self.files and role != "question"]:
+            raise ValueError(f"it names no graph for {' and '.join(missing)}")
+        for entry in self.reductions:
+            if not all(isinstance(entry.get(k), str) for k in ("name", "place", "spec")):
+                raise ValueError("a reduction has no name, place or spec")
+            if not all(isinstance(entry.get(k), int) for k in ("before", "after")):
+                raise ValueError(f"{entry['name']} does not say how many tokens there are before and after it")
+        if min(self.visual.placeholders, self.visual.frames, self.image.height, self.image.width, self.image.parts) < 1:
+            raise ValueError("it counts no images, or none that have pixels")
+        if len(self.text.groups) != self.text.layers or not set(self.text.groups) <= set(range(len(self.text.kept))):
+            raise ValueError("text.groups has to name one of text.kept for each layer")

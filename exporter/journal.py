@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from exporter._typed import parsed, typed
 from exporter.errors import ExportError
 from exporter.workspace import SCRATCH, write_bytes
 
@@ -58,7 +59,7 @@ class Journal:
         if any(not path.name.startswith(SCRATCH) for path in left) and not self._path.is_file():
             raise ExportError(f"{folder} is not empty. Remove what is in it, or choose another folder.")
         for path in left:
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name not in names:
                 path.unlink()
@@ -70,15 +71,17 @@ class Journal:
         """The parts, as far as the journal can be read: its last line may be half-written."""
         try:
             first, *rest = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            if json.loads(first) != {"made_from": made_from}:
+            if parsed(first) != {"made_from": made_from}:
                 return []
         except (OSError, ValueError):
             return []
         found: list[Part] = []
         for line in rest:
             try:
-                part = Part(**json.loads(line))
-            except (TypeError, ValueError):
+                part = typed(Part, parsed(line))
+            except ValueError:
+                break
+            if min(part.offset, part.size) < 0:
                 break
             # What was written again took the place of what stood there.
             found = [p for p in found if p.file != part.file or p.offset + p.size <= part.offset]

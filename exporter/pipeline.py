@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter import __version__
+from exporter._typed import typed
 from exporter.bundle import MANIFEST, SCHEMA, SIGNATURE, Bundle, contents
 from exporter.errors import EnvironmentMismatch, ExportError, GateError, UsageError, VerificationError
 from exporter.graphset import GraphSet
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 Log = Callable[[str], None]
 EMBEDDED = "embedded"
 """The name of the model that ships with the package."""
+JOB = "job.json"
+"""What was asked for; written last, so that graphs which have one are whole."""
 ESTIMATE = "evidence/estimate.json"
 """What export foresaw; only of profiles that know their device's memory."""
 
@@ -93,37 +96,29 @@ class Job:
         return plan
 
     def loaded_profile(self) -> Profile:
-        own = None if self.folder is None else self.folder / Path(self.profile).name
-        profile = _schema.load(own if own is not None and own.suffix == ".toml" and own.is_file() else self.profile)
+        """Raises as `_schema.load`. A profile of the user's own is read from the output folder, once there is one."""
+        profile = _schema.load(self._profile_file if _schema.is_path(self.profile) else self.profile)
         return profile if self.quantizer is None else _schema.with_quantizer(profile, self.quantizer)
+
+    @property
+    def _profile_file(self) -> Path:
+        path = Path(self.profile)
+        return path if self.folder is None else self.folder / path.name
 
     def save(self, work: Workspace) -> None:
         """job.json, and the profile if it is a file of the user's."""
         said = {name: value for name, value in asdict(self).items() if name != "folder"}
-        if Path(self.profile).suffix == ".toml":
-            work.write(Path(self.profile).name, Path(self.profile).read_text(encoding="utf-8"))
-        work.write("job.json", json.dumps(said, indent=1) + "\n")
+        if _schema.is_path(self.profile):
+            work.write(self._profile_file.name, self._profile_file.read_text(encoding="utf-8"))
+        work.write(JOB, json.dumps(said, indent=1) + "\n")
 
     @classmethod
     def read(cls, work: Workspace) -> Job:
-        raw = work.read_json("job.json", "Run `edgetrim export` first.")
+        raw = work.read_json(JOB, "Run `edgetrim export` first.")
         try:
-            size = raw["image_size"]
-            return cls(
-                str(raw["checkpoint"]),
-                tuple(raw["reductions"]),
-                str(raw["profile"]),
-                int(raw["frames"]),
-                tuple(size) if size else None,
-                raw.get("clip"),
-                raw.get("quantizer"),
-                raw.get("calibration"),
-                work.folder,
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise ExportError(
-                f"{work.folder}/job.json is damaged ({type(e).__name__}: {e}). Run `edgetrim export` again."
-            ) from e
+            return replace(typed(cls, raw), folder=work.folder)
+        except ValueError as e:
+            raise ExportError(f"{work.folder / JOB} is damaged ({e}). Run `edgetrim export` again.") from e
 
 
 def run_export(job: Job, work: Workspace, log: Log = silent, warn: Log = silent) -> GraphSet:
@@ -145,7 +140,8 @@ def run_export(job: Job, work: Workspace, log: Log = silent, warn: Log = silent)
         warn(text)
     with work.resumed("graphs", JOURNAL) as folder:
         graphs = export(plan, folder, log, calibration)
-    _forget(work, "engines", "evidence", "report.html", recipe.RECIPE, recipe.PAGE, MANIFEST)
+        # Before the new graphs take their place: a kill in between leaves no job, never the old one's with other graphs.
+        _forget(work, MANIFEST, JOB, "engines", "evidence", "report.html", recipe.RECIPE, recipe.PAGE)
     if foreseen is not None:
         work.write(ESTIMATE, json.dumps(foreseen.record(), indent=1, ensure_ascii=False) + "\n")
     job.save(work)
@@ -198,7 +194,7 @@ def run_build(work: Workspace, log: Log = silent, strip_weights: bool = False) -
     with work.fresh("engines") as folder:
         records = build.build(graphs, work.graphs, folder, job.loaded_profile(), log, strip_weights)
         (folder / "engines.json").write_text(json.dumps(build.record_json(records), indent=1) + "\n")
-    _forget(work, MANIFEST, recipe.RECIPE, recipe.PAGE)
+        _forget(work, MANIFEST, recipe.RECIPE, recipe.PAGE)  # before: a manifest never names others
     return records
 
 
@@ -207,8 +203,8 @@ def refuse_what_does_not_fit(work: Workspace) -> None:
     if (work.folder / ESTIMATE).is_file():
         found = work.read_json(ESTIMATE, "Run `edgetrim export` again.")
         try:
-            said = [str(text) for text in found["refusals"]]
-        except (KeyError, TypeError) as e:
+            said = [text for text in typed(list[str], found["refusals"]) if text.strip()]
+        except (KeyError, TypeError, ValueError) as e:
             raise ExportError(
                 f"{work.folder / ESTIMATE} is damaged ({type(e).__name__}: {e}). Run `edgetrim export` again."
             ) from e
@@ -352,6 +348,7 @@ def run_validate(
             notes.append("fidelity: measured on synthetic images and random token ids")
         log("comparing stages with PyTorch")
         gates = plan.profile.gates
+        _forget(work, MANIFEST)
         work.evidence.mkdir(exist_ok=True)
         record_to = work.folder / _recorded.FILE
         fidelity = validate.compare(plan, runners, graphs, table, pixels, prompts, gates, sides=sides, record=record_to)
@@ -368,7 +365,7 @@ def run_validate(
     found = validate.Validation(fidelity, quality, failed, notes, validate.samples(asked, told), met, worse)
     record = {"executed": what, "questions": len(asked), **found.record()}
     work.write("evidence/validation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    _forget(work, MANIFEST, _answers.FOLDER)
+    _forget(work, _answers.FOLDER)
     if failed:
         raise GateError(f"{len(failed)} gate(s) of profile `{plan.profile.name}` did not pass: {'; '.join(failed)}.")
     return record
@@ -399,8 +396,8 @@ def run_validate_recorded(work: Workspace, threads: int | None = None, log: Log 
     unasked: dict[str, Any] = {"questions": 0, "quality": [], "samples": [], "gates": [], "regressions": {}}
     record = {**unasked, **before, "executed": what, "recorded": True}
     record |= {"fidelity": [asdict(row) for row in fidelity], "failed": failed, "notes": notes}
-    work.write("evidence/validation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     _forget(work, MANIFEST)
+    work.write("evidence/validation.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     if failed:
         raise GateError(f"{len(failed)} gate(s) of profile `{profile.name}` did not pass: {'; '.join(failed)}.")
     return record
@@ -487,8 +484,8 @@ def run_bench(
         "visual_tokens": {"before": graphs.visual.total, "kept": graphs.visual.kept},
         "variants": {name: {stage: asdict(t) for stage, t in stages.items()} for name, stages in found.items()},
     }
-    work.write("evidence/latency.json", json.dumps(record, indent=1) + "\n")
     _forget(work, MANIFEST)
+    work.write("evidence/latency.json", json.dumps(record, indent=1) + "\n")
     return record
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from exporter._typed import read_json
 from exporter.errors import ExportError, UsageError
 
 try:
@@ -166,7 +166,7 @@ class Workspace:
         if not path.is_file():
             raise UsageError(f"There is no {path}. {missing}")
         try:
-            return json.loads(path.read_text())
+            return read_json(path)
         except ValueError as e:
             raise ExportError(f"{path} is damaged ({e}). {missing}") from e
 

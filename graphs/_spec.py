@@ -85,7 +85,10 @@ def parse(text: str) -> Reduction:
         raise ReductionError(f"'{text}' ends after the colon; write NAME or NAME:knob=value,…")
     hints = get_type_hints(method)
     known = {f.name: f for f in fields(method) if f.name != wrapped}
-    values: dict[str, object] = {wrapped: parse(inner.strip())} if wrapped else {}
+    try:
+        values: dict[str, object] = {wrapped: parse(inner.strip())} if wrapped else {}
+    except RecursionError:
+        raise ReductionError(f"too many reductions wrap one another in '{text[:40]}…'") from None
     for item in rest.split(",") if rest else ():
         knob, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not knob or not value:

@@ -214,6 +214,12 @@ def names() -> list[str]:
     return sorted(p.stem for p in FOLDER.glob("*.toml") if not p.name.startswith("_"))
 
 
+def is_path(text: str) -> bool:
+    """Whether it names a file, not a profile that ships with EdgeTrim: it has a folder, or the ending .toml."""
+    path = Path(text)
+    return path.suffix == ".toml" or path.name != text
+
+
 def load(name_or_path: str | Path) -> Profile:
     """The profile of that name, or the one in that TOML file (anything with a folder or the ending .toml).
 
@@ -221,9 +227,8 @@ def load(name_or_path: str | Path) -> Profile:
         UsageError: unknown name, or a file that is missing or does not say what a profile says.
     """
     text = str(name_or_path)
-    path = Path(text)
-    if path.suffix == ".toml" or path.name != text:
-        return _read(path)
+    if is_path(text):
+        return _read(Path(text))
     known = names()
     if text not in known:
         raise UsageError(f"Unknown profile '{text}'. {nearest(text, known)} A path to a .toml file works too.")

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from exporter._typed import read_json
 from exporter.bundle import sha256
 from exporter.workspace import write_bytes, write_text
 
@@ -52,9 +53,7 @@ class EngineCache:
         """Put the engine of that key at `target`; its facts, or None if there is none whose hash is right."""
         engine, entry = self._paths(key)
         try:
-            if entry.stat().st_size > LARGEST_FACTS:
-                raise ValueError("too large")
-            told = json.loads(entry.read_text())
+            told = read_json(entry, LARGEST_FACTS)
             facts = dict(told["facts"])
             _place(engine, target)
             if sha256(target) == told["sha256"]:

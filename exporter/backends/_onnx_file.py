@@ -16,7 +16,8 @@ def external_files(graph: Path) -> dict[str, Path]:
     files = {}
     for location in sorted(set(OnnxFile(graph).locations)):
         path = graph.parent / location
-        if Path(location).is_absolute() or ".." in Path(location).parts:
+        inside = path.parent.resolve().is_relative_to(graph.parent.resolve())
+        if Path(location).is_absolute() or ".." in Path(location).parts or not inside:
             raise VerificationError(f"{graph} wants weights from outside its folder: {location}. Do not use this file.")
         if not path.is_file():
             raise ExportError(f"{graph} wants weights from {path}, which is not there. Run export again.")
@@ -41,7 +42,7 @@ class OnnxFile:
                     for field, begin, end in _fields(view, 0, len(view)):
                         if field == 7:  # ModelProto.graph
                             self._graph(view, begin, end)
-                except (IndexError, UnicodeDecodeError) as e:
+                except (IndexError, UnicodeDecodeError, RecursionError) as e:
                     raise ExportError(f"{path} is not an ONNX file, or is damaged. Run export again.") from e
 
     def _graph(self, view: memoryview, begin: int, end: int) -> None:
@@ -88,12 +89,13 @@ def _fields(view: memoryview, begin: int, end: int) -> Iterator[tuple[int, int, 
 
 def _varint(view: memoryview, at: int) -> tuple[int, int]:
     value = shift = 0
-    while True:
+    while shift < 70:
         byte = view[at]
         value |= (byte & 127) << shift
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
+    raise IndexError("a number of more than 64 bits")
 
 
 def _text(view: memoryview, begin: int, end: int) -> str:

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import resource
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -304,6 +305,14 @@ def fix_addresses() -> bool:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], again])
 
 
+def end_with_parent() -> None:
+    """Die when whoever asked for the engine does, however it ends: nobody else would stop a build of minutes. Linux only; the kernel
+    keeps it across `execv`."""
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
 def _failure(error: ExportError) -> dict[str, Any]:
     return {"error": type(error).__name__, "message": str(error)}
 
@@ -315,6 +324,7 @@ def _save(result: Path, value: Mapping[str, Any]) -> None:
 
 
 def main() -> int:
+    end_with_parent()
     fixed = fix_addresses()
     os.fchdir(int(sys.argv[1]))  # only now: a restart finds this module from the first working folder
     request = json.loads(Path("request.json").read_text())

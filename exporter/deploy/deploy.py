@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter import errors
+from exporter._typed import read_json
 from exporter.bundle import DEVICES, MANIFEST, Bundle, sha256
 from exporter.deploy import preflight
 from exporter.deploy.ssh import Connection, Host, Lost, printable
@@ -272,9 +273,7 @@ def record_path(bundle: Bundle, host: Host) -> Path:
 def read_record(path: Path) -> dict[str, Any] | None:
     """A record that was fetched before, or None where there is none that can be read."""
     try:
-        if path.stat().st_size > LARGEST_RECORD:
-            return None
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, LARGEST_RECORD)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and found.get("schema") == RECORD_SCHEMA else None

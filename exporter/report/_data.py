@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import base64
 import json
-import types
 from dataclasses import dataclass, field, fields, is_dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union
 
+from exporter._typed import parsed, typed
 from exporter.errors import VerificationError
 
 Number = Union[float, str]  # noqa: UP007  (evaluated at run time, and Python 3.10's `|` has no get_origin of Union)
 """A measured number, or the reason why there is none."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -217,9 +215,9 @@ class ReportData:
     @classmethod
     def from_json(cls, text: str) -> ReportData:
         try:
-            return _typed(cls, json.loads(text))
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise VerificationError(f"This is not the data of a report ({type(e).__name__}: {e}). Run it again.") from e
+            return typed(cls, parsed(text))
+        except ValueError as e:
+            raise VerificationError(f"This is not the data of a report: {e}. Run it again.") from e
 
     def save(self, path: Path) -> None:
         path.write_text(self.to_json(), encoding="utf-8")
@@ -235,26 +233,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return value
-
-
-def _typed(kind: type[T], raw: Any) -> T:
-    """Rebuild a dataclass from JSON. An unknown or a missing field is an error."""
-    hints = get_type_hints(kind)
-    return kind(**{name: _value(hints[name], value) for name, value in raw.items()})
-
-
-def _value(kind: Any, raw: Any) -> Any:
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        if isinstance(raw, dict):
-            return _value(next(k for k in inner if is_dataclass(k)), raw)
-        return raw
-    if origin is list:
-        return [_value(inner[0], v) for v in raw]
-    if origin is dict:
-        return {k: _value(inner[1], v) for k, v in raw.items()}
-    if kind is bytes:
-        return base64.b64decode(raw, validate=True)
-    if isinstance(kind, type) and is_dataclass(kind):
-        return _typed(kind, raw)
-    return raw

@@ -89,7 +89,7 @@ def embedding(folder: Path, graphs: GraphSet) -> Array:
     path = folder / graphs.embedding
     try:
         table: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # numpy reads the header as Python, and raises whatever that does
         raise VerificationError(f"{path} cannot be read: {e}. Run export again.") from e
     return table
 

@@ -143,7 +143,7 @@ class Prompt:
             text = self._template.render(
                 messages=plain, tools=None, documents=None, add_generation_prompt=answer, **self._extra, **self.special
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as e:
+        except Exception as e:  # whatever its expressions raise
             raise UsageError(f"The chat template does not take these messages: {e}") from e
         return text.replace(self._mark, self._written) if self._mark else text
 
@@ -274,7 +274,7 @@ def _compile(template: str) -> jinja2.Template:
     environment.globals["strftime_now"] = _strftime_now
     try:
         return environment.from_string(template)
-    except jinja2.TemplateError as e:
+    except Exception as e:  # jinja2 makes Python of it, whose compiler has errors of its own
         raise CheckpointError(f"The chat template cannot be read: {e}") from e
 
 
@@ -313,11 +313,14 @@ def _image_token(tokenizer: Tokenizer, config: Mapping[str, Any], processor: Map
 def _chat_template(folder: Path, config: Mapping[str, Any], processor: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as e:
+            raise CheckpointError(f"{path} cannot be read: {e}") from e
     for place in (_tokenizer.json_object(folder / "chat_template.json"), processor, config):
         template = place.get("chat_template")
         if isinstance(template, list):  # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}
+            template = {str(e.get("name")): e.get("template") for e in template if isinstance(e, Mapping)}
         if isinstance(template, Mapping):
             template = template.get("default")
         if isinstance(template, str):

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from exporter import __version__
+from exporter._typed import parsed
 from exporter.plan import Plan
 from exporter.workspace import PART
 from graphs import _spec
@@ -42,7 +43,7 @@ class Answers:
 def _lines(text: str) -> Iterable[tuple[str, str]]:
     for line in text.splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short, or not ours: asked again
-            entry = json.loads(line)
+            entry = parsed(line)
             yield str(entry["question"]), str(entry["answer"])
 
 

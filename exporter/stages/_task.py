@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from exporter._typed import parsed
 from exporter.errors import UsageError
 from exporter.metrics import _contract as metrics
 from exporter.runtime import images
@@ -123,10 +123,10 @@ def from_file(path: Path, frames: int) -> list[Question]:
         if not line.strip():
             continue
         try:
-            found.append(_question(json.loads(line), path.parent, frames))
+            found.append(_question(parsed(line), path.parent, frames))
         except UsageError as e:
             raise UsageError(f"{path}, line {number}: {e}") from e
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
             raise UsageError(f"{path}, line {number}: expected {SHAPE} ({type(e).__name__}: {e}).") from e
     if not found:
         raise UsageError(f"{path} holds no question.")

@@ -9,6 +9,7 @@ from typing import Any
 
 import exporter.backends
 from exporter import _discover
+from exporter._typed import typed
 from exporter.backends._contract import Axis, Backend, EngineRecord, Range, ShapeProfile
 from exporter.errors import EnvironmentMismatch, VerificationError
 from exporter.graphset import GraphSet, bucket_role
@@ -160,6 +161,6 @@ def record_json(records: list[EngineRecord]) -> list[dict[str, Any]]:
 
 def load_records(data: Any, where: Path) -> list[EngineRecord]:
     try:
-        return [EngineRecord(**{**entry, "roles": tuple(entry["roles"])}) for entry in data]
-    except (TypeError, KeyError) as e:
+        return typed(list[EngineRecord], data)
+    except ValueError as e:
         raise VerificationError(f"{where} cannot be read ({e}). Run build again.") from e

@@ -5,7 +5,6 @@ A number that is not there is shown as "not measured" with the reason: nothing s
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter import report
+from exporter._typed import read_json
 from exporter.backends._contract import EngineRecord
 from exporter.errors import VerificationError
 from exporter.graphset import GraphSet
@@ -361,6 +361,6 @@ def optional(work: Workspace, name: str) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except ValueError as e:
         raise VerificationError(f"{path} is damaged ({e}). Run the verb that writes it again.") from e
