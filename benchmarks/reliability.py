@@ -80,9 +80,10 @@ def finished(pid: int) -> int:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """What has to come out the same: graphs, and engines."""
-    kept = (n for n in contents(folder).items() if n[0].startswith("graphs/") or n[0].endswith(".engine"))
-    return {name: entry["sha256"] for name, entry in kept}
+    """What has to come out the same: graphs, and engines whose builder says that it repeats itself."""
+    found = {f"graphs/{name}": entry["sha256"] for name, entry in contents(folder / "graphs").items()}
+    built = engine_records(Workspace(folder)) if (folder / "engines" / "engines.json").is_file() else []
+    return found | {f"engines/{r.file}": r.sha256 for r in built if r.details.get("repeatable")}
 
 
 def graphs_of(folder: Path) -> str:
