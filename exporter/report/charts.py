@@ -214,3 +214,73 @@ def history(stage: str, sessions: Sequence[Session]) -> Markup:
         spread = _line(x(i), y(session.low_ms), x(i), y(session.high_ms), f"range {colour}")
         body.append(f"<g>{spread}{mark}<title>{escape(session.said)}</title></g>")
     return _svg(width, height, f"{stage}, milliseconds over {len(sessions)} sessions", body)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One candidate of a search. place: its row of the table. kind: method, control, unreduced or winner. said: all about it."""
+
+    x: float
+    percent: float
+    place: int
+    kind: str
+    said: str
+
+
+_SPOTS = {
+    "method": ("s0", "circle"),
+    "control": ("control", "square"),
+    "unreduced": ("s1", "triangle"),
+    "winner": ("s2", "diamond"),
+}
+
+
+def spots(found: Sequence[Spot], front: Sequence[Spot], axis: str, label: str, most: float | None = None) -> Markup:
+    """Right answers against what they cost; every spot can be focused. front: is drawn as stairs. most: the budget on x."""
+    width, height, left, right, top, bottom = 1000.0, 380.0, 46.0, 20.0, 16.0, 44.0
+    xs, ys = [s.x for s in found], [s.percent for s in found]
+    shown = most if most is not None and most <= 2 * max(xs) else None
+    ends = [*xs, *([] if shown is None else [shown])]
+    room = (max(ends) - min(ends)) * 0.05 or max(ends) * 0.05 or 1.0
+    x_low, x_high = max(0.0, min(ends) - room), max(ends) + room
+    y_low, y_high = max(0.0, 10 * (min(ys) // 10) - 4), 102.0
+
+    def x(value: float) -> float:
+        return left + (value - x_low) / (x_high - x_low) * (width - left - right)
+
+    def y(percent: float) -> float:
+        return top + (y_high - percent) / (y_high - y_low) * (height - top - bottom)
+
+    body = [_line(left, height - bottom, width - right, height - bottom, "axis")]
+    for percent in range(0, 101, 10 if y_low >= 40 else 20):
+        if percent >= y_low:
+            body += [_line(left, y(percent), width - right, y(percent), "grid")]
+            body += [_text(left - 7, y(percent) + 3.5, f"{percent}", "tick", "end")]
+    for part in range(6):
+        value = x_low + (x_high - x_low) * part / 5
+        anchor = "start" if part == 0 else "end" if part == 5 else "middle"
+        body.append(_text(x(value), height - bottom + 16, f"{value:.3g}", "tick", anchor))
+    body.append(_text(width - right, height - 6, axis, "", "end"))
+    if shown is not None:
+        body += [
+            _line(x(shown), top, x(shown), height - bottom, "full"),
+            _text(x(shown) - 5, top + 10, "budget", "tick", "end"),
+        ]
+    stairs: list[str] = []
+    for spot in sorted(front, key=lambda s: (s.x, s.percent)):
+        if stairs:
+            stairs.append(f"{x(spot.x):.1f},{stairs[-1].partition(',')[2]}")
+        stairs.append(f"{x(spot.x):.1f},{y(spot.percent):.1f}")
+    if stairs:
+        body.append(f'<polyline points="{" ".join(stairs)}" class="series s2 dashed"/>')
+    for spot in sorted(found, key=lambda s: (s.x, s.percent)):
+        colour, shape = _SPOTS[spot.kind]
+        said = escape(spot.said)
+        mark = _mark(x(spot.x), y(spot.percent), shape, f"mark {colour}", 6.0 if spot.kind == "winner" else 4.6)
+        body.append(
+            f'<g class="spot" tabindex="0" role="img" data-place="{spot.place}" aria-label="{said}">{mark}<title>{said}</title></g>'
+        )
+    return Markup(
+        f'<svg class="chart wide" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="group" '
+        f'aria-label="{escape(label)}">{"".join(body)}</svg>'
+    )

@@ -49,7 +49,7 @@ def _lines(text: str) -> Iterable[tuple[str, str]]:
 
 def of_folder(work: Path, name: str, what: str) -> Answers:
     """Of the graphs and engines in an output folder. what: the runtime, in words."""
-    return _opened(work, name, [what, *_stamps(work / "graphs"), *_stamps(work / "engines")])
+    return _opened(work, name, [what, *stamps(work / "graphs"), *stamps(work / "engines")])
 
 
 def of_plan(work: Path, name: str, plan: Plan) -> Answers:
@@ -57,8 +57,8 @@ def of_plan(work: Path, name: str, plan: Plan) -> Answers:
     versions = [__version__, *(metadata.version(package) for package in ("torch", "transformers"))]
     request = plan.request
     specs = [_spec.format(step.method) for step in plan.steps]
-    stamps = [*_stamps(plan.checkpoint.folder), *([] if request.clip is None else _stamps(request.clip.folder))]
-    return _opened(work, name, [specs, versions, request.frames, request.image_size, *stamps])
+    files = [*stamps(plan.checkpoint.folder), *([] if request.clip is None else stamps(request.clip.folder))]
+    return _opened(work, name, [specs, versions, request.frames, request.image_size, *files])
 
 
 def _opened(work: Path, name: str, facts: Iterable[object]) -> Answers:
@@ -66,7 +66,7 @@ def _opened(work: Path, name: str, facts: Iterable[object]) -> Answers:
     return Answers(work / FOLDER / f"{digest[:32]}.jsonl")
 
 
-def _stamps(folder: Path) -> list[tuple[str, int, int]]:
+def stamps(folder: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of every file, as make tells what has changed: hashing gigabytes takes too long."""
     found = [(p.relative_to(folder).as_posix(), p.stat()) for p in sorted(folder.rglob("*")) if p.is_file()]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]

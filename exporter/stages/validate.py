@@ -463,13 +463,13 @@ def quality_gates(found: Sequence[Asked], gates: Gates) -> list[QualityGate]:
         ),
     ]
     return [
-        QualityGate(name, *_points(by_variant[before].scores, by_variant[now].scores), most)
+        QualityGate(name, *points_lost(by_variant[before].scores, by_variant[now].scores), most)
         for before, now, name, most in pairs
         if most is not None and before in by_variant and now in by_variant
     ]
 
 
-def _points(before: Sequence[float], now: Sequence[float]) -> tuple[float, float]:
+def points_lost(before: Sequence[float], now: Sequence[float]) -> tuple[float, float]:
     """Points lost on the same questions, and half of the 95 % interval."""
     lost = 100 * (np.array(before) - np.array(now))
     error = 1.96 * float(lost.std(ddof=1)) / len(lost) ** 0.5 if len(lost) > 1 else 100.0
