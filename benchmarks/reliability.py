@@ -80,9 +80,10 @@ def finished(pid: int) -> int:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """What has to come out the same: graphs, and engines."""
-    kept = (n for n in contents(folder).items() if n[0].startswith("graphs/") or n[0].endswith(".engine"))
-    return {name: entry["sha256"] for name, entry in kept}
+    """What has to come out the same: graphs, and engines whose builder says that it repeats itself."""
+    found = {f"graphs/{name}": entry["sha256"] for name, entry in contents(folder / "graphs").items()}
+    built = engine_records(Workspace(folder)) if (folder / "engines" / "engines.json").is_file() else []
+    return found | {f"engines/{r.file}": r.sha256 for r in built if r.details.get("repeatable")}
 
 
 def graphs_of(folder: Path) -> str:
@@ -195,6 +196,8 @@ def prepare(base: Path) -> dict[str, str]:
     quick = ["--per-kind", "1", "--rounds", "1", "--threads", "1"]
     for name, profile, verb in (("a", "cpu_int4", "run"), ("b", "cpu_int4", "run"), ("rtx", "rtx_fp16", "export")):
         folder, spec = base / name, SPECS["a" if name == "rtx" else name]
+        if folder.is_dir():
+            continue
         more = quick if verb == "run" else []
         if code := finished(start([verb, *spec, "--profile", profile, *more, "-o", str(folder)], folder)):
             raise SystemExit(f"{verb} of {name} ends with exit code {code}:\n{folder.with_suffix('.log').read_text()}")
@@ -224,17 +227,21 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("benchmarks/results/reliability.json"), help="trials are added to it"
     )
+    parser.add_argument(
+        "--base", type=Path, help="where the whole folders are kept from one call to the next; else they are made anew"
+    )
     asked = parser.parse_args()
     os.environ.update(EDGETRIM_CACHE="off", HF_HUB_OFFLINE="1")
     preload()
     trials: list[dict[str, Any]] = json.loads(asked.output.read_text())["trials"] if asked.output.is_file() else []
     with tempfile.TemporaryDirectory(prefix="whole-") as scratch:
-        base = Path(scratch)
+        base = asked.base or Path(scratch)
+        base.mkdir(parents=True, exist_ok=True)
         known = prepare(base)
         for verb in verbs():
             if asked.verb and verb.name not in asked.verb:
                 continue
-            folder = base / "undisturbed"
+            folder = Path(scratch, "undisturbed")
             verb.start(folder, base)
             begin = time.perf_counter()
             if code := finished(start(verb.arguments(folder), folder)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,10 +35,8 @@ def summary(work: Workspace) -> Found:
     data: dict[str, Any] = {"folder": work.folder, **described(job, graphs)}
     parts: list[RenderableType] = [headline(job, graphs)]
     for name, show in (("validation", validation), ("latency", latency)):
-        record = report.optional(work, f"evidence/{name}.json")
-        data[name] = record
-        if record is not None:
-            parts += show(record)
+        data[name], shown = evidence(work, name, show)
+        parts += shown
     found = engines(work, job, graphs)
     data["engines"] = found.data["engines"]
     parts += found.parts
@@ -48,6 +46,23 @@ def summary(work: Workspace) -> Found:
     if page.is_file():
         parts.append(f"Report: {page}")
     return Found(data, parts)
+
+
+def evidence(
+    work: Workspace, name: str, show: Callable[[Mapping[str, Any]], list[RenderableType]]
+) -> tuple[Any, list[RenderableType]]:
+    """A record of the evidence, and what is shown of it; nothing where there is none. Raises VerificationError."""
+    from exporter.errors import VerificationError
+    from exporter.stages import report
+
+    record = report.optional(work, f"evidence/{name}.json")
+    try:
+        return record, [] if record is None else show(record)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as e:
+        path = work.folder / "evidence" / f"{name}.json"
+        raise VerificationError(
+            f"{path} is damaged ({type(e).__name__}: {e}). Run the verb that writes it again."
+        ) from e
 
 
 def described(job: Job, graphs: GraphSet) -> dict[str, Any]:

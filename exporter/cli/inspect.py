@@ -156,7 +156,7 @@ def _graph(path: Path, depth: int) -> tuple[dict[str, Any], list[Any]]:
         return [
             {
                 "name": info.name,
-                "type": kinds[info.type.tensor_type.elem_type].lower(),
+                "type": kinds.get(info.type.tensor_type.elem_type, "unknown").lower(),
                 "shape": [d.dim_param or d.dim_value for d in info.type.tensor_type.shape.dim],
             }
             for info in infos

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.numpy import save as safetensors
 
 from exporter import baselines, embedded, journal
@@ -26,6 +28,7 @@ from exporter.backends._onnx_file import OnnxFile, external_files
 from exporter.baselines import Baseline, Session, Spread
 from exporter.bundle import MANIFEST, SCHEMA, Bundle, contents
 from exporter.checkpoint import Checkpoint
+from exporter.cli import _results, inspect
 from exporter.deploy import deploy, fleet
 from exporter.errors import ExportError
 from exporter.graphset import GraphSet
@@ -192,6 +195,21 @@ def _read_onnx(folder: Path) -> None:
         path.read_bytes()
 
 
+def _inspect(folder: Path) -> None:
+    _, parts = inspect._graph(folder / "a.onnx", 2)
+    Console(file=io.StringIO()).print(*parts)
+
+
+def _show(name: str) -> Callable[[Path], object]:
+    """As `inspect` shows it."""
+
+    def read(folder: Path) -> None:
+        _, parts = _results.evidence(Workspace(folder), name, getattr(_results, name))
+        Console(file=io.StringIO()).print(*parts)
+
+    return read
+
+
 def _read_embedding(folder: Path) -> None:
     embedding(folder, example())[:1].sum()
 
@@ -256,6 +274,16 @@ RECORD = {
     "latency": {"variants": {"x": {"ttft": {"median_ms": 1.0}}}},
 }
 
+VALIDATION = {
+    "executed": "ONNX Runtime", "questions": 4, "notes": ["a"], "gates": [{"words": "b"}], "regressions": {"causes": {"reduction": 1}},
+    "fidelity": [{"stage": "vision", "cosine": 1.0, "max_abs": 0.1, "agreement": None, "gate": "", "passed": True}],
+    "quality": [{"label": "engine", "scores": {"cell": [1.0, 2]}}],
+}  # fmt: skip
+LATENCY = {
+    "executed": "ONNX Runtime", "rounds": 3, "machine": {"processor": "a", "cores": 2, "load": 0.5},
+    "variants": {name: {"ttft": {"median_ms": 2.0}} for name in ("engine_reduced", "engine_unreduced")},
+}  # fmt: skip
+
 READERS = [
     Reader("manifest", MANIFEST, text_of(_bundle()), lambda f: Bundle.open(f).bytes, json_bytes(_bundle()), {"job.json": b"{}", "graphs/a.onnx": b"graph"}, False),
     of_json("job", "job.json", JOB, lambda f: Job.read(Workspace(f)).loaded_profile()),
@@ -277,6 +305,9 @@ READERS = [
     of_lines("answers", "answers.jsonl", [{"question": "a", "answer": "b"}], lambda f: _answers.Answers(f / "answers.jsonl")),
     of_json("baseline", "b.json", {"schema": baselines.SCHEMA, **BASELINE}, _read_baseline),
     of_bytes("graph", "a.onnx", _onnx(), _read_onnx, weights_data=b"12345678"),
+    of_bytes("graph that is inspected", "a.onnx", _onnx(), _inspect),
+    of_json("validation", "evidence/validation.json", VALIDATION, _show("validation")),
+    of_json("latency", "evidence/latency.json", LATENCY, _show("latency")),
     of_json("engine cache", "k.json", CACHED, lambda f: EngineCache(f).fetch("k", f / "engine"), k_engine=b"engine!"),
     of_json("report", "report.json", REPORT, lambda f: ReportData.from_json((f / "report.json").read_text(errors="replace"))),
     of_json("device's record", "devices/a.json", RECORD, lambda f: [deploy.medians(r) for r in deploy.records(f)]),
