@@ -14,7 +14,7 @@ from pathlib import Path
 from exporter.pipeline import EMBEDDED, Job, run_export
 from exporter.workspace import Workspace
 with Workspace(Path(sys.argv[1])).locked() as work:
-    run_export(Job(EMBEDDED, ("visionzip:keep=48", "sparsevlm:keep=24"), "cpu_int4"), work)
+    run_export(Job(EMBEDDED, ("fastv:layer=1,keep=24",), "cpu_int4"), work)
 """
 
 

@@ -76,9 +76,9 @@ def test_int4_stays_int4_in_the_engine(tmp_path: Path) -> None:
         ("int4", "model", "rtx_int4"),
         ("published", "published/quantized", "rtx_int4"),
     ]:
-        work = Workspace(tmp_path / name)
-        run_export(Job(str(tmp_path / folder), (), profile), work)
-        sizes[name] = next(r.bytes for r in run_build(work) if "decode" in r.roles)
+        with Workspace(tmp_path / name).locked() as work:
+            run_export(Job(str(tmp_path / folder), (), profile), work)
+            sizes[name] = next(r.bytes for r in run_build(work) if "decode" in r.roles)
     values = 4 * (512 * (64 + 2 * 32) + 64 * 512 + 3 * 512 * 1024)
     for name, block in (("int4", 128), ("published", 32)):
         saved = 2 * values - values / 2 - 2 * values / block
