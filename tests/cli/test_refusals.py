@@ -150,7 +150,7 @@ def test_a_strict_profile_fails_the_gate(edgetrim: Run, bundle: Path, tmp_path: 
     import json
 
     text = (_schema.FOLDER / "cpu_fp32.toml").read_text()
-    strict = tmp_path / "strict.toml"
+    strict = bundle / "strict.toml"
     strict.write_text(text.replace("logits_cosine_min = 0.9999", "logits_cosine_min = 1.0"))
     job = json.loads((bundle / "job.json").read_text())
     (bundle / "job.json").write_text(json.dumps({**job, "profile": str(strict)}))
