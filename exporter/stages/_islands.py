@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -112,14 +111,6 @@ class _Watched(Runner):
         kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
         self._inputs = {v.name: np.dtype(kinds[v.type]) for v in self._session.get_inputs()}
         self._names = [v.name for v in self._session.get_outputs()]
-
-    def __enter__(self) -> _Watched:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
     @property
     def inputs(self) -> Mapping[str, np.dtype[Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,14 +34,6 @@ class TorchRunner(Runner):
     ) -> None:
         self._call, self._outputs = call, list(outputs)
         self._inputs = {name: np.dtype(NUMPY[dtype]) for name, dtype in inputs.items()}
-
-    def __enter__(self) -> TorchRunner:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
     @property
     def inputs(self) -> Mapping[str, np.dtype[Any]]:

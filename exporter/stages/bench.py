@@ -41,21 +41,6 @@ Samples = dict[str, list[float]]
 """Stage → milliseconds, one per round."""
 
 
-def measure(
-    variants: Sequence[Variant],
-    pixel_values: Array,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int = 16,
-    rounds: int = 9,
-    warmup: int = 2,
-    log: Log = lambda text: None,
-    side: Mapping[str, Array] | None = None,
-) -> dict[str, dict[str, Timing]]:
-    """variant → stage → timing; arguments as of `sample`."""
-    found = sample(variants, pixel_values, prompts, new_tokens, rounds, warmup, log, side)
-    return {name: {stage: timing(values) for stage, values in stages.items()} for name, stages in found.items()}
-
-
 def sample(
     variants: Sequence[Variant],
     pixel_values: Array,
@@ -95,6 +80,11 @@ def sample(
                 found["decode"].append(float(np.median(timings.decode_ms)))
                 found["ttft"].append(timings.ttft_ms)
     return samples
+
+
+def timings(found: Mapping[str, Samples]) -> dict[str, dict[str, Timing]]:
+    """variant → stage → timing, of what `sample` returns."""
+    return {name: {stage: timing(values) for stage, values in stages.items()} for name, stages in found.items()}
 
 
 def timing(values: Sequence[float]) -> Timing:

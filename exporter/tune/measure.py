@@ -175,7 +175,7 @@ def times(tasks: Sequence[Task], rounds: int) -> list[dict[str, float]]:
             pixels, prompts, sides = pipeline.synthetic(work, graphs, 1)
             side |= sides[0]
             variants.append(bench.Variant(str(number), runners, graphs, table))
-        found = bench.measure(variants, np.asarray(pixels[0]), prompts, NEW_TOKENS, rounds, side=side)
+        found = bench.timings(bench.sample(variants, np.asarray(pixels[0]), prompts, NEW_TOKENS, rounds, side=side))
     return [{stage: found[v.name][stage].median_ms for stage in ("ttft", "decode")} for v in variants]
 
 
