@@ -23,6 +23,7 @@ from exporter import device, pipeline
 from exporter.backends import ort
 from exporter.backends._contract import Array
 from exporter.graphset import GraphSet
+from exporter.job import Job
 from exporter.stages import bench
 from exporter.workspace import Workspace
 
@@ -99,11 +100,9 @@ def tokenizer(folder: Path, vocab: int) -> None:
     made.save_pretrained(folder)
 
 
-def export(
-    llava: Path, folder: Path, reductions: Sequence[str], frames: int, precision: str
-) -> tuple[pipeline.Job, GraphSet]:
+def export(llava: Path, folder: Path, reductions: Sequence[str], frames: int, precision: str) -> tuple[Job, GraphSet]:
     """Export through the pipeline; the graphs lie in `folder`/graphs."""
-    job = pipeline.Job(str(llava), tuple(reductions), f"cpu_{precision}", frames)
+    job = Job(str(llava), tuple(reductions), f"cpu_{precision}", frames)
     folder.mkdir(parents=True)
     return job, pipeline.run_export(job, Workspace(folder))
 
@@ -288,7 +287,7 @@ def quiet() -> None:
 def record(
     benchmark: str, precision: str, model: Model, settings: Mapping[str, Any], found: Mapping[str, Any], load: Load
 ) -> dict[str, Any]:
-    versions = pipeline.versions()
+    versions = device.versions()
     with contextlib.suppress(metadata.PackageNotFoundError):
         versions["onnxruntime-genai"] = metadata.version("onnxruntime-genai")
     return {

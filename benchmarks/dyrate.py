@@ -25,8 +25,8 @@ from PIL import Image
 from benchmarks import _common, _sentences
 from benchmarks._common import Case, Model, Ratio, say
 from exporter.cost import formulas as cost
+from exporter.job import Job
 from exporter.nn.specs import DecoderSpec
-from exporter.pipeline import Job
 from exporter.plan import Plan
 from exporter.stages._task import Question
 

@@ -31,6 +31,7 @@ from typing import Any
 from benchmarks import _common
 from exporter import _discover, device, families, pipeline
 from exporter.embedded import CHECKPOINT
+from exporter.job import Job
 from exporter.journal import JOURNAL, Journal, Part
 from exporter.quantize import rtn
 from exporter.workspace import PART, Workspace
@@ -214,7 +215,7 @@ def child(checkpoint: str, profile: str, out: str, threads: str, dies_after: str
     rtn.quantize, Journal.add = timed, counted  # type: ignore[method-assign]
     with Workspace(Path(out)).locked() as work:
         pipeline.run_export(
-            pipeline.Job(checkpoint, (REDUCTION,), profile),
+            Job(checkpoint, (REDUCTION,), profile),
             work,
             lambda text: marks.setdefault(text, time.perf_counter()),
         )
@@ -311,7 +312,7 @@ def measure(scratch: Path, name: str, precisions: list[str], threads: int) -> It
             "command": f"python -m benchmarks.export --model {name} --precision {precision} --threads {threads}",
             "precision": precision,
             "machine": device.machine(),
-            "versions": pipeline.versions(),
+            "versions": device.versions(),
             "model": subject.config["_name_or_path"],
             "reductions": [REDUCTION],
             "threads": threads,

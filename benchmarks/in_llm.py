@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks import _common, methods
 from benchmarks._common import Case, Model, Ratio, say, timed
 from exporter.cost import formulas as cost
-from exporter.pipeline import Job
+from exporter.job import Job
 from graphs import _spec
 
 FIRST = "unreduced"

@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks import _common
 from benchmarks._common import Case, say, timed
 from exporter import methods
-from exporter.pipeline import EMBEDDED, Job, folder_of
+from exporter.job import EMBEDDED, Job, folder_of
 from graphs import _spec
 from graphs._contract import BeforeLLM, InTower
 

@@ -18,7 +18,10 @@ from typing import Any
 
 from benchmarks import _common
 from exporter import device, pipeline
+from exporter.engines import open_runners
+from exporter.job import EMBEDDED, Job
 from exporter.stages import bench
+from exporter.stages._inputs import synthetic
 from exporter.workspace import Workspace
 
 SPEC = "visionzip:keep=32,cls=off,position=keep"
@@ -30,14 +33,11 @@ ONE = "--one-start"
 
 def session(folder: Path, names: tuple[str, ...], rounds: int, threads: int) -> dict[str, bench.Samples]:
     """Open the bundle once for every name, in this order, and time what was opened in turn."""
-    profile = pipeline.Job.read(Workspace(folder)).loaded_profile()
+    profile = Job.read(Workspace(folder)).loaded_profile()
     with ExitStack() as stack:
-        opened = {
-            n: bench.Variant(n, *stack.enter_context(pipeline.open_runners(folder, profile, threads))[:3])
-            for n in names
-        }
+        opened = {n: bench.Variant(n, *stack.enter_context(open_runners(folder, profile, threads))[:3]) for n in names}
         variants = [opened[n] for n in sorted(names)]
-        pixels, prompts, sides = pipeline.synthetic(Workspace(folder), variants[0].graphs, 1)
+        pixels, prompts, sides = synthetic(Workspace(folder), variants[0].graphs, 1)
         found = bench.sample(variants, pixels[0], prompts, rounds=rounds, side=sides[0])
     return {n: {s: [round(ms, 3) for ms in found[n][s]] for s in STAGES} for n in sorted(names)}
 
@@ -65,7 +65,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         work = Workspace(Path(scratch))
-        pipeline.run_export(pipeline.Job(pipeline.EMBEDDED, (SPEC,), PROFILE), work)
+        pipeline.run_export(Job(EMBEDDED, (SPEC,), PROFILE), work)
         paired, apart, begin = [], [], time.monotonic()
         for i in range(options.sessions):
             paired.append(session(work.folder, ("a", "b") if i % 2 else ("b", "a"), options.rounds, options.threads))
@@ -79,7 +79,7 @@ def main() -> None:
         "precision": PROFILE.rpartition("_")[2],
         "reduction": SPEC,
         "machine": device.machine(),
-        "versions": pipeline.versions(),
+        "versions": device.versions(),
         "threads": options.threads,
         "seconds_per_session": round(seconds, 2),
         "paired": paired,

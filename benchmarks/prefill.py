@@ -22,8 +22,8 @@ import numpy as np
 from benchmarks import _common, _genai
 from benchmarks._common import Case, Model, Ratio, Samples, timed
 from exporter.backends._contract import Array, Runner
+from exporter.job import Job
 from exporter.nn.reduce import Reduce
-from exporter.pipeline import Job
 from exporter.plan import Plan
 from exporter.runtime.generate import Generator, Visual, embedding
 from exporter.stages._reference import reference

@@ -22,7 +22,9 @@ import numpy.typing as npt
 
 import exporter.quantize
 from benchmarks import _common
-from exporter import _discover, device, pipeline
+from exporter import _discover, device
+from exporter.engines import open_runners
+from exporter.job import EMBEDDED, Job
 from exporter.plan import Plan
 from exporter.runtime import images
 from exporter.runtime.generate import Generator
@@ -77,7 +79,7 @@ def main() -> None:
         "command": f"python -m benchmarks.quantize --per-kind {args.per_kind} --threads {args.threads}",
         "precision": "int4",
         "machine": device.machine(),
-        "versions": pipeline.versions(),
+        "versions": device.versions(),
         "questions": len(questions),
         "calibration_questions": len(_task.for_calibration(1)),
         "scores": [asdict(s) for s in scores],
@@ -88,7 +90,7 @@ def main() -> None:
 
 def of_reduction(specs: str, questions: Sequence[_task.Question], threads: int) -> list[Score]:
     """FP32 first, then every quantiser at every block size."""
-    job = pipeline.Job(pipeline.EMBEDDED, tuple(filter(None, [specs])), "cpu_int4")
+    job = Job(EMBEDDED, tuple(filter(None, [specs])), "cpu_int4")
     plan = job.plan()
     prompt = prompt_of(plan)
     truth = [prompt.tokenizer.encode(q.answer, add_special_tokens=False).ids[0] for q in questions]
@@ -114,7 +116,7 @@ def engine(plan: Plan, name: str, block: int, folder: Path, threads: int, stack:
     work = Workspace(folder)
     work.graphs.mkdir()
     export(plan, work.graphs, calibration=data)
-    runners, graphs, table, _ = stack.enter_context(pipeline.open_runners(folder, plan.profile, threads))
+    runners, graphs, table, _ = stack.enter_context(open_runners(folder, plan.profile, threads))
     return Generator(runners, graphs, table)
 
 

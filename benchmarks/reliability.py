@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from exporter.bundle import MANIFEST, Bundle, contents
+from exporter.engines import checked_engine, engine_records
 from exporter.errors import ExportError
 from exporter.graphset import GraphSet
-from exporter.pipeline import Job, checked_engine, engine_records
+from exporter.job import Job
 from exporter.workspace import Workspace
 
 SPECS = {"a": ["--reduce", "visionzip:keep=32"], "b": ["--reduce", "uniform:keep=16"]}

@@ -12,7 +12,7 @@ from typing import Any
 from exporter import pipeline
 from exporter.errors import EnvironmentMismatch, GateError
 from exporter.graphset import GraphSet
-from exporter.pipeline import EMBEDDED, Job
+from exporter.job import EMBEDDED, Job
 from exporter.workspace import Workspace
 
 Stage = Callable[[str], AbstractContextManager[Callable[[str], None]]]

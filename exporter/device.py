@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from exporter import __version__
+
 ROOT = Path("/")
 RUNTIMES = ("onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx-cu13")
 """Packages whose version decides how fast the same graph is."""
@@ -165,4 +167,24 @@ def _smi() -> dict[str, str | None]:
     for name, cells in zip(SMI_FACTS.values(), columns, strict=False):
         known = [cell for cell in cells if cell and "N/A" not in cell and not cell.startswith("[")]
         found[name] = ", ".join(dict.fromkeys(known)) + (f" ({len(known)}×)" if len(known) > 1 else "")
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what shaped the result."""
+    found = {"edgetrim": __version__}
+    for name in (
+        "torch",
+        "transformers",
+        "onnx",
+        "onnxruntime-gpu",
+        "onnxruntime",
+        "tensorrt-rtx-cu13",
+        "tensorrt",
+        "numpy",
+    ):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
     return found

@@ -3,122 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter import __version__
 from exporter._typed import typed
 from exporter.bundle import MANIFEST, SCHEMA, SIGNATURE, Bundle, contents
-from exporter.errors import EnvironmentMismatch, ExportError, GateError, UsageError, VerificationError
+from exporter.engines import open_runners, runnable_engines
+from exporter.errors import EnvironmentMismatch, ExportError, GateError, UsageError
 from exporter.graphset import GraphSet
+from exporter.job import JOB, Job
+from exporter.stages._inputs import calibration_for, questions_for, synthetic
 from exporter.workspace import Workspace
-from profiles import _schema
-from profiles._schema import Profile
 
 if TYPE_CHECKING:
-    from exporter.backends._contract import EngineRecord, Runner
-    from exporter.plan import Plan
-    from exporter.stages._task import Question
+    from exporter.backends._contract import EngineRecord
 
 Log = Callable[[str], None]
-EMBEDDED = "embedded"
-"""The name of the model that ships with the package."""
-JOB = "job.json"
-"""What was asked for; written last, so that graphs which have one are whole."""
 ESTIMATE = "evidence/estimate.json"
 """What export foresaw; only of profiles that know their device's memory."""
 
 
-def folder_of(checkpoint: str, weights: bool = True) -> Path:
-    """The folder of a checkpoint as typed: a path, a hub id, or the embedded model. Raises as `checkpoint.resolve`.
-
-    Args:
-        weights: whether they are wanted too, or what is about them is enough.
-    """
-    from exporter.checkpoint import resolve
-
-    if checkpoint == EMBEDDED:
-        from exporter.embedded import CHECKPOINT
-
-        return CHECKPOINT
-    return resolve(checkpoint, weights=weights)
-
-
 def silent(text: str) -> None:
     """The default log."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the user asked for; written to job.json so that every verb can go on from the folder alone.
-
-    checkpoint: as typed. profile: a name or a path. image_size: height, width or None. clip: the CLIP checkpoint that
-    the model's tower came from, as typed, or None. quantizer: in place of the profile's. calibration: a file of questions for it;
-    None: some of the embedded set's kind.
-    """
-
-    checkpoint: str
-    reductions: tuple[str, ...]
-    profile: str
-    frames: int = 1
-    image_size: tuple[int, int] | None = None
-    clip: str | None = None
-    quantizer: str | None = None
-    calibration: str | None = None
-    folder: Path | None = field(default=None, compare=False)
-    """The output folder that it was read from. A profile of the user's own lies there too, and travels with the bundle."""
-
-    def plan(self, weights: bool = True) -> Plan:
-        """Check everything, in words. Raises UsageError or CheckpointError.
-
-        Args:
-            weights: False: the plan is to be reckoned with, not exported, so config.json is enough.
-        """
-        from exporter import methods
-        from exporter.checkpoint import Checkpoint
-        from exporter.families._contract import Request
-        from exporter.plan import Unfit, check_weights, make_plan
-
-        folder = folder_of(self.checkpoint, weights)
-        profile = self.loaded_profile()
-        clip = None if self.clip is None else Checkpoint(folder_of(self.clip, weights))
-        try:
-            plan = make_plan(Checkpoint(folder), self.reductions, profile, Request(self.frames, self.image_size, clip))
-        except Unfit as e:
-            fitting = methods.families_in_words(methods.families(e.method))
-            raise UsageError(f"{e} At its defaults it fits: {fitting}.") from e
-        if weights:
-            check_weights(plan)
-        return plan
-
-    def loaded_profile(self) -> Profile:
-        """Raises as `_schema.load`. A profile of the user's own is read from the output folder, once there is one."""
-        profile = _schema.load(self._profile_file if _schema.is_path(self.profile) else self.profile)
-        return profile if self.quantizer is None else _schema.with_quantizer(profile, self.quantizer)
-
-    @property
-    def _profile_file(self) -> Path:
-        path = Path(self.profile)
-        return path if self.folder is None else self.folder / path.name
-
-    def save(self, work: Workspace) -> None:
-        """job.json, and the profile if it is a file of the user's."""
-        said = {name: value for name, value in asdict(self).items() if name != "folder"}
-        if _schema.is_path(self.profile):
-            work.write(self._profile_file.name, self._profile_file.read_text(encoding="utf-8"))
-        work.write(JOB, json.dumps(said, indent=1) + "\n")
-
-    @classmethod
-    def read(cls, work: Workspace) -> Job:
-        raw = work.read_json(JOB, "Run `edgetrim export` first.")
-        try:
-            return replace(typed(cls, raw), folder=work.folder)
-        except ValueError as e:
-            raise ExportError(f"{work.folder / JOB} is damaged ({e}). Run `edgetrim export` again.") from e
 
 
 def run_export(job: Job, work: Workspace, log: Log = silent, warn: Log = silent) -> GraphSet:
@@ -212,110 +122,6 @@ def refuse_what_does_not_fit(work: Workspace) -> None:
             raise EnvironmentMismatch(" ".join(said))
 
 
-def engine_records(work: Workspace) -> list[EngineRecord]:
-    from exporter.stages.build import load_records
-
-    name = "engines/engines.json"
-    return load_records(work.read_json(name, "Run `edgetrim build` first."), work.folder / name)
-
-
-@contextmanager
-def open_runners(
-    folder: Path, profile: Profile, threads: int | None = None
-) -> Iterator[tuple[dict[str, Runner], GraphSet, Any, str]]:
-    """Runners for all roles, the graphs, the embedding table, and in words what runs.
-
-    Engines of the profile's backend where they were built and can run here; else ONNX Runtime runs the graphs they are built from.
-
-    Raises:
-        VerificationError: an engine is not what was built or packed.
-    """
-    from exporter.backends import ort
-    from exporter.runtime.generate import embedding
-    from exporter.stages.build import backend_for, built_from
-
-    graphs = GraphSet.load(folder / "graphs")
-    files = {file: folder / "graphs" / file for file in graphs.roles()}
-    backend, what = backend_for(profile), ""
-    if not backend.runs_graphs:
-        engines = runnable_engines(folder, graphs, profile)
-        files |= engines
-        if not engines:
-            backend, what = ort.BACKEND, f", on the graphs of {profile.name}"
-    with ExitStack() as stack:
-        runners: dict[str, Runner] = {}
-        for file, roles in graphs.roles().items():
-            graph = folder / "graphs" / built_from(file, graphs, profile)
-            runner = backend.runner(files[file], threads, "decode" in roles, graph)
-            runners |= dict.fromkeys(roles, stack.enter_context(runner))
-        yield runners, graphs, embedding(folder / "graphs", graphs), runners["vision"].in_words + what
-
-
-def runnable_engines(folder: Path, graphs: GraphSet, profile: Profile) -> dict[str, Path]:
-    """Graph file → its engine, with the hash that its record and, in a bundle, the manifest say; none where this machine cannot run
-    them, or where they were not built.
-
-    Raises:
-        VerificationError: an engine is missing, or is not what was built or packed.
-    """
-    from exporter.stages.build import backend_for
-
-    backend = backend_for(profile)
-    if backend.runs_graphs or backend.missing_to_run() or not (folder / "engines" / "engines.json").is_file():
-        return {}
-    records = {record.roles: record for record in engine_records(Workspace(folder))}
-    found = {}
-    for file, roles in graphs.roles().items():
-        if (record := records.get(roles)) is None:
-            raise VerificationError(
-                f"{folder} has no engine for {' and '.join(roles)}. Run `edgetrim build {folder}` again."
-            )
-        found[file] = checked_engine(folder, record)
-    return found
-
-
-def checked_engine(folder: Path, record: EngineRecord) -> Path:
-    """An engine with the hash that its record and, in a bundle, the manifest say: an engine is code.
-
-    Raises:
-        VerificationError: it is not there, or is not what was built or packed.
-    """
-    from exporter.bundle import sha256
-
-    name = f"engines/{record.file}"
-    if Path(record.file).name != record.file or not (folder / name).is_file():
-        raise VerificationError(f"{folder} has no engine {record.file}. Run `edgetrim build {folder}` again.")
-    packed = Bundle.open(folder, verify=False).manifest["files"] if (folder / MANIFEST).is_file() else None
-    digest = sha256(folder / name)
-    if digest != record.sha256 or (packed is not None and packed.get(name, {}).get("sha256") != digest):
-        raise VerificationError(
-            f"{folder / name} is not the engine that was built or packed (its hash differs); it is not loaded. Run "
-            f"`edgetrim build {folder}` again, or copy the bundle again."
-        )
-    return folder / name
-
-
-def questions_for(job: Job, path: Path | None, per_kind: int) -> list[Question]:
-    """The user's questions, or the embedded set for the embedded model; none for any other model."""
-    from exporter.stages import _task
-
-    if path is not None:
-        return _task.from_file(path, job.frames)
-    return _task.embedded(job.frames, per_kind) if job.checkpoint == EMBEDDED else []
-
-
-def calibration_for(job: Job, plan: Plan) -> list[Question]:
-    """Whose activations are looked at: the user's questions, or embedded ones on digits that no evaluation asks about; none
-    where nobody looks."""
-    from exporter.stages import _calibrate, _task
-
-    if not _calibrate.wanted(plan) and plan.profile.precision.islands == "none":
-        return []
-    if job.calibration is not None:
-        return _task.from_file(Path(job.calibration), job.frames)
-    return _task.for_calibration(job.frames)
-
-
 def run_validate(
     work: Workspace, questions: Path | None = None, per_kind: int = 200, threads: int | None = None, log: Log = silent
 ) -> dict[str, Any]:
@@ -403,33 +209,6 @@ def run_validate_recorded(work: Workspace, threads: int | None = None, log: Log 
     return record
 
 
-def synthetic(
-    work: Workspace, graphs: GraphSet, count: int = 3
-) -> tuple[list[Any], list[list[int]], list[dict[str, Any]]]:
-    """Smooth random images, random prompts, and what else `reduce` takes, for models without questions. Seeded."""
-    import numpy as np
-
-    from exporter.runtime import question
-
-    rng = np.random.default_rng(0)
-    image, frames = graphs.image, graphs.visual.frames
-    pixels, prompts = [], []
-    words = [
-        t for t in range(min(graphs.text.vocab, 1000)) if t != graphs.text.image_token and t not in graphs.text.eos
-    ]
-    for _ in range(count):
-        coarse = rng.normal(size=(1, frames, 3, 8, 8))
-        rows, cols = -(-image.height // 8), -(-image.width // 8)
-        pixels.append(np.kron(coarse, np.ones((rows, cols)))[..., : image.height, : image.width].astype(np.float32))
-        ids = rng.choice(words, 12).tolist()
-        prompts.append([*ids[:2], *[graphs.text.image_token] * graphs.visual.placeholders, *ids[2:]])
-    sides: list[dict[str, Any]] = [{} for _ in range(count)]
-    for reader in question.readers(work.graphs / "processor"):
-        for n, side in enumerate(sides, 1):
-            side.update(reader.side([f"What is in image {n}?"]))
-    return pixels, prompts, sides
-
-
 def run_bench(
     work: Workspace,
     rounds: int = 9,
@@ -477,7 +256,7 @@ def run_bench(
     record = {
         "executed": what,
         "machine": device.machine(),
-        "versions": versions(),
+        "versions": device.versions(),
         "threads": threads,
         "rounds": rounds,
         "new_tokens": new_tokens,
@@ -499,7 +278,7 @@ def run_pack(work: Workspace, key: Path | None = None) -> Bundle:
     Args:
         key: an OpenSSH key to sign the manifest with.
     """
-    from exporter import signature
+    from exporter import device, signature
     from exporter.stages import recipe
     from exporter.stages.report import write_report
 
@@ -522,7 +301,7 @@ def run_pack(work: Workspace, key: Path | None = None) -> Bundle:
         "visual_tokens": {"before": graphs.visual.total, "kept": graphs.visual.kept},
         "precision": {"compute": graphs.compute, "weights": graphs.weights},
         "opset": 21,
-        "versions": versions(),
+        "versions": device.versions(),
         "evidence": sorted(n for n in files if n.startswith("evidence/")),
         "engines": sorted(n for n in files if n.startswith("engines/") and n.endswith(".engine")),
         "files": files,
@@ -531,26 +310,6 @@ def run_pack(work: Workspace, key: Path | None = None) -> Bundle:
     if key is not None:
         signature.sign(work.folder / MANIFEST, key, work.folder / SIGNATURE)
     return Bundle.open(work.folder, verify=False)
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what shaped the result."""
-    found = {"edgetrim": __version__}
-    for name in (
-        "torch",
-        "transformers",
-        "onnx",
-        "onnxruntime-gpu",
-        "onnxruntime",
-        "tensorrt-rtx-cu13",
-        "tensorrt",
-        "numpy",
-    ):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def exported(work: Workspace, job: Job) -> bool:

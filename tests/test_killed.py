@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from exporter import pipeline
 from exporter.backends._contract import EngineRecord
 from exporter.bundle import MANIFEST, SCHEMA, Bundle, contents, sha256
+from exporter.engines import checked_engine, engine_records
 from exporter.errors import ExportError
 from exporter.graphset import GraphSet
-from exporter.pipeline import Job, engine_records, run_build, run_export
+from exporter.job import Job
+from exporter.pipeline import run_build, run_export
 from exporter.stages import build, export
 from exporter.workspace import Workspace
 from tests.test_graphset import example
@@ -101,7 +102,7 @@ def check(folder: Path) -> None:
     assert found.family == job.reductions[0] == (folder / "graphs" / "vision.onnx").read_text()
     if (folder / "engines" / "engines.json").is_file():
         for record in engine_records(Workspace(folder)):
-            assert pipeline.checked_engine(folder, record).read_text() == f"engine of {found.family}"
+            assert checked_engine(folder, record).read_text() == f"engine of {found.family}"
 
 
 def at_every_step(tmp_path: Path, verb: Callable[[Workspace], object]) -> int:
@@ -130,7 +131,7 @@ def test_a_build_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_an_export_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder of one job becomes that of another: at no step is one's job beside the other's graphs."""
     monkeypatch.setattr(Job, "plan", lambda job: job)
-    monkeypatch.setattr(pipeline, "calibration_for", lambda job, plan: [])
+    monkeypatch.setattr("exporter.pipeline.calibration_for", lambda job, plan: [])
     monkeypatch.setattr("exporter.cost.roofline.foresee", lambda plan: None)
     monkeypatch.setattr(export, "export", lambda plan, folder, *_: graphs(folder, plan))
     assert at_every_step(tmp_path, lambda work: run_export(NEW, work)) > 12

@@ -11,7 +11,8 @@ import pytest
 
 from exporter.errors import CheckpointError, ExportError, UsageError
 from exporter.families._contract import Request, decoder_spec
-from exporter.pipeline import Job, run_export
+from exporter.job import Job
+from exporter.pipeline import run_export
 from exporter.workspace import Workspace
 from tests.families import tiny
 

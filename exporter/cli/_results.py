@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from exporter.graphset import GraphSet
-    from exporter.pipeline import Job
+    from exporter.job import Job
     from exporter.workspace import Workspace
 
 
@@ -28,7 +28,7 @@ class Found:
 def summary(work: Workspace) -> Found:
     """Everything there is: tokens, fidelity, quality, latency, engines, the report."""
     from exporter.graphset import GraphSet
-    from exporter.pipeline import Job
+    from exporter.job import Job
     from exporter.stages import report
 
     job, graphs = Job.read(work), GraphSet.load(work.graphs)

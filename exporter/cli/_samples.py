@@ -38,7 +38,7 @@ def sample(checkpoint: str, count: int) -> Question:
     Raises:
         UsageError: another model, or frames the task does not have: the user has to give images.
     """
-    from exporter.pipeline import EMBEDDED
+    from exporter.job import EMBEDDED
 
     if checkpoint != EMBEDDED:
         raise UsageError("Which image? Give --image PATH, or --clip PATH.")

@@ -99,10 +99,11 @@ def _bench(out: Output, folder: Path, rounds: int, new_tokens: int, threads: int
     from exporter import pipeline
     from exporter.cli import _results
     from exporter.graphset import GraphSet
+    from exporter.job import Job
     from exporter.workspace import Workspace
 
     with Workspace(folder).locked() as work:
-        job = pipeline.Job.read(work)
+        job = Job.read(work)
         with out.stage("bench") as log:
             record = pipeline.run_bench(work, rounds, new_tokens, threads, compare, log)
         headline = _results.headline(job, GraphSet.load(work.graphs))

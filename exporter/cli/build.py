@@ -29,11 +29,12 @@ def command(folder: Path, strip_weights: bool, as_json: bool) -> None:
     from exporter import pipeline
     from exporter.cli import _results
     from exporter.graphset import GraphSet
+    from exporter.job import Job
     from exporter.workspace import Workspace
 
     out = Output(as_json)
     with Workspace(folder).locked() as work:
-        job = pipeline.Job.read(work)
+        job = Job.read(work)
         with out.stage(f"build for {Path(job.profile).stem}") as log:
             pipeline.run_build(work, log, strip_weights)
         graphs = GraphSet.load(work.graphs)

@@ -56,8 +56,9 @@ def command(
     """
     from exporter.bundle import MANIFEST, Bundle
     from exporter.cli import _samples
+    from exporter.engines import open_runners
     from exporter.errors import UsageError
-    from exporter.pipeline import Job, open_runners
+    from exporter.job import Job
     from exporter.runtime.conversation import Conversation
     from exporter.runtime.generate import Generator
     from exporter.runtime.images import preprocess

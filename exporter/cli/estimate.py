@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from exporter.cost.accountings._contract import Accounting
     from exporter.cost.roofline import Estimate, StageTime
-    from exporter.pipeline import Job
+    from exporter.job import Job
     from exporter.plan import Plan
 
 
@@ -107,7 +107,7 @@ def _jobs(
     from dataclasses import replace
 
     from exporter.errors import UsageError
-    from exporter.pipeline import Job
+    from exporter.job import Job
     from exporter.workspace import Workspace
 
     if (Path(checkpoint) / "job.json").is_file():

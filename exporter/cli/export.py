@@ -40,10 +40,11 @@ def command(
     """
     from exporter import pipeline
     from exporter.cli import _results
+    from exporter.job import Job
     from exporter.workspace import Workspace
 
     out = Output(as_json)
-    job = pipeline.Job(checkpoint, reductions, profile, frames, image_size, clip, quantizer, calibration)
+    job = Job(checkpoint, reductions, profile, frames, image_size, clip, quantizer, calibration)
     job.plan()  # refuse what does not fit before the folder is made
     with Workspace(output).locked() as work:
         with out.stage("export") as log:

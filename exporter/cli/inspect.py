@@ -198,8 +198,8 @@ def _engine(path: Path) -> tuple[dict[str, Any], list[Any]]:
     from exporter.backends._trt_layers import layers
     from exporter.backends._trt_runner import TensorRtRunner
     from exporter.backends.trt import BACKEND
+    from exporter.engines import checked_engine, engine_records
     from exporter.errors import EnvironmentMismatch, UsageError
-    from exporter.pipeline import checked_engine, engine_records
     from exporter.workspace import Workspace
 
     folder = path.absolute().parent.parent

@@ -62,7 +62,7 @@ def command(path: Path, profile: str | None, as_json: bool) -> None:
 
 def _own_profile(path: Path) -> str | None:
     """The profile that a folder was exported for."""
-    from exporter.pipeline import Job
+    from exporter.job import Job
     from exporter.workspace import Workspace
 
     return Job.read(Workspace(path)).profile if (path / "job.json").is_file() else None

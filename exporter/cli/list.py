@@ -70,7 +70,7 @@ def _fits(checkpoint: str, clip: str | None) -> tuple[dict[str, Any], Any]:
     from exporter import methods
     from exporter.checkpoint import Checkpoint
     from exporter.families._contract import Request
-    from exporter.pipeline import folder_of
+    from exporter.job import folder_of
     from exporter.plan import find_family
     from graphs import _spec
 

@@ -49,13 +49,15 @@ def command(
     from exporter.cli import _results
     from exporter.cost.roofline import foresee
     from exporter.errors import GateError
+    from exporter.job import Job
+    from exporter.stages._inputs import questions_for
     from exporter.workspace import Workspace
 
     out = Output(as_json)
-    job = pipeline.Job(checkpoint, reductions, profile, frames, image_size, clip, quantizer, calibration)
+    job = Job(checkpoint, reductions, profile, frames, image_size, clip, quantizer, calibration)
     if (foreseen := foresee(job.plan())) is not None:  # refuse what does not fit before the folder is made
         foreseen.check()
-    pipeline.questions_for(job, questions, 1)
+    questions_for(job, questions, 1)
     gate: GateError | None = None
     with Workspace(output).locked() as work:
         try:

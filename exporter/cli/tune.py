@@ -94,8 +94,8 @@ def command(
     With a budget of `quality_drop` the fastest within the budgets wins, else the one that answers best. A search that was killed goes
     on from its output folder. Exit code 3, 4 or 5 if nothing is within the accuracy, latency or memory budget.
     """
-    from exporter import pipeline
     from exporter.errors import UsageError
+    from exporter.job import Job
     from exporter.tune import report, run
     from exporter.tune.budget import parse_all
     from exporter.tune.measure import Asking
@@ -106,7 +106,7 @@ def command(
     if not profiles:
         raise UsageError("Which device? Pass --profile, once or more. `edgetrim list profiles` shows them.")
     wanted = run.Wanted(
-        pipeline.Job(checkpoint, (), profiles[0], frames, image_size, clip, quantizer, calibration),
+        Job(checkpoint, (), profiles[0], frames, image_size, clip, quantizer, calibration),
         tuple(dict.fromkeys(profiles)), methods, keep, parse_all(budgets), finalists,
         Asking(None if questions is None else questions.resolve(), per_kind, seed), rounds, threads,
     )  # fmt: skip

@@ -44,6 +44,7 @@ def command(
     from exporter.cli import _gates, _results
     from exporter.errors import GateError, UsageError
     from exporter.graphset import GraphSet
+    from exporter.job import Job
     from exporter.workspace import Workspace
 
     out = Output(as_json)
@@ -54,7 +55,7 @@ def command(
         )
     gate: GateError | None = None
     with Workspace(folder).locked() as work:
-        job = pipeline.Job.read(work)
+        job = Job.read(work)
         with out.stage("validate") as log:
             try:
                 if recorded:

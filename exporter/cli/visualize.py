@@ -77,8 +77,9 @@ def _of_folder(
     question: str | None,
 ) -> list[Picture]:
     from exporter.bundle import MANIFEST, Bundle
+    from exporter.engines import open_runners
     from exporter.errors import UsageError
-    from exporter.pipeline import Job, open_runners
+    from exporter.job import Job
     from exporter.runtime.generate import Generator
     from exporter.runtime.images import preprocess
     from exporter.runtime.prompt import Prompt
@@ -112,7 +113,7 @@ def _of_checkpoint(
     log: object,
 ) -> list[Picture]:
     from exporter.errors import UsageError
-    from exporter.pipeline import Job
+    from exporter.job import Job
     from exporter.stages import curves
 
     if not reductions:

@@ -55,7 +55,7 @@ def need(bundle: Bundle, missing_bytes: int, builds: bool, runs: bool) -> Need:
 
 
 def profile_of(bundle: Bundle) -> Profile:
-    from exporter.pipeline import Job
+    from exporter.job import Job
     from exporter.workspace import Workspace
 
     return Job.read(Workspace(bundle.folder)).loaded_profile()

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     from exporter.dyrate.predictor import Predictor, Recipe, measure, train
     from exporter.dyrate.rollout import Rollout
     from exporter.dyrate.schedule import schedule, written
-    from exporter.pipeline import Job
+    from exporter.job import Job
     from exporter.stages import _task
 
     questions = _task.from_file(options.questions, options.frames)

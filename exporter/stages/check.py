@@ -20,10 +20,12 @@ from exporter.backends._contract import Array
 from exporter.baselines import Generation, Session, Spread
 from exporter.bundle import identity
 from exporter.device import facts, state
+from exporter.engines import open_runners
 from exporter.errors import UsageError
 from exporter.graphset import GraphSet
-from exporter.pipeline import Job, open_runners, synthetic
+from exporter.job import Job
 from exporter.stages import bench
+from exporter.stages._inputs import synthetic
 from exporter.workspace import Workspace
 from profiles._schema import Profile
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from exporter.backends._contract import Array
-    from exporter.pipeline import Job
+    from exporter.job import Job
     from exporter.plan import Plan
     from exporter.runtime.generate import Generator
     from exporter.stages._task import Question

@@ -20,7 +20,7 @@ from exporter.graphset import GraphSet
 from exporter.workspace import Workspace
 
 if TYPE_CHECKING:
-    from exporter.pipeline import Job
+    from exporter.job import Job
     from profiles._schema import Profile
 
 REPORT = "report.html"
@@ -49,7 +49,7 @@ def collect(work: Workspace, job: Job) -> report.ReportData:
     Raises:
         VerificationError: evidence that is damaged.
     """
-    from exporter.pipeline import versions
+    from exporter.device import versions
 
     graphs = GraphSet.load(work.graphs)
     profile = job.loaded_profile()
@@ -136,7 +136,7 @@ def size_of(folder: Path) -> int:
 
 def engine_entries(work: Workspace, graphs: GraphSet, profile: Profile) -> list[dict[str, Any]]:
     """One entry per graph: its size, and the engine built from it, if one was."""
-    from exporter.pipeline import engine_records
+    from exporter.engines import engine_records
 
     built: dict[tuple[str, ...], EngineRecord] = {}
     if (work.engines / "engines.json").is_file():

@@ -13,7 +13,7 @@ from graphs import _spec
 from graphs._contract import ReductionError
 
 if TYPE_CHECKING:
-    from exporter.pipeline import Job
+    from exporter.job import Job
     from exporter.plan import Plan
 
 PLACEHOLDERS = frozenset(("ratio", "keep", "total", "frames"))

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from exporter import pipeline
 from exporter.cost import roofline
+from exporter.engines import open_runners, runnable_engines
 from exporter.errors import EnvironmentMismatch, ExportError
-from exporter.pipeline import Job
+from exporter.job import Job
+from exporter.stages._inputs import questions_for, synthetic
 from exporter.workspace import Workspace
 from graphs._contract import ReductionError
 
@@ -64,7 +66,7 @@ def left_out(function: Callable[[Task], Any]) -> Callable[[Task], Any]:
 
 @lru_cache(2)
 def _questions(checkpoint: str, frames: int, asking: Asking) -> tuple[Question, ...]:
-    found = pipeline.questions_for(Job(checkpoint, (), "cpu_fp32", frames), asking.path, asking.per_kind)
+    found = questions_for(Job(checkpoint, (), "cpu_fp32", frames), asking.path, asking.per_kind)
     Random(asking.seed).shuffle(found)
     return tuple(found)
 
@@ -120,7 +122,7 @@ def finish(task: Task) -> dict[str, Any]:
         _exported(task.job, work)
         profile = task.job.loaded_profile()
         wanted = questions(task.job, task.asking)[: task.stop]
-        with pipeline.open_runners(work.folder, profile, task.threads) as (runners, graphs, table, where):
+        with open_runners(work.folder, profile, task.threads) as (runners, graphs, table, where):
             prompt, batch = Prompt.of(work.graphs, graphs), min(validate.BATCH, profile.limits.batch)
             told = validate.answers(Generator(runners, graphs, table), prompt, wanted, batch=batch)
         scores = [question.score(answer) for answer, question in zip(told, wanted, strict=True)]
@@ -155,7 +157,7 @@ def _own(work: Workspace) -> bool:
 
     profile = Job.read(work).loaded_profile()
     graphs = GraphSet.load(work.graphs)
-    return backend_for(profile).runs_graphs or bool(pipeline.runnable_engines(work.folder, graphs, profile))
+    return backend_for(profile).runs_graphs or bool(runnable_engines(work.folder, graphs, profile))
 
 
 def times(tasks: Sequence[Task], rounds: int) -> list[dict[str, float]]:
@@ -170,9 +172,9 @@ def times(tasks: Sequence[Task], rounds: int) -> list[dict[str, float]]:
             assert task.folder is not None
             work = Workspace(task.folder)
             _exported(task.job, stack.enter_context(work.locked()))
-            opened = pipeline.open_runners(work.folder, task.job.loaded_profile(), task.threads)
+            opened = open_runners(work.folder, task.job.loaded_profile(), task.threads)
             runners, graphs, table, _ = stack.enter_context(opened)
-            pixels, prompts, sides = pipeline.synthetic(work, graphs, 1)
+            pixels, prompts, sides = synthetic(work, graphs, 1)
             side |= sides[0]
             variants.append(bench.Variant(str(number), runners, graphs, table))
         found = bench.timings(bench.sample(variants, np.asarray(pixels[0]), prompts, NEW_TOKENS, rounds, side=side))

@@ -13,7 +13,7 @@ from typing import Any
 from exporter import __version__
 from exporter.cost.roofline import Use
 from exporter.errors import UsageError
-from exporter.pipeline import Job, folder_of
+from exporter.job import Job, folder_of
 from exporter.report import tune as page
 from exporter.tune import measure, report
 from exporter.tune.budget import Budget

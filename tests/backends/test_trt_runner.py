@@ -22,9 +22,9 @@ from exporter.backends._device_memory import Device, Pool, size_class
 from exporter.backends._trt_layers import layers
 from exporter.backends._trt_runner import TensorRtRunner
 from exporter.bundle import contents, sha256
+from exporter.engines import open_runners, runnable_engines
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, VerificationError
 from exporter.graphset import GraphSet
-from exporter.pipeline import open_runners, runnable_engines
 from exporter.runtime.generate import Generator
 from exporter.stages.build import record_json, shape_profile
 from exporter.workspace import Workspace

@@ -14,7 +14,7 @@ import pytest
 from exporter import baselines, device, pipeline
 from exporter.baselines import Session, Spread
 from exporter.gate import Finding
-from exporter.pipeline import Job
+from exporter.job import EMBEDDED, Job
 from exporter.stages import check
 from exporter.workspace import Workspace
 from tests.conftest import Said
@@ -35,7 +35,7 @@ sys.exit(main(sys.argv[1:]) or main([*sys.argv[1:3], "--check", *sys.argv[4:]]))
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = Workspace(tmp_path_factory.mktemp("gates") / "out")
     with work.locked():
-        pipeline.run_export(Job(pipeline.EMBEDDED, ("uniform:keep=16",), "cpu_fp32"), work)
+        pipeline.run_export(Job(EMBEDDED, ("uniform:keep=16",), "cpu_fp32"), work)
     return work.folder
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from exporter.pipeline import EMBEDDED, Job, run_export, run_pack
+from exporter.job import EMBEDDED, Job
+from exporter.pipeline import run_export, run_pack
 from exporter.workspace import Workspace
 from profiles import _schema
 from tests.conftest import needs_rtx

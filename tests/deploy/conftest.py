@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from exporter.bundle import MANIFEST, SCHEMA, contents
-from exporter.pipeline import Job
+from exporter.job import Job
 from exporter.workspace import Workspace
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")

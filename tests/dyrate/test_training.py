@@ -16,7 +16,7 @@ from exporter.dyrate.rollout import Rollout
 from exporter.dyrate.schedule import schedule, written
 from exporter.embedded import CHECKPOINT
 from exporter.embedded.evaluate import prompt
-from exporter.pipeline import Job
+from exporter.job import Job
 from exporter.runtime.generate import Generator
 from exporter.stages import _task
 from graphs import _spec

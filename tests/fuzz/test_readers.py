@@ -30,9 +30,11 @@ from exporter.bundle import MANIFEST, SCHEMA, Bundle, contents
 from exporter.checkpoint import Checkpoint
 from exporter.cli import _results, inspect
 from exporter.deploy import deploy, fleet
+from exporter.engines import checked_engine, engine_records
 from exporter.errors import ExportError
 from exporter.graphset import GraphSet
-from exporter.pipeline import ESTIMATE, Job, checked_engine, engine_records, refuse_what_does_not_fit
+from exporter.job import Job
+from exporter.pipeline import ESTIMATE, refuse_what_does_not_fit
 from exporter.plan import make_plan
 from exporter.report._data import ReportData
 from exporter.runtime.generate import embedding

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError, UsageError
-from exporter.pipeline import Job
+from exporter.job import Job
 from exporter.runtime.generate import Generator
 from exporter.stages._reference import reference
 from exporter.stages.export import export

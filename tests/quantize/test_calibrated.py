@@ -19,9 +19,9 @@ import torch
 from exporter.backends.ort import OnnxRuntime
 from exporter.errors import UsageError
 from exporter.graphset import GraphSet
+from exporter.job import Job
 from exporter.journal import DataFile
 from exporter.nn.decoder import Decoder
-from exporter.pipeline import Job
 from exporter.plan import Plan
 from exporter.quantize import gptq
 from exporter.quantize._contract import Seen

@@ -13,7 +13,7 @@ import pytest
 from exporter import gate, pipeline
 from exporter.baselines import Generation, Session, Spread
 from exporter.errors import UsageError, VerificationError
-from exporter.pipeline import Job
+from exporter.job import EMBEDDED, Job
 from exporter.stages import bench, check
 from exporter.workspace import Workspace
 
@@ -24,7 +24,7 @@ Timed = tuple[dict[str, bench.Samples], dict[str, str]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model, exported."""
     work = Workspace(tmp_path_factory.mktemp("bundle"))
-    pipeline.run_export(Job(pipeline.EMBEDDED, ("uniform:keep=16",), "cpu_fp32"), work)
+    pipeline.run_export(Job(EMBEDDED, ("uniform:keep=16",), "cpu_fp32"), work)
     return work.folder
 
 

@@ -11,7 +11,7 @@ import pytest
 from exporter.embedded import digits
 from exporter.errors import UsageError
 from exporter.graphset import ImageSpec
-from exporter.pipeline import EMBEDDED, Job
+from exporter.job import EMBEDDED, Job
 from exporter.runtime import images
 from exporter.stages import _task, curves
 from exporter.workspace import Workspace

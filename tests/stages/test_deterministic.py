@@ -11,7 +11,8 @@ from pathlib import Path
 CODE = """
 import sys
 from pathlib import Path
-from exporter.pipeline import EMBEDDED, Job, run_export
+from exporter.job import EMBEDDED, Job
+from exporter.pipeline import run_export
 from exporter.workspace import Workspace
 with Workspace(Path(sys.argv[1])).locked() as work:
     run_export(Job(EMBEDDED, ("fastv:layer=1,keep=24",), "cpu_int4"), work)

@@ -19,8 +19,9 @@ from transformers.vision_utils import get_vision_window_index
 from exporter.checkpoint import Checkpoint
 from exporter.errors import UsageError
 from exporter.families._contract import Request
+from exporter.job import Job
 from exporter.journal import Journal
-from exporter.pipeline import Job, run_build, run_export
+from exporter.pipeline import run_build, run_export
 from exporter.quantize._contract import Form
 from exporter.stages._store import WeightFile
 from exporter.weights import FileSource, Source

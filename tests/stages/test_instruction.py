@@ -14,7 +14,8 @@ from exporter.checkpoint import INSTRUCTION_FOLDER
 from exporter.errors import CheckpointError, UsageError
 from exporter.families._contract import Request
 from exporter.graphset import GraphSet
-from exporter.pipeline import Job, run_bench, run_build, run_export, run_validate
+from exporter.job import Job
+from exporter.pipeline import run_bench, run_build, run_export, run_validate
 from exporter.runtime.question import InstructionTokenizer, readers
 from exporter.stages.export import export
 from exporter.workspace import Workspace

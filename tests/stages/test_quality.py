@@ -11,7 +11,7 @@ from PIL import Image
 
 from exporter import pipeline
 from exporter.errors import GateError
-from exporter.pipeline import Job
+from exporter.job import EMBEDDED, Job
 from exporter.stages import _answers, regressions, validate
 from exporter.stages._answers import Answers
 from exporter.stages._task import Question
@@ -73,7 +73,7 @@ def test_answers_survive_a_kill(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = Workspace(tmp_path_factory.mktemp("bundle"))
-    pipeline.run_export(Job(pipeline.EMBEDDED, ("uniform:keep=16",), "cpu_fp32"), work)
+    pipeline.run_export(Job(EMBEDDED, ("uniform:keep=16",), "cpu_fp32"), work)
     return work.folder
 
 

@@ -12,18 +12,11 @@ import pytest
 from exporter.backends.ort import OnnxRuntime
 from exporter.checkpoint import Checkpoint
 from exporter.cli import _results
+from exporter.engines import engine_records, open_runners
 from exporter.errors import UsageError
 from exporter.families._contract import Request
-from exporter.pipeline import (
-    Job,
-    engine_records,
-    open_runners,
-    run_bench,
-    run_build,
-    run_export,
-    run_pack,
-    run_validate,
-)
+from exporter.job import Job
+from exporter.pipeline import run_bench, run_build, run_export, run_pack, run_validate
 from exporter.report import ReportData
 from exporter.runtime.generate import Generator
 from exporter.runtime.question import QuestionTokenizer

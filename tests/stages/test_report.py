@@ -14,7 +14,7 @@ from exporter import report as pages
 from exporter.backends._contract import EngineRecord
 from exporter.errors import VerificationError
 from exporter.graphset import GraphSet, ImageSpec, TextSpec, VisualLayout
-from exporter.pipeline import Job
+from exporter.job import Job
 from exporter.report import overlay
 from exporter.stages import report
 from exporter.workspace import Workspace

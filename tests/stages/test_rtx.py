@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from exporter.engines import engine_records
 from exporter.errors import ExportError
-from exporter.pipeline import Job, engine_records, run_build, run_export
+from exporter.job import Job
+from exporter.pipeline import run_build, run_export
 from exporter.workspace import Workspace
 from tests.conftest import needs_rtx
 from tests.families import tiny

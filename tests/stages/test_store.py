@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.graphset import GraphSet
+from exporter.job import Job
 from exporter.journal import JOURNAL, DataFile
-from exporter.pipeline import Job, run_export
+from exporter.pipeline import run_export
 from exporter.plan import Plan, make_plan
 from exporter.stages import _draw, _store
 from exporter.stages._llm import draw_llm
@@ -40,7 +41,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from exporter.journal import DataFile
-from exporter.pipeline import Job, run_export
+from exporter.job import Job
+from exporter.pipeline import run_export
 from exporter.workspace import Workspace
 
 checkpoint, profile, out, pieces = sys.argv[1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exporter.pipeline import Job
+from exporter.job import Job
 from exporter.tune.budget import parse_all
 from exporter.tune.candidates import Candidate, LeftOut
 from exporter.tune.halving import Rung

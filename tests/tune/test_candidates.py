@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from exporter.errors import UsageError
-from exporter.pipeline import EMBEDDED, Job
+from exporter.job import EMBEDDED, Job
 from exporter.tune.candidates import candidates, templates
 from graphs import _spec
 

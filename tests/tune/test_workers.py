@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from exporter.errors import EnvironmentMismatch
-from exporter.pipeline import EMBEDDED, Job
+from exporter.job import EMBEDDED, Job
 from exporter.tune import measure
 from exporter.tune.workers import here, on_ray
 
