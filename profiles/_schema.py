@@ -12,7 +12,6 @@ Profiles are found by file name in this folder; users pass a path to a TOML of t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
@@ -23,17 +22,11 @@ import exporter.flavours
 import exporter.quantize
 import plugins
 from exporter import _discover
+from exporter._toml import read_toml
 from exporter.errors import UsageError, nearest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FOLDER = Path(__file__).resolve().parent
 DEVICES = FOLDER / "devices"
-LARGEST_FILE = 64 * 1024
-"""Bytes. A profile is two screens of text; anything longer is not one."""
 
 S = TypeVar("S")
 
@@ -249,7 +242,7 @@ def with_quantizer(profile: Profile, name: str) -> Profile:
 
 
 def _read(path: Path) -> Profile:
-    table = _table(path)
+    table = read_toml(path, "profile")
     if "name" in table:
         raise UsageError(f"Profile {path}: `name` is the file's name; remove the key.")
     if isinstance(device := table.get("device"), str):
@@ -258,27 +251,13 @@ def _read(path: Path) -> Profile:
                 f"Profile {path.name}: unknown device '{device}'. {nearest(device, devices())} "
                 "Or describe your own in a section [device]."
             )
-        table["device"] = _table(DEVICES / f"{device}.toml")
+        table["device"] = read_toml(DEVICES / f"{device}.toml", "profile")
     profile = _section(Profile, {"name": path.stem, **table}, path.name, "")
     if not profile.stack.compute_capabilities and profile.device.compute_capability is not None:
         own = replace(profile.stack, compute_capabilities=(profile.device.compute_capability,))
         profile = replace(profile, stack=own)
     _check(profile, path.name)
     return profile
-
-
-def _table(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(LARGEST_FILE + 1)
-    except OSError as e:
-        raise UsageError(f"Profile {path} cannot be read: {e.strerror}.") from e
-    if len(raw) > LARGEST_FILE:
-        raise UsageError(f"Profile {path} is longer than {LARGEST_FILE // 1024} KiB. That is not a profile.")
-    try:
-        return tomllib.loads(raw.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise UsageError(f"Profile {path} is not valid TOML: {e}.") from e
 
 
 def _section(kind: type[S], table: dict[str, Any], file: str, section: str) -> S:

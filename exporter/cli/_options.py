@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 from click.shell_completion import CompletionItem
-
-if TYPE_CHECKING:
-    from exporter.deploy.fleet import Done
-    from exporter.deploy.ssh import Host
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -239,8 +236,8 @@ def quantizer_options(function: F) -> F:
         help="Questions whose activations a quantiser looks at, as --questions has them. Default: some about digits.",
     )(function)  # fmt: skip
     return click.option(
-        "--quantizer", type=QuantizerType(), metavar="rtn|awq|gptq",
-        help="How INT4 weights are chosen: rounded, or calibrated on activations. Default: the profile's.",
+        "--quantizer", type=QuantizerType(), metavar="NAME",
+        help="How INT4 weights are chosen: rounded (rtn), or calibrated on activations (awq, …). Default: the profile's.",
     )(function)  # fmt: skip
 
 
@@ -279,28 +276,23 @@ def devices_options(function: F) -> F:
     )(function)  # fmt: skip
 
 
-def hosts(to: tuple[str, ...], fleet: Path | None) -> list[Host]:
-    """The devices that `devices_options` name, each once. Raises UsageError."""
-    from exporter.deploy.fleet import read
-    from exporter.deploy.ssh import Host
-    from exporter.errors import UsageError
+def job_options(function: F) -> F:
+    """CHECKPOINT and every option that says what is to be made of it → job: Job."""
 
-    found = list(dict.fromkeys([*(Host.parse(text) for text in to), *(read(fleet) if fleet else [])]))
-    if not found:
-        raise UsageError("Which device? `--to USER@HOST`, or `--fleet FILE.toml` for many.")
-    return found
+    @functools.wraps(function)
+    def with_job(
+        checkpoint: str, reductions: tuple[str, ...], profile: str, frames: int, image_size: tuple[int, int] | None,
+        clip: str | None, quantizer: str | None, calibration: str | None, **others: Any,
+    ) -> Any:  # fmt: skip
+        from exporter.job import Job
 
+        job = Job(checkpoint, reductions, profile, frames, image_size, clip, quantizer, calibration)
+        return function(job=job, **others)
 
-def raise_failed(done: Sequence[Done[Any]]) -> None:
-    """The devices' errors as one: with their exit code where they agree on it."""
-    from exporter.errors import ExportError
-
-    failed = [d.error for d in done if d.error is not None]
-    if not failed:
-        return
-    if len(done) == 1:
-        raise failed[0]
-    words = "\n".join(f"  {e}" for e in failed)
-    kinds = {type(e) for e in failed}
-    kind = kinds.pop() if len(kinds) == 1 else ExportError
-    raise kind(f"{len(failed)} of {len(done)} devices failed:\n{words}")
+    options: tuple[Callable[[Any], Any], ...] = (
+        checkpoint_argument(required=False), reduce_option, profile_option(), frames_option, image_size_option,
+        clip_model_option, quantizer_options,
+    )  # fmt: skip
+    for option in reversed(options):
+        with_job = option(with_job)
+    return cast(F, with_job)

@@ -58,7 +58,7 @@ def command(
     out = Output(as_json)
     if not_slower and through == "copy":
         raise UsageError("--not-slower runs the bundle there, which --through copy does not.")
-    hosts = options.hosts(to, fleet)
+    hosts = fleets.named(to, fleet)
     request = deploy.Request(through, not_slower, tuple(deploy.wheel(w) for w in wheels), keep, dry_run, config)
     with out.stage("verify"):
         bundle = Bundle.open(folder)
@@ -71,7 +71,7 @@ def command(
             jobs,
         )
     out.result([_data(d) for d in done], *_parts(done, dry_run))
-    options.raise_failed(done)
+    fleets.raise_failed(done)
 
 
 def _data(done: Done[Outcome]) -> dict[str, Any]:

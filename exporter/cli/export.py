@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from exporter.cli import _options as options
 from exporter.cli._output import Output
 
+if TYPE_CHECKING:
+    from exporter.job import Job
+
 
 @click.command()
-@options.checkpoint_argument(required=False)
-@options.reduce_option
-@options.profile_option()
+@options.job_options
 @options.output_option()
-@options.frames_option
-@options.image_size_option
-@options.clip_model_option
-@options.quantizer_options
 @options.json_option
 def command(
-    checkpoint: str,
-    reductions: tuple[str, ...],
-    profile: str,
+    job: Job,
     output: Path,
-    frames: int,
-    image_size: tuple[int, int] | None,
-    clip: str | None,
-    quantizer: str | None,
-    calibration: str | None,
     as_json: bool,
 ) -> None:
     """Write the graphs of CHECKPOINT with the reductions in them.
@@ -40,11 +31,9 @@ def command(
     """
     from exporter import pipeline
     from exporter.cli import _results
-    from exporter.job import Job
     from exporter.workspace import Workspace
 
     out = Output(as_json)
-    job = Job(checkpoint, reductions, profile, frames, image_size, clip, quantizer, calibration)
     job.plan()  # refuse what does not fit before the folder is made
     with Workspace(output).locked() as work:
         with out.stage("export") as log:

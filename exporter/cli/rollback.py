@@ -23,11 +23,11 @@ def command(to: tuple[str, ...], fleet: Path | None, config: Path | None, jobs: 
 
     out = Output(as_json)
     with out.stage("roll back"):
-        done = fleets.each(options.hosts(to, fleet), lambda host, stop: deploy.rollback(host, config, stop), jobs)
+        done = fleets.each(fleets.named(to, fleet), lambda host, stop: deploy.rollback(host, config, stop), jobs)
     data = [d.result or {"host": d.host.label, "error": str(d.error)} for d in done]
     rows = [
         (d.host.label, *((d.result["live"][:12], d.result["before"][:12]) if d.result else ("failed", None)))
         for d in done
     ]
     out.result(data, table("Rolled back", ("device", "live", "before"), rows))
-    options.raise_failed(done)
+    fleets.raise_failed(done)

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from exporter.cli import _options as options
 from exporter.cli._output import Output
 
+if TYPE_CHECKING:
+    from exporter.job import Job
+
 
 @click.command()
-@options.checkpoint_argument(required=False)
-@options.reduce_option
-@options.profile_option()
+@options.job_options
 @options.output_option()
-@options.frames_option
-@options.image_size_option
-@options.clip_model_option
-@options.quantizer_options
 @options.questions_option
 @options.threads_option
 @options.rounds_option
 @options.json_option
 def command(
-    checkpoint: str,
-    reductions: tuple[str, ...],
-    profile: str,
+    job: Job,
     output: Path,
-    frames: int,
-    image_size: tuple[int, int] | None,
-    clip: str | None,
-    quantizer: str | None,
-    calibration: str | None,
     questions: Path | None,
     per_kind: int,
     threads: int | None,
@@ -49,12 +40,10 @@ def command(
     from exporter.cli import _results
     from exporter.cost.roofline import foresee
     from exporter.errors import GateError
-    from exporter.job import Job
     from exporter.stages._inputs import questions_for
     from exporter.workspace import Workspace
 
     out = Output(as_json)
-    job = Job(checkpoint, reductions, profile, frames, image_size, clip, quantizer, calibration)
     if (foreseen := foresee(job.plan())) is not None:  # refuse what does not fit before the folder is made
         foreseen.check()
     questions_for(job, questions, 1)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+from exporter._toml import read_toml
 from exporter.deploy.ssh import Host
 from exporter.errors import ExportError, UsageError, nearest
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 LARGEST_FILE = 1024 * 1024
+"""Bytes: tens of thousands of devices."""
 
 T = TypeVar("T")
 
@@ -34,14 +30,7 @@ class Done(Generic[T]):
 
 def read(path: Path) -> list[Host]:
     """`hosts = ["user@one", "user@two:folder"]`. Raises UsageError."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(LARGEST_FILE + 1)
-        table = tomllib.loads(raw.decode()) if len(raw) <= LARGEST_FILE else {}
-    except OSError as e:
-        raise UsageError(f"Fleet file {path} cannot be read: {e.strerror}.") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise UsageError(f"Fleet file {path} is not valid TOML: {e}.") from e
+    table = read_toml(path, "fleet file", LARGEST_FILE)
     for key in table:
         if key != "hosts":
             raise UsageError(f"Fleet file {path}: unknown key '{key}'. {nearest(key, ['hosts'])}")
@@ -74,3 +63,24 @@ def each(hosts: Sequence[Host], task: Callable[[Host, threading.Event], T], jobs
             for w in waiting:
                 w.cancel()
             raise
+
+
+def named(to: Sequence[str], file: Path | None) -> list[Host]:
+    """The devices that are named one by one and in a fleet file, each once. Raises UsageError."""
+    found = list(dict.fromkeys([*(Host.parse(text) for text in to), *(read(file) if file else [])]))
+    if not found:
+        raise UsageError("Which device? `--to USER@HOST`, or `--fleet FILE.toml` for many.")
+    return found
+
+
+def raise_failed(done: Sequence[Done[Any]]) -> None:
+    """The devices' errors as one: with their exit code where they agree on it."""
+    failed = [d.error for d in done if d.error is not None]
+    if not failed:
+        return
+    if len(done) == 1:
+        raise failed[0]
+    words = "\n".join(f"  {e}" for e in failed)
+    kinds = {type(e) for e in failed}
+    kind = kinds.pop() if len(kinds) == 1 else ExportError
+    raise kind(f"{len(failed)} of {len(done)} devices failed:\n{words}")
