@@ -12,7 +12,7 @@ import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from exporter.errors import UsageError, VerificationError
-from exporter.graphset import PAD, GraphSet, ImageSpec, TextSpec, VisualLayout
+from exporter.graphset import PAD, ROLES, GraphSet, ImageSpec, TextSpec, VisualLayout
 from exporter.runtime.sequence import arrange, pad, split
 
 I = 9  # the image token  # noqa: E741
@@ -158,6 +158,6 @@ def test_an_index_that_cannot_be(index: Any) -> None:
 
 def test_graphs_survive_their_file(tmp_path: Path) -> None:
     """What positions are made of is read back as it was written."""
-    made = replace(graphs(2, kept=3), embedding="e.npy")
+    made = replace(graphs(2, kept=3), embedding="e.npy", files={role: f"{role}.onnx" for role in ROLES})
     made.save(tmp_path)
     assert GraphSet.load(tmp_path) == made
