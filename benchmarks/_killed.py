@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SPECS = {"a": ["--reduce", "visionzip:keep=32"], "b": ["--reduce", "uniform:keep=16"]}
 """Two jobs: what is killed replaces what the other one left."""
-CPU = ["--profile", "cpu_int4"]
+CPU, BOARD = ["--profile", "cpu_int4"], ["--profile", "orin_nano_8gb_fp16"]
 ASKED = ["--per-kind", "1", "--threads", "1"]
 TIMED = ["--rounds", "1", "--threads", "1"]
 QUICK = ["--rounds", "1", *ASKED]
@@ -81,9 +81,22 @@ def verbs(known: Known, device: Device | None) -> Iterator[Verb]:
         ("pack of a bundle", copy_of("a"), ["pack"]),
     ):
         yield Verb(name, start, _with_folder(arguments), lambda f: folder_faults(f, known), hidden, digests)
-    search = ["tune", "embedded", *CPU, "--profile", "orin_nano_8gb_fp16", "--methods", "visionzip", "--keep", "0.5", "--finalists", "1"]  # fmt: skip
-    asked = ["--budget", "quality_drop=60", "--per-kind", "2", *TIMED, "--json", "-o"]
-    yield Verb("tune", nothing, _with_folder([*search, *asked]), search_faults, hidden, search_result)
+    search = [
+        "--methods",
+        "visionzip",
+        "--keep",
+        "0.5",
+        "--budget",
+        "quality_drop=100",
+        "--finalists",
+        "1",
+        *QUICK,
+        "--json",
+        "-o",
+    ]
+    for name, profiles in (("tune", BOARD), ("tune, with times", [*CPU, *BOARD])):
+        arguments = _with_folder(["tune", "embedded", *profiles, *search])
+        yield Verb(name, nothing, arguments, search_faults, hidden, search_result)
     if device is not None:
         for name, more in (("deploy", []), ("deploy --through copy", ["--through", "copy"])):
             there = Deployed(device, known, more)
@@ -279,7 +292,7 @@ class Deployed:
         return {"live": os.readlink(live), "recorded": told["release"], "steps": sorted(told["steps"]), **digests(live)}
 
     def processes(self) -> list[int]:
-        return running_with(f"PATH={self.device.root}/bin:")
+        return running_with(f"EDGETRIM_TEST_DEVICE={self.device.root}")
 
 
 def running_with(entry: str) -> list[int]:
