@@ -98,8 +98,8 @@ def verbs(known: Known, device: Device | None) -> Iterator[Verb]:
         arguments = _with_folder(["tune", "embedded", *profiles, *search])
         yield Verb(name, nothing, arguments, search_faults, hidden, search_result)
     if device is not None:
-        for name, more in (("deploy", []), ("deploy --through copy", ["--through", "copy"])):
-            there = Deployed(device, known, more)
+        for name in ("deploy", "deploy --through copy"):
+            there = Deployed(device, known, name.split()[1:])
             yield Verb(
                 name, there.start, there.arguments, there.faults, there.leftovers, there.result,
                 ("group", "process", "device"), there.processes,

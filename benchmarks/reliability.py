@@ -81,7 +81,7 @@ def finished(pid: int) -> int | None:
 
 def whole(arguments: list[str], folder: Path) -> None:
     """Run a verb to its good end."""
-    if code := finished(start(arguments, folder)):
+    if (code := finished(start(arguments, folder))) != 0:
         raise SystemExit(f"{arguments[0]} ends with exit code {code}:\n{folder.with_suffix('.log').read_text()}")
 
 
