@@ -129,6 +129,7 @@ class Counting(TorchDispatchMode):
         self._precision, self._dtype = precision, dtype
         self._scores: dict[int, StorageWeakRef] = {}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._gone: list[StorageWeakRef] = []  # as long as they are referred to, nothing else is known by their numbers
         self._held: list[dict[int, int]] = []
 
     def __torch_dispatch__(
@@ -149,6 +150,7 @@ class Counting(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self._alive[key] = StorageWeakRef(storage), storage.nbytes()
         if flops is not None:
+            self._gone += [ref for ref, _ in self._alive.values() if ref.expired()]
             self._alive = {k: v for k, v in self._alive.items() if not v[0].expired()}
             self._held.append({k: size for k, (_, size) in self._alive.items() if k not in self._scores})
         return out
