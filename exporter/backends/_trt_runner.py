@@ -174,9 +174,9 @@ class TensorRtRunner(Runner):
         return found
 
     def _room(self, present: Shape, past: str) -> Shape:
-        """The shape of a cache that is as long as the engine takes it, and one step more."""
+        """The shape of a cache that is as long as the engine takes it; what is longer still cannot go on."""
         axes = zip(self._shapes[past], present, self._longest[past], strict=True)
-        return tuple(now if now == before else longest + self._step for before, now, longest in axes)
+        return tuple(now if now == before else max(now, longest) for before, now, longest in axes)
 
     def _given(self, name: str, value: Any) -> DeviceArray:
         wanted = self._inputs[name]

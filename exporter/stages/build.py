@@ -109,12 +109,11 @@ def _bucket_inputs(kept: int, graphs: GraphSet, limits: Limits, batch: Range) ->
     inputs: dict[str, tuple[Axis, ...]] = {
         "attention_row": (batch, _past(False, spec.kept[last - 1], limits)),
         "kept": (batch, kept),
-        f"past_order_{last}": (batch, past),
-        **({f"past_size_{last}": (batch, past)} if graphs.sized else {}),
     }
-    for layer in (i for i, group in enumerate(spec.groups) if group == last):
-        inputs |= {f"past_{kind}_{layer}": (batch, spec.kv_heads, past, spec.head_dim) for kind in ("key", "value")}
-    return inputs
+    cache = graphs.cache().items()
+    return inputs | {
+        n: (batch, *(past if d is None else d for d in shape)) for n, (group, shape) in cache if group == last
+    }
 
 
 def _llm_inputs(
@@ -134,18 +133,13 @@ def _llm_inputs(
     }
     if prefill and graphs.prefill_apart:
         return inputs | {name: (batch, *graphs.signals[name]) for name in graphs.for_prefill}
-    for layer, group in enumerate(spec.groups):
+    for name, (group, shape) in graphs.cache().items():
         past = _past(prefill, spec.kept[group], limits)
-        for kind in ("key", "value"):
-            inputs[f"past_{kind}_{layer}"] = (batch, spec.kv_heads, past, spec.head_dim)
+        inputs[name] = (batch, *(past if d is None else d for d in shape))
     if graphs.buckets:
         inputs["past_starts"] = (batch, 3)
     if graphs.state:
         inputs["past_state"] = (batch, graphs.state)
-    for group, kept_here in enumerate(spec.kept):
-        for kind in ("order", "size") if graphs.sized else ("order",):
-            heads = (spec.kv_heads,) if group in spec.per_head else ()
-            inputs[f"past_{kind}_{group}"] = (batch, *heads, _past(prefill, kept_here, limits))
     return inputs
 
 
