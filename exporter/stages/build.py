@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from profiles._schema import Limits, Profile
 
 DECODE_STEP = Range(1, 1, 4)
 """Tokens per decode step. Never a fixed 1: TensorRT would then store FP16 weights a second time beside prefill's."""
+
+TURN = "turn"
+"""Name of the shapes of a conversation's next turn: text behind a cache."""
 
 Log = Callable[[str], None]
 
@@ -73,7 +76,7 @@ def build(
     records = []
     for file, roles in graphs.roles().items():
         log(f"building {', '.join(roles)}")
-        shapes = [shape_profile(role, graphs, profile.limits) for role in roles]
+        shapes = shape_profiles(roles, graphs, profile.limits)
         records.append(backend.build(source / built_from(file, graphs, profile), roles, shapes, out, options, log))
     return records
 
@@ -83,8 +86,14 @@ def built_from(file: str, graphs: GraphSet, profile: Profile) -> str:
     return graphs.plugged.get(file, file) if profile.stack.plugins else file
 
 
+def shape_profiles(roles: Sequence[str], graphs: GraphSet, limits: Limits) -> list[ShapeProfile]:
+    """Those of the engine that plays these roles: one each, and where it decodes, one for the text of a conversation's next turn."""
+    also = [TURN] if "decode" in roles else []
+    return [shape_profile(role, graphs, limits) for role in (*roles, *also)]
+
+
 def shape_profile(role: str, graphs: GraphSet, limits: Limits) -> ShapeProfile:
-    """Tight ranges of one role's inputs from what the profile allows."""
+    """Tight ranges of one role's inputs, or of a turn's, from what the profile allows."""
     batch, text = Range(1, 1, limits.batch), Range(1, min(32, limits.text), limits.text)
     if role == "vision":
         image, frames = graphs.image, graphs.visual.frames
@@ -122,7 +131,8 @@ def _llm_inputs(
     spec = graphs.text
     prefill = role == "prefill"
     kept = graphs.visual.kept
-    seq = Range(kept + text.min, kept + text.opt, kept + text.max) if prefill else DECODE_STEP
+    prompt = Range(kept + text.min, kept + text.opt, kept + text.max)
+    seq = {"prefill": prompt, TURN: text}.get(role, DECODE_STEP)
     axes = (spec.position_axes,) if spec.position_axes > 1 else ()
     inputs: dict[str, tuple[Axis, ...]] = {
         "inputs_embeds": (batch, seq, spec.width),
