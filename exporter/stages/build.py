@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -132,7 +133,7 @@ def _llm_inputs(
     prefill = role == "prefill"
     kept = graphs.visual.kept
     prompt = Range(kept + text.min, kept + text.opt, kept + text.max)
-    seq = {"prefill": prompt, TURN: text}.get(role, DECODE_STEP)
+    seq = {"prefill": prompt, TURN: turn(graphs, limits)}.get(role, DECODE_STEP)
     axes = (spec.position_axes,) if spec.position_axes > 1 else ()
     inputs: dict[str, tuple[Axis, ...]] = {
         "inputs_embeds": (batch, seq, spec.width),
@@ -151,6 +152,16 @@ def _llm_inputs(
     if graphs.state:
         inputs["past_state"] = (batch, graphs.state)
     return inputs
+
+
+def turn(graphs: GraphSet, limits: Limits) -> Range:
+    """Tokens of a turn that run at once: as many as there may be, unless their mask over the longest cache would be larger than a
+    prompt's, and with it the engine's scratch memory. The runner takes the rest in further pieces."""
+    prompt = graphs.visual.kept + limits.text
+    past = max(graphs.text.kept) + limits.text + limits.new_tokens
+    fitting = int((math.sqrt(past**2 + 4 * prompt**2) - past) / 2)  # the largest s with s (s + past) <= prompt²
+    most = max(DECODE_STEP.max, min(limits.text, fitting))
+    return Range(1, min(32, most), most)
 
 
 def _past(prefill: bool, kept: int, limits: Limits) -> Range | int:
