@@ -123,6 +123,11 @@ class Plan:
         in_llm, in_cache = [m for _, m in self.in_llm], [m for _, m in self.in_cache]
         return KvLayout.of(self.geometry.layers, self.kept, in_llm, in_cache)
 
+    def exact(self) -> Plan:
+        """The same with keys and values in the cache as they are: what PyTorch is the reference of."""
+        precision = replace(self.profile.precision, kv="none")
+        return replace(self, profile=replace(self.profile, precision=precision))
+
     @property
     def trained(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Name of a method → its own trained tensors' shapes."""

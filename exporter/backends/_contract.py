@@ -130,6 +130,14 @@ class Backend(ABC):
     def missing_to_run(self) -> str | None:
         """None, or what this machine lacks to *run* what was built."""
 
+    def holds(self, cache: Sequence[int]) -> int:
+        """Bytes that the caches of a conversation take while it is continued. Twice: a step reads one and writes the next.
+
+        Args:
+            cache: bytes of every tensor, at its longest.
+        """
+        return 2 * sum(cache)
+
     @abstractmethod
     def build(
         self, graph: Path, roles: tuple[str, ...], profiles: Sequence[ShapeProfile], out: Path,

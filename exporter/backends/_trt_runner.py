@@ -62,8 +62,8 @@ class TensorRtRunner(Runner):
     """Runs one engine on the GPU.
 
     Device values are `DeviceArray`s; all TensorRT runners of a process share one GPU, stream and pool of memory. Prefill and
-    decode of one engine are one runner: whichever optimization profile takes the shapes is used, and switching happens only
-    when the present one does not.
+    decode of one engine are one runner: the smallest optimization profile that takes the shapes is used, so it is switched once
+    for an answer.
 
     `run`, whose shapes repeat, is recorded as a CUDA graph when it comes a second time with the same shapes at the same
     addresses, and replayed from then on. `grow` is not: a cache has another length at every step.
@@ -174,9 +174,9 @@ class TensorRtRunner(Runner):
         return found
 
     def _room(self, present: Shape, past: str) -> Shape:
-        """The shape of a cache that is as long as the engine takes it, and one step more."""
+        """The shape of a cache that is as long as the engine takes it; what is longer still cannot go on."""
         axes = zip(self._shapes[past], present, self._longest[past], strict=True)
-        return tuple(now if now == before else longest + self._step for before, now, longest in axes)
+        return tuple(now if now == before else max(now, longest) for before, now, longest in axes)
 
     def _given(self, name: str, value: Any) -> DeviceArray:
         wanted = self._inputs[name]
@@ -199,13 +199,13 @@ class TensorRtRunner(Runner):
         self._shapes = shapes
 
     def _choose(self, shapes: Shapes) -> None:
-        """Stay with the optimization profile if it takes the shapes, else take the smallest that does."""
-        if self._bounds[self._profile].takes(shapes):
-            return
+        """Take the smallest optimization profile that takes the shapes: the turns of a conversation could decode too."""
         fitting = [i for i, bounds in enumerate(self._bounds) if bounds.takes(shapes)]
         if not fitting:
             raise UsageError(self._too_large(shapes))
         profile = min(fitting, key=lambda i: self._bounds[i].size())
+        if profile == self._profile:
+            return
         if not self._context.set_optimization_profile_async(profile, self._device.cuda.stream):
             raise self._failed(f"does not switch to optimization profile {profile}")
         self._profile = profile

@@ -37,6 +37,7 @@ import exporter
 from exporter import errors
 from exporter.backends import _cuda, _engine_cache, _plugins, _trt_module, _trt_worker
 from exporter.backends._contract import Backend, EngineRecord, Log, Range, Runner, ShapeProfile
+from exporter.backends._device_memory import size_class
 from exporter.backends._engine_cache import EngineCache
 from exporter.backends._onnx_file import external_files
 from exporter.backends._trt_runner import TensorRtRunner
@@ -75,6 +76,10 @@ class TensorRT(Backend):
         if gpu := _cuda.missing():
             return f"TensorRT engines run on an NVIDIA GPU, and this machine has {gpu}."
         return None
+
+    def holds(self, cache: Sequence[int]) -> int:
+        """Two buffers of the pool per tensor, see `_device_memory`."""
+        return 2 * sum(map(size_class, cache))
 
     def build(
         self, graph: Path, roles: tuple[str, ...], profiles: Sequence[ShapeProfile], out: Path,

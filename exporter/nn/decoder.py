@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from exporter.kv import KvLayout
 from exporter.nn.atom import Atom
+from exporter.nn.cache import Int8, opened
 from exporter.nn.cuts import (
     Ahead,
     Cut,
@@ -139,6 +140,7 @@ class Decoder(nn.Module):
         )
         self.lm_head = LmHead(spec)
         self.layout = KvLayout.of(spec.layers, visual, [m for _, m in reductions], [m for _, m in in_cache])
+        self.int8: Int8 | None = None
         self.pruned: dict[int, Cut] = {}
         self.ahead: dict[int, Ahead] = {}
         self.evicted: dict[int, Evict | Follow] = {}
@@ -209,6 +211,7 @@ class Decoder(nn.Module):
         past_state: Tensor | None = None,
         of_tower: Sequence[Tensor] = (),
         reach: Tensor | None = None,
+        past_scales: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
         """Run prefill or a decode step.
 
@@ -220,15 +223,16 @@ class Decoder(nn.Module):
             reach: int64 [batch, seq], order of the last token that each one sees; None: its own.
             past_starts, past_state: what `Watch` returned before, where a method goes on while decoding.
             of_tower: the tower's signals that the reductions need, [batch, frames, tokens, dim].
+            past_scales: per KV group [batch, rows, past, 1], where the cache is INT8 (`cache.Int8`).
         Returns:
-            logits [batch, vocab] of the last token, present key and value per layer (alternating), present order per
-            group, present size per group if there are sizes, and for every layer that chooses the kept index int64
+            logits [batch, vocab] of the last token, present key and value per layer (alternating), the scales per group if
+            they are INT8, present order per group, present size per group if there are sizes, and for every layer that chooses the kept index int64
             [batch, kept] into its visual tokens; then the same for its cache, there also [batch, kv_heads, kept];
             then what `Watch` returns.
         """
         x, *planes = self.planes(inputs_embeds) if self.spec.planes else (inputs_embeds,)
         groups = self.layout.groups
-        presents: list[Tensor] = []
+        cache = opened(self.int8, past_keys, past_values, past_scales)
         orders: dict[int, Tensor] = {}
         sizes: dict[int, Tensor] = {}
         kept: list[Tensor] = []
@@ -265,8 +269,10 @@ class Decoder(nn.Module):
                 kept.append(index)
                 if self.probe is not None:
                     x, positions, order = self.withdraw(x, positions, order)
-                    pairs = zip(presents[::2], presents[1::2], strict=True)
-                    presents = [left for pair in pairs for left in self.leave(*pair, index)]
+                    for of in cache.kept:
+                        of[:] = [
+                            left for pair in zip(of[::2], of[1::2], strict=True) for left in self.leave(*pair, index)
+                        ]
                 planes[i:] = [self.get_submodule(f"stay_{i}")(plane, index) for plane in planes[i:]]
                 if reach is not None:
                     reach = self.get_submodule(f"stay_{i}")(reach, index)
@@ -277,14 +283,14 @@ class Decoder(nn.Module):
                 orders[group], *shared = frame(x, positions, order, past_order, size, past_size, reach)
                 if size is not None:
                     sizes[group] = shared.pop(0)
-            past = (past_keys[i], past_values[i]) if past_keys else (None, None)
+            past = cache.past(i)
             if i in self.routed:
                 some, places, orders[group], index, weight = self.routed[i](x, positions, order)
                 far = None if reach is None else self.get_submodule(f"stay_{i}")(reach, index)
                 _, *narrow = frame(some, places, orders[group], None, None, None, far)
                 some, key, value, *_, attended = layer(some, *frame.of_layer(i, narrow), *past)
                 x = self.get_submodule(f"rejoin_{i}")(x, some, attended, index, weight)
-                presents += [key, value]
+                cache.keep(i, key, value)
                 cached.append(index)
                 continue
             cos, sin, bias = frame.of_layer(i, shared)
@@ -305,9 +311,9 @@ class Decoder(nn.Module):
                 orders[group] = order
                 if size is not None:
                     sizes[group] = size
-            presents += [key, value]
+            cache.keep(i, key, value)
         tokens = [*orders.values(), *sizes.values()]
-        return (self.lm_head(self.norm(x)), *presents, *tokens, *kept, *cached, *watched)
+        return (self.lm_head(self.norm(x)), *cache.present(), *tokens, *kept, *cached, *watched)
 
     @property
     def kept(self) -> list[str]:

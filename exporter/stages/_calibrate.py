@@ -93,6 +93,7 @@ def calibrate(plan: Plan, weights: WeightFile, questions: Sequence[Question], lo
     """
     if not questions:
         raise UsageError("No calibration data: pass --calibration FILE.jsonl.")
+    plan = plan.exact()
     with _modules(plan) as (modules, found):
         decoder = modules.prefill
         assert isinstance(decoder, Decoder)
