@@ -79,8 +79,6 @@ def _refusals(graphs: GraphSet, profile: Profile) -> Iterator[str]:
         )
     if graphs.sized:
         yield "merged tokens count as many times as they have parts, and genai's cache has no place for their sizes"
-    if visual.kept == 0:
-        yield "no visual token is left"
     if visual.placeholders > 1 and visual.kept < visual.total and (visual.policy == "keep" or graphs.reaches):
         yield (
             f"how many tokens each of its {visual.placeholders} images keeps is known only when they have been seen, and genai "
@@ -104,7 +102,6 @@ def _config(graphs: GraphSet, limits: Limits, shared: bool) -> dict[str, Any]:
 
     text, visual = graphs.text, graphs.visual
     length = text.longest or visual.kept + limits.text + limits.new_tokens
-    processor: dict[str, Any] = {"tokenizer_dir": "processor"}
     return {
         "model": {
             "type": "videochat_flash_qwen",
@@ -113,7 +110,7 @@ def _config(graphs: GraphSet, limits: Limits, shared: bool) -> dict[str, Any]:
             "eos_token_id": text.eos,
             "pad_token_id": text.eos[0],
             "image_token_id": text.image_token,
-            **processor,
+            "tokenizer_dir": "processor",
             "vision": {
                 "filename": VISION,
                 "num_visual_tokens": visual.kept,
