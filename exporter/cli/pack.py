@@ -22,7 +22,7 @@ def _layouts(ctx: click.Context, param: click.Parameter, incomplete: str) -> lis
 @options.folder_argument
 @click.option(
     "--layout", "-l", "layouts", multiple=True, metavar="NAME", shell_complete=_layouts,
-    help="Also write what another runtime needs to load the graphs: genai (onnxruntime-genai).",
+    help="Also write what another runtime needs to load the graphs, such as genai; repeat for several. docs/bundle.md has them.",
 )  # fmt: skip
 @click.option(
     "--sign", "key", type=click.Path(path_type=Path), metavar="KEY",

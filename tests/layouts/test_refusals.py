@@ -62,7 +62,7 @@ def test_edgellm_is_refused(kept: int, why: str, tmp_path: Path) -> None:
 
 def test_layouts_keep_their_contract() -> None:
     names = _discover.names(exporter.layouts)
-    assert names == ["edgellm", "genai"]
+    assert {"edgellm", "genai"} <= set(names)
     for name in names:
         assert isinstance(_discover.load(exporter.layouts, "layout", name).LAYOUT, Layout)
 
