@@ -287,11 +287,11 @@ def run_pack(work: Workspace, key: Path | None = None, layouts: Sequence[str] = 
 
     job = Job.read(work)
     graphs = GraphSet.load(work.graphs)
-    wanted = [made(layout, graphs, work.graphs, job.loaded_profile()) for layout in layouts]
+    wanted = [made(name, graphs, work.graphs, job.loaded_profile()) for name in layouts]
     _forget(work, MANIFEST, SIGNATURE)
     work.forget_unfinished()
-    for files in wanted:
-        write(files, work.graphs)
+    for layout in wanted:
+        write(layout, work.graphs)
     write_report(work, job)
     if not (work.engines / "engines.json").is_file():
         recipe.write(work, graphs, job.loaded_profile())
