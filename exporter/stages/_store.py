@@ -75,7 +75,7 @@ class WeightFile:
         for value in symbolic(model):
             self._split(model, value)
         values = symbolic(model)
-        for value, following in zip(values, [*values[1:], None], strict=True):
+        for value, following in zip(values, [*values, None][1:], strict=True):
             assert value.name is not None
             if following is not None and not self._file.keeps:
                 self.sources[following.name or ""].expect(self.checkpoint)
