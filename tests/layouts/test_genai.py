@@ -175,8 +175,10 @@ class ByHand:
         shape = (1, decoder["num_key_value_heads"], 0, decoder["head_size"])
         cache = dict.fromkeys(pasts, np.empty(shape, np.float32))
         named = vision["outputs"]["image_features"]
-        (features,) = self.run("vision", [named], {vision["inputs"]["pixel_values"]: pixels})
-        assert features.shape == (vision["num_visual_tokens"], width)
+        features = np.empty((0, width), np.float32)
+        if pixels is not None:
+            (features,) = self.run("vision", [named], {vision["inputs"]["pixel_values"]: pixels})
+            assert features.shape == (vision["num_visual_tokens"], width)
         new, total, said = list(prompt), 0, list[int]()
         while len(said) < NEW:
             seen = {embedding["inputs"]["input_ids"]: np.array([new], np.int64)}
@@ -204,25 +206,36 @@ def test_beams_further_turns_and_text_alone(og: Any, tmp_path: Path, engine: Eng
     plan = tiny.plan(tmp_path, (KEEP,), Request(1))
     found = Exported(plan, folder, export(plan, folder))
     ours, asked, again = engine(found), tiny.question(found.graphs), [17, 18, 19]
-    first = ours.generate(asked.pixels, [asked.prompt], 4)
+    first = ours.generate(asked.pixels, [asked.prompt], 3)
+    end = ours.generate(asked.pixels, [asked.prompt], 4).tokens[0][-1]
+    assert end not in first.tokens[0]
     logits = ours.extend(first.cache, [again])
     prompt = expanded(asked.prompt, found.graphs)
-    never = next(token for token in range(VOCAB) if token not in first.tokens[0])
-    endless = replace(found.graphs, text=replace(found.graphs.text, eos=[never]))
-    write(made("genai", endless, folder, plan.profile), folder)
-    model = og.Model(str(folder))
+
+    def opened(eos: int) -> Any:
+        graphs = replace(found.graphs, text=replace(found.graphs.text, eos=[eos]))
+        write(made("genai", graphs, folder, plan.profile), folder)
+        return og.Model(str(folder))
+
+    model = opened(end)
     inputs = og.NamedTensors()
-    inputs["pixel_values"], inputs["num_image_tokens"] = asked.pixels, np.array([endless.visual.kept], np.int64)
+    inputs["pixel_values"], inputs["num_image_tokens"] = asked.pixels, np.array([found.graphs.visual.kept], np.int64)
     inputs["input_ids"] = np.array([prompt], np.int32)
     parameters = og.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(prompt) + 4 + len(again) + 1)
+    parameters.set_search_options(max_length=len(prompt) + 12)
     generator = og.Generator(model, parameters)
     generator.set_inputs(inputs)
-    for _ in range(4):
+    while not generator.is_done():
         generator.generate_next_token()
     assert generator.get_sequence(0)[len(prompt) :].tolist() == first.tokens[0]
     generator.append_tokens(np.array([again], np.int32))
     np.testing.assert_allclose(np.array(generator.get_logits()).reshape(1, -1), logits, atol=2e-4)
 
+    alone = og.Generator(model, parameters)
+    alone.append_tokens(np.array([again], np.int32))
+    expected = ByHand(folder).answer(again, None)[0]
+    assert int(np.array(alone.get_logits()).reshape(-1).argmax()) == expected
+
     searched = ours.generate(asked.pixels, [asked.prompt], NEW, sampler=Beams(3)).tokens[0]
-    assert answer(og, model, prompt, asked.pixels, endless.visual.kept, beams=3) == searched
+    never = next(token for token in range(VOCAB) if token not in searched)
+    assert answer(og, opened(never), prompt, asked.pixels, found.graphs.visual.kept, beams=3) == searched
