@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -270,22 +270,28 @@ def run_bench(
     return record
 
 
-def run_pack(work: Workspace, key: Path | None = None) -> Bundle:
+def run_pack(work: Workspace, key: Path | None = None, layouts: Sequence[str] = ()) -> Bundle:
     """Write the report, a build recipe where there are no engines, and the manifest: the folder is a bundle from then on.
 
     The same folder gives the same bytes.
 
     Args:
-        key: an OpenSSH key to sign the manifest with.
+        key: an OpenSSH key to sign the manifest with. layouts: of other runtimes, written beside the graphs.
+    Raises:
+        UsageError: there is no such layout, or its runtime has no place for something of this model. A bundle stays what it was.
     """
     from exporter import device, signature
+    from exporter.layouts._write import made, write
     from exporter.stages import recipe
     from exporter.stages.report import write_report
 
     job = Job.read(work)
     graphs = GraphSet.load(work.graphs)
+    wanted = [made(name, graphs, work.graphs, job.loaded_profile()) for name in layouts]
     _forget(work, MANIFEST, SIGNATURE)
     work.forget_unfinished()
+    for layout in wanted:
+        write(layout, work.graphs)
     write_report(work, job)
     if not (work.engines / "engines.json").is_file():
         recipe.write(work, graphs, job.loaded_profile())

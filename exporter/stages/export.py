@@ -276,7 +276,7 @@ def _bytes(plan: Plan, found: dict[str, dict[str, Source]], embedding: Source) -
 def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -> GraphSet:
     """The description that a runtime needs instead of the plan."""
     g = plan.geometry
-    kv = plan.kv
+    kv, decoder = plan.kv, plan.family.decoder(plan.checkpoint)
     return GraphSet(
         family=plan.family.model_type,
         compute=plan.profile.precision.compute,
@@ -315,7 +315,8 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
             image_token=g.image_token,
             eos=list(g.eos),
             planes=g.planes,
-            longest=plan.family.decoder(plan.checkpoint).longest,
+            longest=decoder.longest,
+            window=decoder.window,
             per_head=[group for group, apart in enumerate(kv.per_head) if apart],
         ),
         signals=signals,
