@@ -195,6 +195,8 @@ class ReportData:
     """Time to first token: all stages up to the first logits."""
     token: Latency | None = None
     """Time per output token."""
+    answer_tokens: int = 0
+    """Tokens of an answer as it was timed; 0: not known."""
     curves: list[Curve] = field(default_factory=list)
     full_accuracy: dict[str, float] = field(default_factory=dict)
     """Unreduced, by kind, in the curves' setting."""

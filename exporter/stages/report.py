@@ -82,6 +82,7 @@ def collect(work: Workspace, job: Job) -> report.ReportData:
             latency=[timed[s] for s in ("vision", "question", "reduce", "prefill") if s in timed],
             ttft=timed.get("ttft"),
             token=timed.get("decode"),
+            answer_tokens=(latency or {}).get("new_tokens", 0),
             curves=_curves(curves),
             full_accuracy=dict((curves or {}).get("full", {})),
             overlays=_overlays(work),

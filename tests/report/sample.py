@@ -103,6 +103,7 @@ def sample(**changes: Any) -> ReportData:
             Latency("prefill", Timing(349.8, 361.2), Timing(58.7, 61.0), NO_GPU, NO_GPU),
         ],
         "ttft": Latency("ttft", Timing(411.9, 424.0), Timing(124.6, 130.2), NO_GPU, NO_GPU),
+        "answer_tokens": 16,
         "token": Latency("token", Timing(12.9, 13.6), Timing(12.4, 13.0), NO_GPU, NO_GPU),
         "curves": [curve(m) for m in SHAPE],
         "full_accuracy": {"cell": 0.982, "count": 0.936, "moved": 0.956},
