@@ -11,7 +11,7 @@ from typing import Any
 
 import exporter
 from exporter.graphset import tokens_in_words
-from exporter.report import charts
+from exporter.report import charts, layers
 from exporter.report._data import Latency, Quality, ReportData, Score, Timing
 from exporter.report.waterfall import waterfalls
 
@@ -68,6 +68,7 @@ def render(data: ReportData) -> str:
         curve_kinds=_unique(kind for c in data.curves for p in c.points for kind in p.accuracy),
         waterfalls=waterfalls(data),
         step_names=[row.stage for row in (*data.latency, data.token) if row is not None],
+        layers=layers,
         ratio=ratio,
         faster=faster,
         gates=gates(data),

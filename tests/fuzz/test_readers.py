@@ -22,7 +22,7 @@ from rich.console import Console
 from safetensors.numpy import save as safetensors
 
 from exporter import baselines, embedded, journal
-from exporter.backends._contract import EngineRecord
+from exporter.backends._contract import EngineRecord, Layer
 from exporter.backends._engine_cache import EngineCache
 from exporter.backends._onnx_file import OnnxFile, external_files
 from exporter.baselines import Baseline, Session, Spread
@@ -36,7 +36,7 @@ from exporter.graphset import GraphSet
 from exporter.job import Job
 from exporter.pipeline import ESTIMATE, refuse_what_does_not_fit
 from exporter.plan import make_plan
-from exporter.report._data import ReportData
+from exporter.report._data import Layers, ReportData
 from exporter.runtime.generate import embedding
 from exporter.runtime.prompt import Prompt
 from exporter.stages import _answers, _recorded, _task
@@ -266,7 +266,8 @@ def _small(name: str) -> bytes:
 
 
 TOKENIZER = {"tokenizer_json": _small("tokenizer.json"), "tokenizer__config_json": _small("tokenizer_config.json")}
-REPORT = asdict(ReportData("t", "c", "llava", "cpu", "ort", "fp32", "here", "now", 5, 4, 2, []))
+LAYERS = Layers("ort", 4, {"vision": [Layer("a/b", "Add", ("a",), "float [1]", "CPU", 0.5)]})
+REPORT = asdict(ReportData("t", "c", "llava", "cpu", "ort", "fp32", "here", "now", 5, 4, 2, [], layers=LAYERS))
 CACHED = {"sha256": "0" * 64, "facts": {"build_s": 1.0}}
 RECORD = {
     "schema": deploy.RECORD_SCHEMA,

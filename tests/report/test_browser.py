@@ -81,6 +81,7 @@ def test_report_in_a_browser(browser: Any, file: Path, scheme: str, width: int) 
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("request", lambda request: fetched.append(request.url))
     page.goto(file.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach((d) => d.open = true)")
 
     assert not wrong
     assert [url for url in fetched if not url.startswith("data:")] == [file.as_uri()]
