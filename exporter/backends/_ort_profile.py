@@ -46,7 +46,7 @@ def _a_round(times: list[float], rounds: int) -> float:
 
 
 def _layer(name: str, args: dict[str, Any], ms: float) -> Layer:
-    first = next(iter(args.get("output_type_shape", [])), {})
+    first: dict[str, Any] = next(iter(args.get("output_type_shape", [])), {})
     output = " ".join(f"{kind} {shape}" for kind, shape in first.items())
     scope = name.rpartition("/")[0]
     return Layer(name, args["op_name"], (scope,) if scope else (), output, args.get("provider", ""), ms)
