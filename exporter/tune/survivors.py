@@ -21,21 +21,26 @@ class Standing:
         return self.time, self.memory_mib, self.drop
 
 
-def survivors(found: Sequence[Standing], most: float | None, count: int) -> list[int]:
+SHARE = 0.75
+"""Of the places, for those that would win as things stand: `python -m benchmarks.survivors`."""
+
+
+def survivors(found: Sequence[Standing], most: float | None, count: int, share: float = SHARE) -> list[int]:
     """Places of `count` candidates to go on with, in order.
 
-    The larger half are those that would win as things stand: with a budget of points the fastest within it, then those nearest to
-    it; without one those that answer best. Answers are few and rooflines bounds, so the others are spread over what is left, front
-    after front, each as far as possible from those that are in.
+    The first are those that would win as things stand: with a budget of points the fastest within it, then those nearest to it;
+    without one those that answer best. Answers are few and rooflines bounds, so the others are spread over what is left, front after
+    front, each as far as possible from those that are in.
 
     Args:
         most: points that may be lost; None: there is no such budget.
+        share: of the places for the first, rounded down, but one.
     Source: of the spread Schmucker et al. 2021, arXiv:2106.12639 (MO-ASHA, its epsilon-net). Differs: it begins beside the likely
         winners, so that the same candidates give the same choice.
     """
     points = [s.point for s in found]
     order = sorted(range(len(found)), key=lambda i: (*_rank(found[i], most), i))
-    taken = order[: max(0, count - count // 2)]
+    taken = order[: max(min(1, count), int(count * share))]
     for layer in layers(points):
         left = [i for i in layer if i not in taken]
         room = count - len(taken)
