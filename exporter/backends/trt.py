@@ -109,8 +109,9 @@ class TensorRT(Backend):
         return EngineRecord(roles, target.name, digest, size, build_s, peak_rss_mib, self.name, details)
 
     def runner(
-        self, engine: Path, threads: int | None = None, repeats: bool = False, graph: Path | None = None
-    ) -> Runner:
+        self, engine: Path, threads: int | None = None, repeats: bool = False, graph: Path | None = None,
+        profiled: bool = False,
+    ) -> Runner:  # fmt: skip
         if missing := self.missing_to_run():
             raise EnvironmentMismatch(f"{engine.name} cannot be run here. {missing}")
         return TensorRtRunner(engine, graph)
