@@ -493,12 +493,14 @@ class _Fitting:
 
     def _summarizes(self, text: str, method: Summarizing, spec: DecoderShape) -> None:
         """Refuse summaries where the language model has no place for them; else they are counted as if they were the visual tokens."""
+        g = self.geometry
         plain = isinstance(spec, DecoderSpec) and bool(spec.inv_freq) and not (spec.mrope_section or any(spec.windows))
-        if not plain or spec.reach or spec.planes:
+        written = [place for place, *_ in g.ids]
+        if not plain or spec.reach or spec.planes or written != sorted(written) or (g.fixed and g.placeholders > 1):
             raise Unfit(
                 f"--reduce {text} does not fit {self.family.model_type}: its summaries are placed among the visual tokens, which takes a "
-                "language model with one rotary position per token that looks back as far as the prompt reaches, and no further tokens or "
-                "vectors from the tower. Choose another reduction.",
+                "language model with one rotary position per token that looks back as far as the prompt reaches, and visual tokens that "
+                "stand in the prompt as the tower gives them. Choose another reduction.",
                 _spec.name(method),
             )
         if any(s.method.sized for s in self.steps if isinstance(s.method, BeforeLLM | InLLM)):

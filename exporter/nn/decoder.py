@@ -197,8 +197,8 @@ class Decoder(nn.Module):
                 continue
             for layer in behind:
                 chooses = layer == evict.start or not evict.shared
-                cut = Evict(spec, layer, evict, present) if chooses else Follow(evict, present)
-                self.evicted[layer] = self._named(name, behind, layer, cut)
+                what = Evict(spec, layer, evict, present) if chooses else Follow(evict, present)
+                self.evicted[layer] = self._named(name, behind, layer, what)
         self.frames: dict[int, Frame] = {}
         for layer in (0,) if prunes else filter(self.layout.first, range(spec.layers)):
             # Prefill has its frame anew behind every cut; in decode what was cut is gone, and positions are the prompt's.

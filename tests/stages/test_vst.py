@@ -172,23 +172,27 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
         Vst("w", RATIO, WINDOW).fit(site)
     with pytest.raises(ReductionError, match="divide `window`; found ratio 8 and window 20"):
         Vst("w", 8, WINDOW).fit(site)
-    for name, make in (("llava", tiny.llava), ("qwen2_5_vl", tiny.qwen2_5_vl), ("gemma3", tiny.gemma3)):
+    for name, make in (
+        ("llava", tiny.llava),
+        ("qwen2_5_vl", tiny.qwen2_5_vl),
+        ("gemma3", tiny.gemma3),
+        ("llava_next", tiny.llava_next),
+    ):
         make(tmp_path / name)
-    for family in ("qwen2_5_vl", "gemma3"):
-        size = (140, 112) if family == "qwen2_5_vl" else None
+    for family, size in (("qwen2_5_vl", (140, 112)), ("gemma3", None), ("llava_next", (112, 56))):
         with pytest.raises(UsageError, match="one rotary position per token that looks back as far as the prompt"):
             tiny.unchecked(tmp_path / family, ("vst:weights=w,ratio=2,window=4",), Request(1, size))
     for other in ("fastv:layer=1,keep=4", "lookm:keep=4"):
         with pytest.raises(UsageError, match="Give one of the two"):
             tiny.unchecked(tmp_path / "llava", ("vst:weights=w", other))
     with pytest.raises(UsageError, match="how many tokens each one stands for"):
-        tiny.unchecked(tmp_path / "llava", ("prumerge:keep=8", "vst:weights=w"))
+        tiny.unchecked(tmp_path / "llava", ("restore:keep=8,attention=on+divprune", "vst:weights=w"))
 
 
 @needs_rtx
 def test_tensorrt_rtx_builds_it(tmp_path: Path) -> None:
     tiny.llava(tmp_path / "model")
     spec = spec_of(tmp_path / "model", 1, 2, 6)
-    work = Workspace(tmp_path / "out")
+    work = Workspace(tmp_path)
     run_export(Job(str(tmp_path / "model"), (spec,), "rtx_int4"), work)
     assert {Path(r.file).stem for r in run_build(work)} == {"vision", "reduce", "prefill", "decode"}
