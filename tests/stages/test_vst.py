@@ -18,7 +18,8 @@ from exporter.errors import UsageError
 from exporter.families._contract import Request
 from exporter.job import Job
 from exporter.pipeline import run_build, run_export
-from exporter.stages.export import export
+from exporter.stages import _calibrate
+from exporter.stages.export import build_modules, export
 from exporter.workspace import Workspace
 from graphs._contract import ReductionError, Site
 from graphs.vst import Vst
@@ -187,6 +188,13 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
             tiny.unchecked(tmp_path / "llava", ("vst:weights=w", other))
     with pytest.raises(UsageError, match="how many tokens each one stands for"):
         tiny.unchecked(tmp_path / "llava", ("restore:keep=8,attention=on+divprune", "vst:weights=w"))
+
+
+def test_layers_cannot_be_watched(tmp_path: Path) -> None:
+    tiny.llava(tmp_path)
+    plan = Job(str(tmp_path), (spec_of(tmp_path, 1, 2, 6),), "cpu_int4", quantizer="awq").plan()
+    with pytest.raises(UsageError, match="vst runs them with projections of its own. Choose --quantizer rtn"):
+        _calibrate.check(plan, build_modules(plan))
 
 
 @needs_rtx
