@@ -193,7 +193,7 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
 def test_layers_cannot_be_watched(tmp_path: Path) -> None:
     tiny.llava(tmp_path)
     plan = Job(str(tmp_path), (spec_of(tmp_path, 1, 2, 6),), "cpu_int4", quantizer="awq").plan()
-    with pytest.raises(UsageError, match="vst runs them with projections of its own. Choose --quantizer rtn"):
+    with pytest.raises(UsageError, match=r"vst runs them with projections of its own\. Choose --quantizer rtn"):
         _calibrate.check(plan, build_modules(plan))
 
 
