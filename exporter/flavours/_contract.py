@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-CAPACITY = "capacity"
-"""How the name of an axis begins along which an input may be longer than what it holds."""
+LAST, PLACES, LENGTH, TOTAL = "last", "places", "length_", "total_"
+"""Inputs of a graph that appends to its cache in place, see `exporter.flavours.ort`; the latter two before a KV group's name."""
 
 
 class Refused(Exception):
@@ -17,7 +17,7 @@ class Refused(Exception):
 
 
 class Flavour(ABC):
-    """Rewrites graphs, which keep their inputs, outputs and results.
+    """Rewrites graphs. Run by the backend's runner, they take and give what the plain ones do.
 
     The module's docstring says what the pass requires of the plain graphs and what it ensures of the new ones.
     """
