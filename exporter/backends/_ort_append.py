@@ -48,7 +48,8 @@ class Appending:
         self.outputs = ("logits", *self._present.values(), *("present" + name[4:] for name in self._groups))
         self._shape = 0, 0
         self._new: dict[str, Array] = {}
-        self._memories: dict[str, Any] = {}
+        self._newest: dict[str, Held] = {}
+        self._room = 0
         self._real: dict[str, tuple[Array, Array]] = {}
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +65,7 @@ class Appending:
         for name, axes in self._axes.items():
             value = self._checked(name, feeds[name])
             new[name][...] = value if rank is None else _sorted(value, rank, axes.index("seq"))
-        real = (order < PAD).sum(axis=1)
+        real = order[:, 0] < PAD if rank is None else (order < PAD).sum(axis=1)
         if rank is not None:
             order = _sorted(order, rank, 1)
             np.maximum(real - 1, 0, out=new[LAST][:, 0])
@@ -79,10 +80,11 @@ class Appending:
             present = np.concatenate([past, order], axis=1)
             self._real[name] = present, before + real
             found["present" + name[4:]] = present
-        held = {name: self._bound(name, feeds[name], seq) for name in self._present}
+        if self._room < seq or any(feeds[n] is not h or h.memory.used != h.length for n, h in self._newest.items()):
+            self._bind_cache(feeds, seq)
         self._session.run_with_iobinding(self._binding)
-        for name, present in self._present.items():
-            found[present] = held[name].grown(seq)
+        self._newest, self._room = {name: held.grown(seq) for name, held in self._newest.items()}, self._room - seq
+        found.update((self._present[name], held) for name, held in self._newest.items())
         found["logits"] = new["logits"].copy()
         return found
 
@@ -103,14 +105,17 @@ class Appending:
         self._binding.bind_ortvalue_output("logits", self._make(self._new["logits"]))
         self._shape = batch, seq
 
-    def _bound(self, name: str, past: Any, tokens: int) -> Held:
-        """A key or value with room for new tokens, bound as past and as present."""
-        held = Held.with_room(past if isinstance(past, Held) else self._checked(name, past), tokens, self._make)
-        if self._memories.get(name) is not held.memory:
-            self._memories[name] = held.memory
-            self._binding.bind_ortvalue_input(name, held.value)
-            self._binding.bind_ortvalue_output(self._present[name], held.value)
-        return held
+    def _bind_cache(self, feeds: Mapping[str, Any], tokens: int) -> None:
+        """Bind keys and values with room for new tokens, each as past and as present."""
+        self._room = 0
+        for name, present in self._present.items():
+            past = feeds[name]
+            held = Held.with_room(past if isinstance(past, Held) else self._checked(name, past), tokens, self._make)
+            if name not in self._newest or self._newest[name].memory is not held.memory:
+                self._binding.bind_ortvalue_input(name, held.value)
+                self._binding.bind_ortvalue_output(present, held.value)
+            self._newest[name] = held
+        self._room = min(held.room for held in self._newest.values())
 
     def _checked(self, name: str, value: Any) -> Array:
         """A value on the host, in the type that the graph takes; a mistake would otherwise be cast, or broadcast."""
