@@ -140,5 +140,6 @@ class Appending:
 
 def _sorted(value: Array, rank: Array, axis: int) -> Array:
     """Tokens of every row by rank [batch, seq]; those of a value lie along `axis`, its rows along the one before."""
-    found: Array = value[(*[slice(None)] * (axis - 1), np.arange(len(rank))[:, None], rank)]
+    index: tuple[Any, ...] = (*[slice(None)] * (axis - 1), np.arange(len(rank))[:, None], rank)
+    found: Array = value[index]
     return found

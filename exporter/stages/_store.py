@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,7 @@ class WeightFile:
         for value in symbolic(model):
             self._split(model, value)
         values = symbolic(model)
-        for value, following in zip(values, [*values[1:], None], strict=True):
+        for value, following in zip_longest(values, values[1:]):
             assert value.name is not None
             if following is not None and not self._file.keeps:
                 self.sources[following.name or ""].expect(self.checkpoint)
