@@ -75,7 +75,7 @@ def origins(plan: Plan, modules: Modules) -> dict[str, dict[str, Source]]:
     """Weight file → parameter name → where it comes from: the checkpoint, the CLIP checkpoint, a method's own file."""
     found = {"vision": sources(modules.vision, "vision"), "llm": sources(modules.decode, "text")}
     found["reduce"] = trained(plan, "before_llm", "{}") | trained(plan, "projector", "{}")
-    found["llm"] |= trained(plan, "in_llm", "{}_trained")
+    found["llm"] |= trained(plan, "in_llm", "{}_trained") | trained(plan, "in_cache", "{}_trained")
     if modules.reduce.projector is not None:
         found["reduce"] |= {f"projector.{k}": v for k, v in sources(modules.reduce.projector, "projector").items()}
     if plan.request.clip is not None and "aligned" in plan.taps:
