@@ -5,6 +5,9 @@
 The engine is ONNX Runtime on the exported graphs. Against PyTorch in FP32 with the same reduction: Kullback-Leibler divergence of
 what is said first (nats), how often the same answer is best, perplexity of the right answer's first token, and right answers.
 Questions are on held-out digits, calibration is on digits that training has seen.
+
+`--kv` measures an INT8 cache instead, with float weights: prompts are run in chunks, so that all but the first read what those before
+have left there. A prefill graph of its own runs whole and reads no cache, so reductions inside the language model are left out.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ from exporter.workspace import Workspace
 
 BLOCKS = (64, 32)
 """128 divides no matrix of this model."""
+CHUNK = 8
+"""Tokens of a prompt at once, where the cache is measured."""
 REDUCTIONS = (
     "",
     "visionzip:keep=32,cls=off,position=keep",
@@ -64,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--per-kind", type=int, default=200, help="questions of each kind")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--kv", action="store_true", help="an INT8 cache instead of INT4 weights")
     parser.add_argument("--results", type=Path, default=_common.RESULTS, help="folder of the JSON record")
     args = parser.parse_args()
     _common.quiet()
@@ -72,12 +78,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     questions = _task.embedded(1, args.per_kind)
     scores: list[Score] = []
+    measure = of_cache if args.kv else of_reduction
     for specs in REDUCTIONS:
-        scores += of_reduction(specs, questions, args.threads)
+        scores += measure(specs, questions, args.threads)
     entry = {
         "benchmark": "quantize",
-        "command": f"python -m benchmarks.quantize --per-kind {args.per_kind} --threads {args.threads}",
-        "precision": "int4",
+        "command": f"python -m benchmarks.quantize --per-kind {args.per_kind} --threads {args.threads}"
+        + " --kv" * args.kv,
+        "precision": "kv_int8" if args.kv else "int4",
         "machine": device.machine(),
         "versions": device.versions(),
         "questions": len(questions),
@@ -109,15 +117,37 @@ def of_reduction(specs: str, questions: Sequence[_task.Question], threads: int) 
     return found
 
 
+def of_cache(specs: str, questions: Sequence[_task.Question], threads: int) -> list[Score]:
+    """FP32 first, then with an INT8 cache."""
+    plan = Job(EMBEDDED, tuple(filter(None, [specs])), "cpu_fp32", kv="int8").plan()
+    if plan.separate_prefill:
+        return []
+    prompt = prompt_of(plan)
+    truth = [prompt.tokenizer.encode(q.answer, add_special_tokens=False).ids[0] for q in questions]
+    _common.say(specs or "unreduced")
+    expected = first_logits(Generator(*reference(plan)), prompt, questions)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        logits = first_logits(exported(plan, folder, threads, stack, CHUNK), prompt, questions)
+    return [
+        score(specs, name, 0, expected, found, truth, questions)
+        for name, found in (("fp32", expected), ("fp32, INT8 cache", logits))
+    ]
+
+
 def engine(plan: Plan, name: str, block: int, folder: Path, threads: int, stack: ExitStack) -> Generator:
     precision = replace(plan.profile.precision, quantizer=name, blocks=(block,))
     plan = replace(plan, profile=replace(plan.profile, precision=precision))
+    return exported(plan, folder, threads, stack)
+
+
+def exported(plan: Plan, folder: Path, threads: int, stack: ExitStack, chunk: int | None = None) -> Generator:
     data = _task.for_calibration(1) if _calibrate.wanted(plan) else ()
     work = Workspace(folder)
     work.graphs.mkdir()
     export(plan, work.graphs, calibration=data)
     runners, graphs, table, _ = stack.enter_context(open_runners(folder, plan.profile, threads))
-    return Generator(runners, graphs, table)
+    return Generator(runners, graphs, table, chunk)
 
 
 def first_logits(

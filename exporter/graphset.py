@@ -30,6 +30,9 @@ Where the tower gives vectors for several decoder layers (DeepStack), they stand
 Where merged tokens shall count as many times as they have parts, `reduce` returns `visual_size` too, and the language
 model takes `size` float32 [batch, seq] and `past_size_g` and returns `present_size_g`, as with `order`.
 
+Where the cache is INT8, `past_key_i` and `past_value_i` are int8, and a KV group has `past_scale_g` [batch, rows, past, 1] too: a
+float per token and head for the keys of its first layer, for the values of that, and so on (`exporter.nn.cache`).
+
 Where a reduction goes on while decoding, prefill and decode also return `attention_row`, `shares`, `present_starts` (and
 `wanted`, `present_state`), see `exporter.nn.cuts.Watch`; a graph `shorten_n` per bucket takes that row, `kept` and the
 `past_*` of the last KV group, and returns them as `kept_now` and `present_*`.
@@ -176,6 +179,8 @@ class TextSpec:
 
     longest: int = 0
     """Tokens of a conversation that there are positions for, visual ones as in the prompt; 0 where nothing ends."""
+    window: int = 0
+    """How many tokens the layer with the shortest sliding window looks back; 0 where all look back to the start."""
 
     @property
     def width(self) -> int:
@@ -209,6 +214,8 @@ class GraphSet:
     """Where the cache is cut while decoding: [answer tokens run, visual tokens that stay in its last KV group]."""
     state: int = 0
     """Width of `past_state`; 0 where there is none."""
+    kv: Literal["none", "int8"] = "none"
+    """Keys and values in the cache: floats, or integers and their scales."""
     guided: bool = False
     """Whether a reduction inside the language model keeps other tokens for another question."""
     for_prefill: list[str] = field(default_factory=list)
@@ -237,6 +244,21 @@ class GraphSet:
     def reads_text(self) -> bool:
         """Whether `reduce` keeps other tokens for another question."""
         return bool(self.side.keys() & {"text", "text_mask", "aligned_text", "instruction_ids"})
+
+    def cache(self) -> dict[str, tuple[int, tuple[int | None, ...]]]:
+        """What a conversation holds of every token: `past_*` input of the decode graph → its KV group, and its shape behind the batch
+        axis, where None is the axis of tokens."""
+        text, found = self.text, dict[str, tuple[int, tuple[int | None, ...]]]()
+        for layer, group in enumerate(text.groups):
+            for kind in ("key", "value"):
+                found[f"past_{kind}_{layer}"] = group, (text.kv_heads, None, text.head_dim)
+        for group in range(len(text.kept)):
+            if self.kv == "int8":
+                found[f"past_scale_{group}"] = group, (2 * text.groups.count(group) * text.kv_heads, None, 1)
+            for kind in ("order", "size") if self.sized else ("order",):
+                heads = (text.kv_heads,) if group in text.per_head else ()
+                found[f"past_{kind}_{group}"] = group, (*heads, None)
+        return found
 
     def roles(self) -> dict[str, tuple[str, ...]]:
         """File name → the roles it plays, both in the order in which they run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from exporter._typed import typed
 from exporter.errors import ExportError, UsageError
@@ -42,8 +42,8 @@ class Job:
     """What the user asked for; written to job.json so that every verb can go on from the folder alone.
 
     checkpoint: as typed. profile: a name or a path. image_size: height, width or None. clip: the CLIP checkpoint that
-    the model's tower came from, as typed, or None. quantizer: in place of the profile's. calibration: a file of questions for it;
-    None: some of the embedded set's kind.
+    the model's tower came from, as typed, or None. quantizer, kv: in place of the profile's. calibration: a file of questions for
+    the quantizer; None: some of the embedded set's kind.
     """
 
     checkpoint: str
@@ -54,6 +54,7 @@ class Job:
     clip: str | None = None
     quantizer: str | None = None
     calibration: str | None = None
+    kv: Literal["none", "int8"] | None = None
     folder: Path | None = field(default=None, compare=False)
     """The output folder that it was read from. A profile of the user's own lies there too, and travels with the bundle."""
 
@@ -80,10 +81,20 @@ class Job:
             check_weights(plan)
         return plan
 
+    def words(self) -> list[str]:
+        """As typed behind `edgetrim run`, without the output folder."""
+        size = None if self.image_size is None else "x".join(map(str, self.image_size))
+        given = [("--reduce", spec) for spec in self.reductions] + [
+            ("--profile", self.profile), ("--frames", str(self.frames) if self.frames > 1 else None), ("--image-size", size),
+            ("--clip-model", self.clip), ("--quantizer", self.quantizer), ("--calibration", self.calibration),
+        ]  # fmt: skip
+        return [self.checkpoint, *(word for name, value in given if value is not None for word in (name, value))]
+
     def loaded_profile(self) -> Profile:
         """Raises as `_schema.load`. A profile of the user's own is read from the output folder, once there is one."""
         profile = _schema.load(self._profile_file if _schema.is_path(self.profile) else self.profile)
-        return profile if self.quantizer is None else _schema.with_quantizer(profile, self.quantizer)
+        profile = profile if self.quantizer is None else _schema.with_quantizer(profile, self.quantizer)
+        return profile if self.kv is None else _schema.with_kv(profile, self.kv)
 
     @property
     def _profile_file(self) -> Path:

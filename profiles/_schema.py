@@ -77,7 +77,8 @@ class Precision:
 
     blocks: weights that share a scale, in order of preference; the first that divides a matrix's input axis is taken.
     quantizer: a name from exporter/quantize, which chooses the integers. error_max: a matrix whose output would change by more than
-    this, squared and relative, stays as it is; None: none does. islands: "auto" makes tensors that come near float16's end on
+    this, squared and relative, stays as it is; None: none does. kv: "int8" keeps keys and values in the cache as integers with a scale
+    per token and head. islands: "auto" makes tensors that come near float16's end on
     calibration data float32, with the nodes around them; goes with compute = "fp16".
     """
 
@@ -86,6 +87,7 @@ class Precision:
     blocks: tuple[int, ...] = ()
     quantizer: str = "rtn"
     error_max: float | None = field(default=None, metadata={"low": 0.0, "high": 1.0})
+    kv: Literal["none", "int8"] = "none"
     islands: Literal["none", "auto"] = "none"
 
 
@@ -239,6 +241,11 @@ def with_quantizer(profile: Profile, name: str) -> Profile:
             "`edgetrim list profiles`."
         )
     return replace(profile, precision=replace(profile.precision, quantizer=name))
+
+
+def with_kv(profile: Profile, kv: Literal["none", "int8"]) -> Profile:
+    """The profile with another type of keys and values in the cache."""
+    return replace(profile, precision=replace(profile.precision, kv=kv))
 
 
 def _read(path: Path) -> Profile:

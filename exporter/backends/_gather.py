@@ -12,7 +12,7 @@ import numpy as np
 
 IR_VERSION, OPSET = 10, 21
 TYPES = {
-    "tensor(float)": 1, "tensor(int32)": 6, "tensor(int64)": 7, "tensor(bool)": 9, "tensor(float16)": 10,
+    "tensor(float)": 1, "tensor(int8)": 3, "tensor(int32)": 6, "tensor(int64)": 7, "tensor(bool)": 9, "tensor(float16)": 10,
     "tensor(double)": 11,
 }  # fmt: skip
 """ONNX Runtime's name of a type → TensorProto.DataType."""

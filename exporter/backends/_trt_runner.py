@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from exporter.backends import _engine_cache, _plugins, _trt_module
-from exporter.backends._contract import Array, Runner
+from exporter.backends import _engine_cache, _plugins, _trt_layers, _trt_module
+from exporter.backends._contract import Array, Layer, Runner
 from exporter.backends._cuda import CudaError
 from exporter.backends._device_memory import Device, DeviceArray
 from exporter.backends._engine_cache import EngineCache
@@ -62,8 +62,8 @@ class TensorRtRunner(Runner):
     """Runs one engine on the GPU.
 
     Device values are `DeviceArray`s; all TensorRT runners of a process share one GPU, stream and pool of memory. Prefill and
-    decode of one engine are one runner: whichever optimization profile takes the shapes is used, and switching happens only
-    when the present one does not.
+    decode of one engine are one runner: the smallest optimization profile that takes the shapes is used, so it is switched once
+    for an answer.
 
     `run`, whose shapes repeat, is recorded as a CUDA graph when it comes a second time with the same shapes at the same
     addresses, and replayed from then on. `grow` is not: a cache has another length at every step.
@@ -148,12 +148,11 @@ class TensorRtRunner(Runner):
     def gather(self, value: Any, rows: npt.NDArray[np.int64]) -> Any:
         return self._device.rows(value, rows) if isinstance(value, DeviceArray) else value[rows]
 
-    def layers(self) -> str:
-        """JSON of what the engine became, in TensorRT's own form: {"Layers": [...], "Bindings": [...]}."""
+    def layers(self, rounds: int = 1) -> Sequence[Layer]:
+        """As TensorRT's inspector tells them, without times."""
         self._loaded()
         inspector = self._engine.create_engine_inspector()
-        text: str = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
-        return text
+        return _trt_layers.layers(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     def _run(self, feeds: Mapping[str, Any], grown: Mapping[str, str] | None = None) -> dict[str, Any]:
         """grown: output → the input that it continues; None: shapes repeat."""
@@ -174,9 +173,9 @@ class TensorRtRunner(Runner):
         return found
 
     def _room(self, present: Shape, past: str) -> Shape:
-        """The shape of a cache that is as long as the engine takes it, and one step more."""
+        """The shape of a cache that is as long as the engine takes it; what is longer still cannot go on."""
         axes = zip(self._shapes[past], present, self._longest[past], strict=True)
-        return tuple(now if now == before else longest + self._step for before, now, longest in axes)
+        return tuple(now if now == before else max(now, longest) for before, now, longest in axes)
 
     def _given(self, name: str, value: Any) -> DeviceArray:
         wanted = self._inputs[name]
@@ -199,13 +198,13 @@ class TensorRtRunner(Runner):
         self._shapes = shapes
 
     def _choose(self, shapes: Shapes) -> None:
-        """Stay with the optimization profile if it takes the shapes, else take the smallest that does."""
-        if self._bounds[self._profile].takes(shapes):
-            return
+        """Take the smallest optimization profile that takes the shapes: the turns of a conversation could decode too."""
         fitting = [i for i, bounds in enumerate(self._bounds) if bounds.takes(shapes)]
         if not fitting:
             raise UsageError(self._too_large(shapes))
         profile = min(fitting, key=lambda i: self._bounds[i].size())
+        if profile == self._profile:
+            return
         if not self._context.set_optimization_profile_async(profile, self._device.cuda.stream):
             raise self._failed(f"does not switch to optimization profile {profile}")
         self._profile = profile

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import click
 from click.shell_completion import CompletionItem
@@ -241,6 +241,14 @@ def quantizer_options(function: F) -> F:
     )(function)  # fmt: skip
 
 
+def kv_option(function: F) -> F:
+    """--kv → "none", "int8" or None."""
+    return click.option(
+        "--kv", type=click.Choice(["none", "int8"]),
+        help="Keys and values in the cache: as they are, or INT8 with a scale per token and head. Default: the profile's.",
+    )(function)  # fmt: skip
+
+
 def seed_option(function: F) -> F:
     """--seed → int."""
     return click.option(
@@ -282,16 +290,16 @@ def job_options(function: F) -> F:
     @functools.wraps(function)
     def with_job(
         checkpoint: str, reductions: tuple[str, ...], profile: str, frames: int, image_size: tuple[int, int] | None,
-        clip: str | None, quantizer: str | None, calibration: str | None, **others: Any,
+        clip: str | None, quantizer: str | None, calibration: str | None, kv: Literal["none", "int8"] | None, **others: Any,
     ) -> Any:  # fmt: skip
         from exporter.job import Job
 
-        job = Job(checkpoint, reductions, profile, frames, image_size, clip, quantizer, calibration)
+        job = Job(checkpoint, reductions, profile, frames, image_size, clip, quantizer, calibration, kv)
         return function(job=job, **others)
 
     options: tuple[Callable[[Any], Any], ...] = (
         checkpoint_argument(required=False), reduce_option, profile_option(), frames_option, image_size_option,
-        clip_model_option, quantizer_options,
+        clip_model_option, quantizer_options, kv_option,
     )  # fmt: skip
     for option in reversed(options):
         with_job = option(with_job)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @options.frames_option
 @options.image_size_option
 @options.clip_model_option
+@options.kv_option
 @click.option("--text", type=click.IntRange(1), metavar="N", help="Prompt tokens besides the visual ones. Default: 64.")
 @click.option("--new-tokens", type=click.IntRange(1), metavar="N", help="Tokens of the answer. Default: 64.")
 @click.option("--power-mode", metavar="MODE", help="Power mode of the device. Default: the profile's.")
@@ -42,6 +43,7 @@ def command(
     frames: int,
     image_size: tuple[int, int] | None,
     clip: str | None,
+    kv: Literal["none", "int8"] | None,
     text: int | None,
     new_tokens: int | None,
     power_mode: str | None,
@@ -60,7 +62,7 @@ def command(
     from exporter.errors import EnvironmentMismatch
 
     out = Output(as_json)
-    jobs = _jobs(checkpoint, reductions, profiles, frames, image_size, clip)
+    jobs = _jobs(checkpoint, reductions, profiles, frames, image_size, clip, kv)
     other = None if accounting is None else _accounting(accounting)
     found: list[tuple[Plan, Estimate, Estimate | None]] = []
     with out.stage("estimate") as log:
@@ -101,7 +103,7 @@ def command(
 
 def _jobs(
     checkpoint: str, reductions: tuple[str, ...], profiles: tuple[str, ...], frames: int,
-    image_size: tuple[int, int] | None, clip: str | None,
+    image_size: tuple[int, int] | None, clip: str | None, kv: Literal["none", "int8"] | None,
 ) -> list[Job]:  # fmt: skip
     """One per profile."""
     from dataclasses import replace
@@ -116,10 +118,10 @@ def _jobs(
             raise UsageError(
                 f"{checkpoint} is an output folder, whose reductions and input are settled. Pass its checkpoint instead: {job.checkpoint}"
             )
-        return [replace(job, profile=profile) for profile in profiles or (job.profile,)]
+        return [replace(job, profile=profile, kv=kv or job.kv) for profile in profiles or (job.profile,)]
     if not profiles:
         raise UsageError("Which device? Pass --profile, once or more. `edgetrim list profiles` shows them.")
-    return [Job(checkpoint, reductions, profile, frames, image_size, clip) for profile in profiles]
+    return [Job(checkpoint, reductions, profile, frames, image_size, clip, kv=kv) for profile in profiles]
 
 
 def _headline(job: Job, plan: Plan, estimate: Estimate) -> str:
@@ -159,8 +161,8 @@ def _single(estimate: Estimate, bare: Estimate | None) -> list[RenderableType]:
         (e.name, gib(e.weight_bytes), gib(e.activation_bytes), None if e.build_bytes is None else gib(e.build_bytes))
         for e in estimate.engines
     ]
-    cache = gib(estimate.cache_bytes)
-    held += [("keys and values", "", cache, ""), ("the same, behind a step", "", cache, "")]
+    behind = estimate.held_bytes - estimate.cache_bytes
+    held += [("keys and values", "", gib(estimate.cache_bytes), ""), ("the same, behind a step", "", gib(behind), "")]
     total = f"{gib(estimate.need_bytes)} GiB" + (
         f" of {gib(estimate.have_bytes)}" if estimate.have_bytes is not None else ""
     )

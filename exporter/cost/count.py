@@ -64,7 +64,8 @@ def count(plan: Plan, load: Load, most: Load) -> Work:
                 Engine(name, tuple(roles), sum(weights.values()), max(found.peak(out) for found, out in runs),
                        *max(((n, b) for n, b in weights.items()), key=lambda item: item[1], default=("", 0)))
             )  # fmt: skip
-    return Work(stages, tuple(engines))
+    held_by = [held for name, held in _decoded(plan, modules, most, dtype).items() if name.startswith("past_")]
+    return Work(stages, tuple(engines), tuple(t.nbytes for t in held_by))
 
 
 def _distinct(modules: Modules) -> list[nn.Module]:
@@ -74,7 +75,7 @@ def _distinct(modules: Modules) -> list[nn.Module]:
 
 def _stages(plan: Plan, modules: Modules, load: Load, dtype: torch.dtype) -> dict[str, tuple[Counting, Any]]:
     """Stage → what was counted, and its outputs."""
-    precision, kv = plan.profile.precision, plan.kv
+    precision = plan.profile.precision
     done: dict[str, tuple[Counting, Any]] = {}
 
     def run(name: str, module: nn.Module, call: Callable[[], Any], quantised: bool = False) -> Any:
@@ -95,14 +96,19 @@ def _stages(plan: Plan, modules: Modules, load: Load, dtype: torch.dtype) -> dic
     taken: Inputs = {name: ((*value.shape,), value.dtype) for name, value in signals.items() if name in plan.for_reduce}
     given = _empty(reduce_inputs(plan, taken, dtype), sizes)
     run("reduce", modules.reduce, lambda: modules.reduce(*given.values()))
-    for role, module, seq, past in (
-        ("prefill", modules.prefill, plan.kept + load.text, None),
-        ("decode", modules.decode, 1, load.text + load.generated),
-    ):
-        lengths = {name: 0 if past is None else kept + past for name, kept in zip(kv.lengths, kv.kept, strict=True)}
-        values = _empty(llm_inputs(plan, module, dtype), sizes | {"seq": seq} | lengths)
-        run(role, module, lambda module=module, values=values: call_llm(module, values), True)  # type: ignore[misc]
+    nothing = dict.fromkeys(plan.kv.lengths, 0)
+    prompt = _empty(llm_inputs(plan, modules.prefill, dtype), sizes | {"seq": plan.kept + load.text} | nothing)
+    run("prefill", modules.prefill, lambda: call_llm(modules.prefill, prompt), True)
+    step = _decoded(plan, modules, load, dtype)
+    run("decode", modules.decode, lambda: call_llm(modules.decode, step), True)
     return done
+
+
+def _decoded(plan: Plan, modules: Modules, load: Load, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a decode step takes behind so many tokens."""
+    past, kv = load.text + load.generated, plan.kv
+    lengths = {name: kept + past for name, kept in zip(kv.lengths, kv.kept, strict=True)}
+    return _empty(llm_inputs(plan, modules.decode, dtype), {"batch": load.batch, "seq": 1} | lengths)
 
 
 def _empty(inputs: Inputs, sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -117,7 +123,8 @@ class Counting(TorchDispatchMode):
 
     A product of two activations makes scores, as in queries · keys, or uses them, as in scores · values. Scores are told apart, as
     fused attention never writes them: what a product of activations makes is scores, and so is what is made of them by operators
-    that keep their size.
+    that keep their size. Likewise floats that are made of integers, as keys and values of an INT8 cache are: what reads them reads
+    the integers.
     """
 
     def __init__(self, module: nn.Module, precision: Precision, dtype: torch.dtype) -> None:
@@ -128,8 +135,11 @@ class Counting(TorchDispatchMode):
         self._parameters = dict(module.named_parameters())
         self._precision, self._dtype = precision, dtype
         self._scores: dict[int, StorageWeakRef] = {}
+        self._each: dict[int, tuple[StorageWeakRef, float]] = {}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._gone: list[StorageWeakRef] = []  # as long as they are referred to, nothing else is known by their numbers
         self._held: list[dict[int, int]] = []
+        self._met: list[StorageWeakRef] = []  # as long as they are here, no address stands for two storages
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -143,12 +153,16 @@ class Counting(TorchDispatchMode):
         elif any(_storage(t) in self._scores for t in taken):
             largest = max(t.numel() for t in taken if _storage(t) in self._scores)
             self._mark(t for t in made if t.numel() >= largest)
+        else:
+            self._narrow(taken, made)
         for tensor in made:
             key = _storage(tensor)
             if key not in self._of_storage and key not in self._alive:
                 storage = tensor.untyped_storage()
                 self._alive[key] = StorageWeakRef(storage), storage.nbytes()
+                self._met.append(self._alive[key][0])
         if flops is not None:
+            self._gone += [ref for ref, _ in self._alive.values() if ref.expired()]
             self._alive = {k: v for k, v in self._alive.items() if not v[0].expired()}
             self._held.append({k: size for k, (_, size) in self._alive.items() if k not in self._scores})
         return out
@@ -167,7 +181,22 @@ class Counting(TorchDispatchMode):
             scores = made
         moved = [t for t in (*taken, *made) if _storage(t) not in self._of_storage and not any(t is s for s in scores)]
         weight_bytes = sum(self.stored(name) for name in set(weights))
-        self.found[Operator(kind, flops, weight_bytes, _bytes(moved), _bytes(scores))] += 1
+        moved_bytes = round(sum(t.numel() * self._bytes_each(t) for t in moved))
+        self.found[Operator(kind, flops, weight_bytes, moved_bytes, _bytes(scores))] += 1
+
+    def _narrow(self, taken: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+        """Note how many bytes an element is read from, where floats are made of integers."""
+        of = [t for t in taken if t.dtype == torch.int8 or _storage(t) in self._each]
+        least = max((t.numel() for t in of), default=0)
+        for t in made:
+            if least and t.is_floating_point() and t.numel() >= least and _storage(t) not in self._each:
+                read = sum(s.numel() * self._bytes_each(s) for s in taken)
+                self._each[_storage(t)] = StorageWeakRef(t.untyped_storage()), read / t.numel()
+
+    def _bytes_each(self, tensor: Tensor) -> float:
+        """Bytes of memory that an element stands for."""
+        found = self._each.get(_storage(tensor))
+        return tensor.dtype.itemsize if found is None else found[1]
 
     def _mark(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:

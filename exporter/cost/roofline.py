@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from exporter.cost.formulas import cache_bytes
 from exporter.cost.work import Engine, Stage, Work
 from exporter.errors import EnvironmentMismatch, UsageError
+from exporter.stages.build import backend_for
 from profiles._schema import Limits, Memory, Profile
 
 if TYPE_CHECKING:
@@ -86,8 +86,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Estimate:
-    """cache_bytes: keys and values at the profile's limits, of the whole batch; a step holds them twice, before and behind it.
-    table_bytes: the embedding table, a file that is mapped, not loaded. need_bytes: weights, activations and the cache, twice.
+    """cache_bytes: keys, values and the tokens' places at the profile's limits, of the whole batch; held_bytes: what they take while
+    it runs (`Backend.holds`). table_bytes: the embedding table, a file that is mapped, not loaded. need_bytes: weights, activations
+    and what is held of the cache.
     have_bytes: the device's memory, None where it is not known. refusals: why it cannot run; warnings: what has to be done.
     """
 
@@ -102,6 +103,7 @@ class Estimate:
     answer_j: float | None
     engines: tuple[EngineMemory, ...]
     cache_bytes: int
+    held_bytes: int
     table_bytes: int
     need_bytes: int
     have_bytes: int | None
@@ -161,7 +163,7 @@ def work_of(plan: Plan, profile: Profile, use: Use) -> Work:
 def against(plan: Plan, work: Work, use: Use) -> Estimate:
     """The work of `plan`, set against its profile."""
     profile = plan.profile
-    memory, limits = profile.memory, profile.limits
+    memory = profile.memory
     stages = tuple(_time(stage, profile) for stage in work.stages if stage.operators)
     by_name = {stage.name: stage for stage in stages}
     first = _sum([s.ms for s in stages if s.name in FIRST])
@@ -169,9 +171,8 @@ def against(plan: Plan, work: Work, use: Use) -> Estimate:
     engines = tuple(_memory(engine, profile) for engine in work.engines if engine.weight_bytes)
     spec = plan.family.decoder(plan.checkpoint)
     each = 4 if profile.precision.compute == "fp32" else 2
-    behind = [kept + limits.text + limits.new_tokens for kept in plan.kv.cached]
-    cache = limits.batch * cache_bytes(spec, behind, each)
-    need = sum(e.weight_bytes + e.activation_bytes for e in engines) + 2 * cache
+    held = backend_for(profile).holds(work.cache)
+    need = sum(e.weight_bytes + e.activation_bytes for e in engines) + held
     have = memory.usable_mib or memory.total_mib
     widest = max(work.engines, key=lambda engine: engine.largest_bytes)
     largest = Block(
@@ -179,7 +180,7 @@ def against(plan: Plan, work: Work, use: Use) -> Estimate:
     )
     found = Estimate(
         profile.name, profile.device.title, profile.mode_name, use, plan.kept, stages, first, answer,
-        _energy(answer, profile), engines, cache, spec.vocab * spec.hidden * each, need, None if have is None else have * 2**20,
+        _energy(answer, profile), engines, sum(work.cache), held, spec.vocab * spec.hidden * each, need, None if have is None else have * 2**20,
         largest, (), (),
     )  # fmt: skip
     return replace(found, refusals=tuple(_refusals(found)), warnings=tuple(_warnings(found, profile)))
@@ -245,7 +246,7 @@ def _refusals(found: Estimate) -> list[str]:
         hint = "Keep fewer visual tokens, or lower `text`, `new_tokens` or `batch` under [limits] in a profile of your own."
     return [
         f"Profile `{found.profile}`: does not fit. The engines need {gib(found.need_bytes)} GiB at the profile's limits (weights "
-        f"{gib(weights)}, activations {gib(activations)}, keys and values twice {gib(found.cache_bytes)}), {found.device} has "
+        f"{gib(weights)}, activations {gib(activations)}, keys and values, before and behind a step, {gib(found.held_bytes)}), {found.device} has "
         f"{gib(found.have_bytes)}. {hint}"
     ]
 

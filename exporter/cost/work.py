@@ -52,8 +52,11 @@ class Engine:
 
 @dataclass(frozen=True)
 class Work:
+    """cache: bytes of every tensor that a conversation holds, at its longest."""
+
     stages: tuple[Stage, ...]
     engines: tuple[Engine, ...]
+    cache: tuple[int, ...]
 
     def stage(self, name: str) -> Stage:
         return next(s for s in self.stages if s.name == name)

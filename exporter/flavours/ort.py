@@ -6,7 +6,7 @@ lies above the diagonal, and it appends in place where a runner binds a layer's 
 
 Requires of the plain graphs
     Float32, and every attention in the form of `exporter.nn.decoder_layer`: rotated in halves, causal by `order` alone. So no
-    sliding windows, capped scores, sizes of merged tokens, or cached tokens that differ from head to head. Nothing else
+    sliding windows, capped scores, sizes of merged tokens, INT8 caches, or cached tokens that differ from head to head. Nothing else
     looks at the cache. No two real tokens of a row have the same `order`.
 
 Ensures
@@ -47,6 +47,8 @@ class Ort(Flavour):
 
     def rewrite(self, model: ir.Model) -> None:
         graph = model.graph
+        if any((v.name or "").startswith("present_scale_") for v in graph.outputs):
+            raise Refused("keys and values are INT8, and GroupQueryAttention keeps floats on a CPU")
         layers = [a for a in map(attention, (n for n in graph if n.op_type == "Softmax")) if a is not None]
         expected = sum((v.name or "").startswith("present_key_") for v in graph.outputs)
         if len(layers) != expected:

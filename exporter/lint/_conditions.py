@@ -57,6 +57,12 @@ def input_computed(node: ir.Node, opset: int, input: int) -> bool:
     return value is not None and not _is_constant(value, set())
 
 
+def input_constant(node: ir.Node, opset: int, input: int) -> bool:
+    """It does not depend on an input of the graph."""
+    value = _input(node, input)
+    return value is not None and _is_constant(value, set())
+
+
 def input_type(node: ir.Node, opset: int, input: int, types: list[str]) -> bool:
     """It is of one of these ONNX types."""
     value = _input(node, input)

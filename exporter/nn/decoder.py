@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from exporter.kv import KvLayout
 from exporter.nn.atom import Atom
+from exporter.nn.cache import Int8, opened
 from exporter.nn.cuts import (
     Ahead,
     Cut,
@@ -30,7 +31,8 @@ from exporter.nn.cuts import (
 from exporter.nn.decoder_layer import Frame, Layer
 from exporter.nn.layers import LayerNorm, Linear, RMSNorm, soft_cap
 from exporter.nn.specs import DecoderSpec
-from graphs._contract import InCache, InLLM, Probing, Skipping, WhileDecoding
+from exporter.nn.summaries import Summarized, Windows
+from graphs._contract import InCache, InLLM, Probing, Skipping, Summarizing, WhileDecoding
 
 A = TypeVar("A", bound=Atom)
 
@@ -139,6 +141,7 @@ class Decoder(nn.Module):
         )
         self.lm_head = LmHead(spec)
         self.layout = KvLayout.of(spec.layers, visual, [m for _, m in reductions], [m for _, m in in_cache])
+        self.int8: Int8 | None = None
         self.pruned: dict[int, Cut] = {}
         self.ahead: dict[int, Ahead] = {}
         self.evicted: dict[int, Evict | Follow] = {}
@@ -176,12 +179,28 @@ class Decoder(nn.Module):
                     if cut.looks_ahead:
                         self.ahead[layer] = Ahead(self.layers[layer])  # type: ignore[arg-type]
                         self.add_module(f"ahead_{layer}", self.ahead[layer])
-        for name, evict in in_cache if prunes else ():
+        self.windows: Windows | None = None
+        self.summarized: list[Summarized] = []
+        for name, evict in in_cache:
             behind = range(evict.start, spec.layers)
+            if isinstance(evict, Summarizing):
+                known = Trained((trained or {}).get(name, {}))
+                self.add_module(f"{name}_trained", known)
+                shifts[0] = present - evict.kept(0)
+            if not prunes:
+                continue
+            if isinstance(evict, Summarizing):
+                self.windows = Windows(spec, evict, known)
+                self.add_module(f"{name}_windows", self.windows)
+                for layer in behind:
+                    own = [known.get_submodule(path) for path in evict.projections(layer)]
+                    atom = Summarized(self.layers[layer], evict, own)  # type: ignore[arg-type]
+                    self.summarized.append(self._named(name, behind, layer, atom))
+                continue
             for layer in behind:
                 chooses = layer == evict.start or not evict.shared
-                atom = Evict(spec, layer, evict, present) if chooses else Follow(evict, present)
-                self.evicted[layer] = self._named(name, behind, layer, atom)
+                what = Evict(spec, layer, evict, present) if chooses else Follow(evict, present)
+                self.evicted[layer] = self._named(name, behind, layer, what)
         self.frames: dict[int, Frame] = {}
         for layer in (0,) if prunes else filter(self.layout.first, range(spec.layers)):
             # Prefill has its frame anew behind every cut; in decode what was cut is gone, and positions are the prompt's.
@@ -209,6 +228,7 @@ class Decoder(nn.Module):
         past_state: Tensor | None = None,
         of_tower: Sequence[Tensor] = (),
         reach: Tensor | None = None,
+        past_scales: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
         """Run prefill or a decode step.
 
@@ -220,15 +240,18 @@ class Decoder(nn.Module):
             reach: int64 [batch, seq], order of the last token that each one sees; None: its own.
             past_starts, past_state: what `Watch` returned before, where a method goes on while decoding.
             of_tower: the tower's signals that the reductions need, [batch, frames, tokens, dim].
+            past_scales: per KV group [batch, rows, past, 1], where the cache is INT8 (`cache.Int8`).
         Returns:
-            logits [batch, vocab] of the last token, present key and value per layer (alternating), present order per
-            group, present size per group if there are sizes, and for every layer that chooses the kept index int64
+            logits [batch, vocab] of the last token, present key and value per layer (alternating), the scales per group if
+            they are INT8, present order per group, present size per group if there are sizes, and for every layer that chooses the kept index int64
             [batch, kept] into its visual tokens; then the same for its cache, there also [batch, kv_heads, kept];
             then what `Watch` returns.
         """
+        if self.windows is not None:
+            return self.summarize(self.windows, inputs_embeds, position_ids, order)
         x, *planes = self.planes(inputs_embeds) if self.spec.planes else (inputs_embeds,)
         groups = self.layout.groups
-        presents: list[Tensor] = []
+        cache = opened(self.int8, past_keys, past_values, past_scales)
         orders: dict[int, Tensor] = {}
         sizes: dict[int, Tensor] = {}
         kept: list[Tensor] = []
@@ -265,8 +288,10 @@ class Decoder(nn.Module):
                 kept.append(index)
                 if self.probe is not None:
                     x, positions, order = self.withdraw(x, positions, order)
-                    pairs = zip(presents[::2], presents[1::2], strict=True)
-                    presents = [left for pair in pairs for left in self.leave(*pair, index)]
+                    for of in cache.kept:
+                        of[:] = [
+                            left for pair in zip(of[::2], of[1::2], strict=True) for left in self.leave(*pair, index)
+                        ]
                 planes[i:] = [self.get_submodule(f"stay_{i}")(plane, index) for plane in planes[i:]]
                 if reach is not None:
                     reach = self.get_submodule(f"stay_{i}")(reach, index)
@@ -277,14 +302,14 @@ class Decoder(nn.Module):
                 orders[group], *shared = frame(x, positions, order, past_order, size, past_size, reach)
                 if size is not None:
                     sizes[group] = shared.pop(0)
-            past = (past_keys[i], past_values[i]) if past_keys else (None, None)
+            past = cache.past(i)
             if i in self.routed:
                 some, places, orders[group], index, weight = self.routed[i](x, positions, order)
                 far = None if reach is None else self.get_submodule(f"stay_{i}")(reach, index)
                 _, *narrow = frame(some, places, orders[group], None, None, None, far)
                 some, key, value, *_, attended = layer(some, *frame.of_layer(i, narrow), *past)
                 x = self.get_submodule(f"rejoin_{i}")(x, some, attended, index, weight)
-                presents += [key, value]
+                cache.keep(i, key, value)
                 cached.append(index)
                 continue
             cos, sin, bias = frame.of_layer(i, shared)
@@ -305,12 +330,23 @@ class Decoder(nn.Module):
                 orders[group] = order
                 if size is not None:
                     sizes[group] = size
-            presents += [key, value]
+            cache.keep(i, key, value)
         tokens = [*orders.values(), *sizes.values()]
-        return (self.lm_head(self.norm(x)), *presents, *tokens, *kept, *cached, *watched)
+        return (self.lm_head(self.norm(x)), *cache.present(), *tokens, *kept, *cached, *watched)
+
+    def summarize(self, windows: Windows, x: Tensor, positions: Tensor, order: Tensor) -> tuple[Tensor, ...]:
+        """Prefill of a `Summarizing` method: logits, presents, order of the one KV group, and for the kept index the anchors."""
+        x, kept, anchors, *shared = windows(x, positions, order)
+        presents: list[Tensor] = []
+        for layer in self.summarized:
+            x, key, value = layer(x, *shared)
+            presents += [key, value]
+        return (self.lm_head(self.norm(x)), *presents, kept, anchors)
 
     @property
     def kept(self) -> list[str]:
         """Names of the kept indices, in order: of layer 2, "kept_2" or, where it is the cache's, "cached_2"."""
+        if self.windows is not None:
+            return ["cached_0"]
         choosing = [*self.routed, *(i for i, atom in self.evicted.items() if isinstance(atom, Evict))]
         return [*(f"kept_{i}" for i in self.pruned), *(f"cached_{i}" for i in choosing)]

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from exporter.errors import CheckpointError
 from exporter.kv import KvLayout
 from exporter.nn.atom import Atom
+from exporter.nn.cache import Int8, opened
 from exporter.nn.decoder import Decoder
 from exporter.nn.layers import MASKED, Linear
 from exporter.nn.specs import DecoderShape
@@ -89,9 +90,12 @@ class Seen:
         if len(shapes) != 1 or len(cached.layers) != text.num_hidden_layers:
             raise self.refuse("its layers keep keys and values of different shapes")
         ((_, kv_heads, _, head_dim),) = shapes
+        kinds = layer_kinds(text)
+        windows = (int(text.sliding_window) if kind == "sliding_attention" else None for kind in kinds)
         return DecoderShape(
             hidden=hidden, layers=len(cached.layers), heads=int(text.num_attention_heads), kv_heads=kv_heads, head_dim=head_dim,
             intermediate=int(getattr(text, "intermediate_size", 0)), vocab=int(logits.shape[-1]),
+            windows=tuple(windows),
         )  # fmt: skip
 
 
@@ -288,6 +292,7 @@ class TracedDecoder(nn.Module):
         super().__init__()
         self.spec, self.layers = spec, range(spec.layers)
         self.layout = KvLayout.of(spec.layers, visual, [], [])
+        self.int8: Int8 | None = None
         self.kept: list[str] = []
         self.of_tower: tuple[str, ...] = ()
         self.watch: dict[int, Any] = {}
@@ -297,12 +302,14 @@ class TracedDecoder(nn.Module):
 
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, order: Tensor, past_keys: Sequence[Tensor],
-        past_values: Sequence[Tensor], past_orders: Sequence[Tensor], *others: Any,
+        past_values: Sequence[Tensor], past_orders: Sequence[Tensor], *others: Any, past_scales: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        found: tuple[Tensor, ...] = self.step(
-            inputs_embeds, position_ids, order, past_orders[0], *past_keys, *past_values
-        )
-        return found
+        cache = opened(self.int8, past_keys, past_values, past_scales)
+        keys, values = zip(*map(cache.past, self.layers), strict=True)
+        logits, *found = self.step(inputs_embeds, position_ids, order, past_orders[0], *keys, *values)
+        for layer in self.layers:
+            cache.keep(layer, *found[2 * layer : 2 * layer + 2])
+        return (logits, *cache.present(), found[-1])
 
 
 LanguageModel = Decoder | TracedDecoder

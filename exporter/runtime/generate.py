@@ -309,7 +309,7 @@ class Generator:
             input_ids: the prompts with their image tokens.
             text: `split(input_ids, graphs)`, if at hand.
         """
-        runner, spec = self._prefill, self.graphs.text
+        runner = self._prefill
         text = text or split(input_ids, self.graphs)
         places = arrange(input_ids, visual.index, self.graphs)
         words = self._as(runner, "inputs_embeds", self._embedded(text.ids))
@@ -319,16 +319,16 @@ class Generator:
             size = np.concatenate([visual.size, np.ones(text.ids.shape, np.float32)], axis=1)
         tokens = Tokens(np.concatenate([seen, words], axis=1), places.position_ids, places.order, size, places.reach)
         first, *rest = self._parts(tokens)
-        batch, past = len(input_ids), dict[str, Any]()
-        for name, dtype in runner.inputs.items():
-            if name.startswith(("past_order_", "past_size_")):
-                past[name] = np.empty((batch, 0), dtype)
-            elif name.startswith("past_"):
-                past[name] = np.empty((batch, spec.kv_heads, 0, spec.head_dim), dtype)
+        batch = len(input_ids)
+        past = {
+            name: np.empty((batch, *(size or 0 for size in shape)), runner.inputs[name])
+            for name, (_, shape) in self.graphs.cache().items()
+            if name in runner.inputs
+        }
         feeds = {**self._feeds(runner, first), **visual.signals, **past}
         found = runner.grow(feeds, self._present, first.order.shape[1])
-        past = {name: self._hand(found[present], runner, self._decode) for name, present in self._present.items()}
-        cache = Cache(past, places.next_position, places.next_order, [[] for _ in range(batch)])
+        grown = {name: self._hand(found[present], runner, self._decode) for name, present in self._present.items()}
+        cache = Cache(grown, places.next_position, places.next_order, [[] for _ in range(batch)])
         if self._shrinking is not None:
             cache.shrunk = self._shrinking.begin(found, runner)
         logits = _logits(runner, found)

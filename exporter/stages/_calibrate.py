@@ -38,6 +38,7 @@ from exporter.stages._store import WeightFile
 from exporter.stages._task import Question
 from exporter.stages.export import Modules, build_modules, origins, share
 from exporter.weights import Source, fill
+from graphs._contract import Summarizing
 
 Log = Callable[[str], None]
 TOKENS = 4096
@@ -67,6 +68,12 @@ def check(plan: Plan, modules: Modules) -> None:
             f"The {asked} needs a decoder of ours, and {plan.family.model_type} is traced whole. Choose --quantizer rtn without "
             "`error_max`."
         )
+    summarizing = [name for name, method in plan.in_cache if isinstance(method, Summarizing)]
+    if summarizing:
+        raise UsageError(
+            f"The {asked} watches the decoder's layers one by one, and {summarizing[0]} runs them with projections of its own. Choose "
+            "--quantizer rtn without `error_max`."
+        )
     if plan.checkpoint.quantized:
         raise UsageError(
             f"{plan.checkpoint.folder} is quantised already, so there is nothing for the {asked} to choose. Choose --quantizer rtn, "
@@ -93,6 +100,7 @@ def calibrate(plan: Plan, weights: WeightFile, questions: Sequence[Question], lo
     """
     if not questions:
         raise UsageError("No calibration data: pass --calibration FILE.jsonl.")
+    plan = plan.exact()
     with _modules(plan) as (modules, found):
         decoder = modules.prefill
         assert isinstance(decoder, Decoder)

@@ -18,7 +18,10 @@ from exporter.stages._trace import OPSET, symbolic, trace
 
 Shape = Sequence[int | str]
 
-KINDS = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.int64: ir.DataType.INT64}
+KINDS = {
+    torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.int64: ir.DataType.INT64,
+    torch.int8: ir.DataType.INT8,
+}  # fmt: skip
 DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
 
 SIZES = {"batch": 2, "seq": 3, "text": 7, "past": 5, **{f"past_{g}": 5 + 6 * g for g in range(128)}}

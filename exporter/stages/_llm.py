@@ -45,9 +45,12 @@ def llm_inputs(plan: Plan, module: LanguageModel, dtype: torch.dtype) -> Inputs:
         found[name] = ("batch", site.frames, site.tokens, site.patch_dim), dtype
     if module.kept:
         return found
+    kept = dtype if module.int8 is None else torch.int8
     for kind in ("key", "value"):
         for layer, group in enumerate(kv.groups):
-            found[f"past_{kind}_{layer}"] = ("batch", g.kv_heads, kv.lengths[group], g.head_dim), dtype
+            found[f"past_{kind}_{layer}"] = ("batch", g.kv_heads, kv.lengths[group], g.head_dim), kept
+    for group, count in enumerate([] if module.int8 is None else module.int8.counts):
+        found[f"past_scale_{group}"] = ("batch", count * g.kv_heads, kv.lengths[group], 1), dtype
     for kind, number in _places(plan).items():
         for group, length in enumerate(kv.lengths):
             heads = (g.kv_heads,) if kv.per_head[group] else ()
@@ -62,9 +65,11 @@ def llm_inputs(plan: Plan, module: LanguageModel, dtype: torch.dtype) -> Inputs:
 def llm_outputs(plan: Plan, module: LanguageModel) -> list[str]:
     """Names, in order."""
     presents = [f"present_{kind}_{i}" for i in range(len(module.layers)) for kind in ("key", "value")]
-    places = [f"present_{kind}_{i}" for kind in _places(plan) for i in range(len(module.layout.kept))]
+    groups = range(len(module.layout.kept))
+    scales = [] if module.int8 is None else [f"present_scale_{i}" for i in groups]
+    places = [f"present_{kind}_{i}" for kind in _places(plan) for i in groups]
     watched = [name for watch in module.watch.values() for name in watch.outputs]
-    return ["logits", *presents, *places, *module.kept, *watched]
+    return ["logits", *presents, *scales, *places, *module.kept, *watched]
 
 
 def call_llm(module: LanguageModel, values: Mapping[str, Any]) -> Sequence[Any]:
@@ -77,7 +82,7 @@ def call_llm(module: LanguageModel, values: Mapping[str, Any]) -> Sequence[Any]:
     found: Sequence[Any] = module(
         values["inputs_embeds"], values["position_ids"], values["order"], past("key", layers), past("value", layers),
         past("order", groups), values.get("size"), past("size", groups), values.get("past_starts"), values.get("past_state"),
-        [values[name] for name in module.of_tower], values.get("reach"),
+        [values[name] for name in module.of_tower], values.get("reach"), past_scales=past("scale", groups),
     )  # fmt: skip
     return found
 
@@ -101,6 +106,8 @@ class Bucket:
         self.atom = self.module.get_submodule(name)
         self.past = [f"past_{kind}_{self.group}" for kind in _places(plan)]
         self.past += [f"past_{kind}_{layer}" for layer in self.layers for kind in ("key", "value")]
+        self.int8 = plan.profile.precision.kv == "int8"
+        self.past += [f"past_scale_{self.group}"] if self.int8 else []
 
     def inputs(self, dtype: torch.dtype) -> Inputs:
         g = self.plan.geometry
@@ -110,9 +117,11 @@ class Bucket:
         }
         for kind, number in _places(self.plan).items():
             found[f"past_{kind}_{self.group}"] = ("batch", "past"), number
-        return found | {
-            name: (("batch", g.kv_heads, "past", g.head_dim), dtype) for name in self.past if name not in found
-        }
+        if self.int8:
+            found[f"past_scale_{self.group}"] = ("batch", 2 * len(self.layers) * g.kv_heads, "past", 1), dtype
+        kept = torch.int8 if self.int8 else dtype
+        found |= {name: (("batch", g.kv_heads, "past", g.head_dim), kept) for name in self.past if name not in found}
+        return found
 
     def outputs(self) -> list[str]:
         return ["kept_now", *("present" + name[4:] for name in self.past)]

@@ -20,7 +20,9 @@ from exporter.weights import text_embeddings
 if TYPE_CHECKING:
     from exporter.nn.traced import LanguageModel
 
-NUMPY: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
+NUMPY: dict[torch.dtype, Any] = {
+    torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64, torch.int8: np.int8,
+}  # fmt: skip
 
 
 class TorchRunner(Runner):
@@ -58,8 +60,14 @@ class TorchRunner(Runner):
 
 
 def reference(plan: Plan, modules: Modules | None = None) -> tuple[dict[str, Runner], GraphSet, Array]:
-    """Runners for all roles, the description of the graphs they stand for, and the embedding table."""
-    modules = modules or load_reference(plan)
+    """Runners for all roles, the description of the graphs they stand for, and the embedding table.
+
+    Args:
+        modules: with weights; None: the plan's, with keys and values in the cache as they are (`Plan.exact`).
+    """
+    if modules is None:
+        plan = plan.exact()
+        modules = load_reference(plan)
     image, frames = plan.geometry.image, plan.geometry.frames
     with torch.inference_mode():
         found = modules.vision(torch.zeros(1, frames, 3, image.height, image.width))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from profiles._schema import Limits, Profile
 
 DECODE_STEP = Range(1, 1, 4)
 """Tokens per decode step. Never a fixed 1: TensorRT would then store FP16 weights a second time beside prefill's."""
+
+TURN = "turn"
+"""Name of the shapes of a conversation's next turn: text behind a cache."""
 
 Log = Callable[[str], None]
 
@@ -73,7 +77,7 @@ def build(
     records = []
     for file, roles in graphs.roles().items():
         log(f"building {', '.join(roles)}")
-        shapes = [shape_profile(role, graphs, profile.limits) for role in roles]
+        shapes = shape_profiles(roles, graphs, profile.limits)
         records.append(backend.build(source / built_from(file, graphs, profile), roles, shapes, out, options, log))
     return records
 
@@ -83,8 +87,14 @@ def built_from(file: str, graphs: GraphSet, profile: Profile) -> str:
     return graphs.plugged.get(file, file) if profile.stack.plugins else file
 
 
+def shape_profiles(roles: Sequence[str], graphs: GraphSet, limits: Limits) -> list[ShapeProfile]:
+    """Those of the engine that plays these roles: one each, and where it decodes, one for the text of a conversation's next turn."""
+    also = [TURN] if "decode" in roles else []
+    return [shape_profile(role, graphs, limits) for role in (*roles, *also)]
+
+
 def shape_profile(role: str, graphs: GraphSet, limits: Limits) -> ShapeProfile:
-    """Tight ranges of one role's inputs from what the profile allows."""
+    """Tight ranges of one role's inputs, or of a turn's, from what the profile allows."""
     batch, text = Range(1, 1, limits.batch), Range(1, min(32, limits.text), limits.text)
     if role == "vision":
         image, frames = graphs.image, graphs.visual.frames
@@ -109,12 +119,11 @@ def _bucket_inputs(kept: int, graphs: GraphSet, limits: Limits, batch: Range) ->
     inputs: dict[str, tuple[Axis, ...]] = {
         "attention_row": (batch, _past(False, spec.kept[last - 1], limits)),
         "kept": (batch, kept),
-        f"past_order_{last}": (batch, past),
-        **({f"past_size_{last}": (batch, past)} if graphs.sized else {}),
     }
-    for layer in (i for i, group in enumerate(spec.groups) if group == last):
-        inputs |= {f"past_{kind}_{layer}": (batch, spec.kv_heads, past, spec.head_dim) for kind in ("key", "value")}
-    return inputs
+    cache = graphs.cache().items()
+    return inputs | {
+        n: (batch, *(past if d is None else d for d in shape)) for n, (group, shape) in cache if group == last
+    }
 
 
 def _llm_inputs(
@@ -123,7 +132,8 @@ def _llm_inputs(
     spec = graphs.text
     prefill = role == "prefill"
     kept = graphs.visual.kept
-    seq = Range(kept + text.min, kept + text.opt, kept + text.max) if prefill else DECODE_STEP
+    prompt = Range(kept + text.min, kept + text.opt, kept + text.max)
+    seq = {"prefill": prompt, TURN: turn(graphs, limits)}.get(role, DECODE_STEP)
     axes = (spec.position_axes,) if spec.position_axes > 1 else ()
     inputs: dict[str, tuple[Axis, ...]] = {
         "inputs_embeds": (batch, seq, spec.width),
@@ -134,19 +144,24 @@ def _llm_inputs(
     }
     if prefill and graphs.prefill_apart:
         return inputs | {name: (batch, *graphs.signals[name]) for name in graphs.for_prefill}
-    for layer, group in enumerate(spec.groups):
+    for name, (group, shape) in graphs.cache().items():
         past = _past(prefill, spec.kept[group], limits)
-        for kind in ("key", "value"):
-            inputs[f"past_{kind}_{layer}"] = (batch, spec.kv_heads, past, spec.head_dim)
+        inputs[name] = (batch, *(past if d is None else d for d in shape))
     if graphs.buckets:
         inputs["past_starts"] = (batch, 3)
     if graphs.state:
         inputs["past_state"] = (batch, graphs.state)
-    for group, kept_here in enumerate(spec.kept):
-        for kind in ("order", "size") if graphs.sized else ("order",):
-            heads = (spec.kv_heads,) if group in spec.per_head else ()
-            inputs[f"past_{kind}_{group}"] = (batch, *heads, _past(prefill, kept_here, limits))
     return inputs
+
+
+def turn(graphs: GraphSet, limits: Limits) -> Range:
+    """Tokens of a turn that run at once: as many as there may be, unless their mask over the longest cache would be larger than a
+    prompt's, and with it the engine's scratch memory. The runner takes the rest in further pieces."""
+    prompt = graphs.visual.kept + limits.text
+    past = max(graphs.text.kept) + limits.text + limits.new_tokens
+    fitting = int((math.sqrt(past**2 + 4 * prompt**2) - past) / 2)  # the largest s with s (s + past) <= prompt²
+    most = max(DECODE_STEP.max, min(limits.text, fitting))
+    return Range(1, min(32, most), most)
 
 
 def _past(prefill: bool, kept: int, limits: Limits) -> Range | int:

@@ -25,6 +25,7 @@ from exporter.clip import text_spec, text_tokens
 from exporter.flavours._apply import apply
 from exporter.graphset import GraphSet, TextSpec, VisualLayout, bucket_role
 from exporter.journal import DataFile, Journal
+from exporter.nn.cache import Int8
 from exporter.nn.clip_text import ClipText
 from exporter.nn.reduce import Reduce
 from exporter.plan import Plan, Step, trained_tensors
@@ -74,7 +75,7 @@ def origins(plan: Plan, modules: Modules) -> dict[str, dict[str, Source]]:
     """Weight file → parameter name → where it comes from: the checkpoint, the CLIP checkpoint, a method's own file."""
     found = {"vision": sources(modules.vision, "vision"), "llm": sources(modules.decode, "text")}
     found["reduce"] = trained(plan, "before_llm", "{}") | trained(plan, "projector", "{}")
-    found["llm"] |= trained(plan, "in_llm", "{}_trained")
+    found["llm"] |= trained(plan, "in_llm", "{}_trained") | trained(plan, "in_cache", "{}_trained")
     if modules.reduce.projector is not None:
         found["reduce"] |= {f"projector.{k}": v for k, v in sources(modules.reduce.projector, "projector").items()}
     if plan.request.clip is not None and "aligned" in plan.taps:
@@ -95,6 +96,9 @@ def build_modules(plan: Plan) -> Modules:
         prefill = decode = plan.family.language_model(plan)
         if plan.separate_prefill:
             prefill = plan.family.language_model(plan, prunes=True)
+    if plan.profile.precision.kv == "int8":
+        for module in (prefill, decode):
+            module.int8 = Int8(module.layout)
     return Modules(vision, question, reduce, prefill, decode)
 
 
@@ -272,11 +276,12 @@ def _bytes(plan: Plan, found: dict[str, dict[str, Source]], embedding: Source) -
 def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -> GraphSet:
     """The description that a runtime needs instead of the plan."""
     g = plan.geometry
-    kv = plan.kv
+    kv, decoder = plan.kv, plan.family.decoder(plan.checkpoint)
     return GraphSet(
         family=plan.family.model_type,
         compute=plan.profile.precision.compute,
         weights=plan.profile.precision.weights,
+        kv=plan.profile.precision.kv,
         files=files,
         reductions=plan.record(),
         image=g.image,
@@ -310,7 +315,8 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
             image_token=g.image_token,
             eos=list(g.eos),
             planes=g.planes,
-            longest=plan.family.decoder(plan.checkpoint).longest,
+            longest=decoder.longest,
+            window=decoder.window,
             per_head=[group for group, apart in enumerate(kv.per_head) if apart],
         ),
         signals=signals,

@@ -8,7 +8,7 @@ from typing import Any
 
 from exporter.backends._onnx_file import external_files
 from exporter.graphset import GraphSet
-from exporter.stages.build import built_from, shape_profile
+from exporter.stages.build import built_from, shape_profiles
 from exporter.workspace import Workspace
 from profiles._schema import Profile
 
@@ -30,7 +30,7 @@ def collect(work: Workspace, graphs: GraphSet, profile: Profile) -> dict[str, An
     for file, roles in graphs.roles().items():
         path = work.graphs / built_from(file, graphs, profile)
         size = path.stat().st_size + sum(weights.stat().st_size for weights in external_files(path).values())
-        shapes = {role: asdict(shape_profile(role, graphs, profile.limits))["inputs"] for role in roles}
+        shapes = {found.name: asdict(found)["inputs"] for found in shape_profiles(roles, graphs, profile.limits)}
         engines.append(
             {
                 "roles": list(roles),

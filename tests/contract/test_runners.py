@@ -17,7 +17,7 @@ from exporter.errors import ExportError, UsageError
 from exporter.graphset import GraphSet
 from exporter.runtime.beam import Beams
 from exporter.runtime.generate import Generator, embedding
-from exporter.stages.build import shape_profile
+from exporter.stages.build import shape_profiles
 from profiles._schema import Limits
 from tests.backends import fake_trt
 from tests.backends.test_ort import cache
@@ -60,7 +60,7 @@ def opens(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def generator(stack: ExitStack, folder: Path, graphs: GraphSet, opens: Open) -> Generator:
     runners = {}
     for file, roles in graphs.roles().items():
-        runner = opens(folder / file, [shape_profile(role, graphs, LIMITS) for role in roles])
+        runner = opens(folder / file, shape_profiles(roles, graphs, LIMITS))
         runners |= dict.fromkeys(roles, stack.enter_context(runner))
     return Generator(runners, graphs, embedding(folder, graphs))
 

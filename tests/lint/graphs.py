@@ -460,6 +460,31 @@ def dynamic_quantize() -> onnx.ModelProto:
     return g.model(*g.op("DynamicQuantizeLinear", g.input("x", [4, 8], F32), outputs=3))
 
 
+def cached(dtype: int) -> onnx.ModelProto:
+    """Keys of a cache: the past and what is new, gathered by token, as floats."""
+    g = Graph()
+    past = g.input("past", [1, 2, 4, 16], dtype)
+    scaled = g.op(
+        "Clip", g.op("Round", g.input("new", [1, 2, 4, 16])), g.constant(np.float16(0)), g.constant(np.float16(99))
+    )
+    present = g.op("Concat", past, g.op("Cast", scaled, to=dtype), axis=2)
+    first = g.op("Slice", present, g.ints(0), g.ints(6), g.ints(2))
+    flat = g.op("Reshape", first, g.ints(2, 6, 16))
+    taken = g.op("GatherND", flat, g.input("index", [2, 3, 1], I64), batch_dims=1)
+    keys = g.op("Mul", g.op("Cast", taken, to=F16), g.input("scale", [2, 3, 1]))
+    return g.model(present, keys)
+
+
+@case
+def int8_cache() -> onnx.ModelProto:
+    return cached(I8)
+
+
+@case
+def uint8_cache() -> onnx.ModelProto:
+    return cached(U8)
+
+
 def embedding(dequantize_first: bool) -> onnx.ModelProto:
     g = Graph()
     table = g.constant(np.random.default_rng(0).integers(-7, 8, (16, 8)), I8)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from exporter.plan import Plan
 from exporter.runtime.generate import Generator, embedding
 from exporter.stages._reference import reference
 from exporter.stages.export import export
+from profiles._schema import with_kv
 from tests.families import tiny
 
 SIZES = {"llava": None, "qwen2_5_vl": (140, 112)}
@@ -51,6 +53,7 @@ def objections(graph: Path) -> list[Finding]:
 
 
 Export = Callable[..., Exported]
+Kv = Literal["none", "int8"]
 Engine = Callable[..., Generator]
 
 
@@ -83,14 +86,17 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(checkpoints: dict[str, Path], clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """exported(family, reductions, frames=1, profile="cpu_fp32"): plain graphs, exported once per session."""
-    done: dict[tuple[str, tuple[str, ...], int, str], Exported] = {}
+    """exported(family, reductions, frames=1, profile="cpu_fp32", kv="none"): plain graphs, exported once per session."""
+    done: dict[tuple[str, tuple[str, ...], int, str, str], Exported] = {}
 
-    def run(family: str, reductions: tuple[str, ...] = (), frames: int = 1, profile: str = "cpu_fp32") -> Exported:
-        key = family, reductions, frames, profile
+    def run(
+        family: str, reductions: tuple[str, ...] = (), frames: int = 1, profile: str = "cpu_fp32", kv: Kv = "none"
+    ) -> Exported:
+        key = family, reductions, frames, profile, kv
         if key not in done:
             request = Request(frames, SIZES[family], Checkpoint(clip) if family == "llava" else None)
             plan = plain(tiny.plan(checkpoints[family], reductions, request, profile))
+            plan = replace(plan, profile=with_kv(plan.profile, kv))
             folder = tmp_path_factory.mktemp("graphs")
             done[key] = Exported(plan, folder, export(plan, folder))
         return done[key]
