@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from exporter.flavours._contract import CAPACITY
+from exporter.flavours._contract import LAST, LENGTH, PLACES, TOTAL
 from exporter.flavours._pen import Pen
 from exporter.graphset import GraphSet, VisualLayout
 
@@ -185,9 +185,11 @@ def decoder(graphs: GraphSet, folder: Path) -> ir.Model:
     ours = {
         "inputs_embeds": pen("Cast", [_slice(embeds, 0, width, pen)], to=kind),
         "position_ids": positions,
-        "order": here[0],
-        "past_order_0": _past_order(mask, places, pen),
     }
+    if LAST in old:
+        ours |= _counts(mask, places, pen)
+    else:
+        ours |= {"order": here[0], "past_order_0": _past_order(mask, places, pen)}
     if graphs.reaches:
         ours["reach"] = here[-1]
     for name, value in ours.items():
@@ -210,8 +212,20 @@ def decoder(graphs: GraphSet, folder: Path) -> ir.Model:
 def grows_in_place(model: ir.Model) -> bool:
     """Whether a decoder's past and present may be the same memory, longer than what it holds."""
     past = next(value for value in model.graph.inputs if value.name == "past_key_0")
-    assert past.shape is not None
-    return str(past.shape[2]).startswith(CAPACITY)
+    return any(node.op_type == "GroupQueryAttention" for node in past.consumers())
+
+
+def _counts(mask: ir.Value, places: ir.Value, pen: Pen) -> dict[str, ir.Value]:
+    """What a graph that appends in place is told (`exporter.flavours.ort`): nothing is padded here."""
+    rows, seq = (pen("Shape", [places], start=i, end=i + 1) for i in (0, 1))
+    total = pen("Cast", [pen("Shape", [mask], start=1, end=2)], to=ir.DataType.INT32)
+    less = pen("Cast", [pen("Sub", [pen("Shape", [mask], start=1, end=2), pen.ints(1)])], to=ir.DataType.INT32)
+    numbers = pen("Range", [pen.integer(0), pen("Size", [places]), pen.integer(1)])
+    last = pen("Expand", [pen("Sub", [seq, pen.ints(1)]), pen("Concat", [rows, pen.ints(1)], axis=0)])
+    return {
+        LAST: last, PLACES: pen("Reshape", [numbers, pen("Shape", [places])]), LENGTH + "0": pen("Expand", [less, rows]),
+        TOTAL + "0": total,
+    }  # fmt: skip
 
 
 def _past_order(mask: ir.Value, places: ir.Value, pen: Pen) -> ir.Value:
