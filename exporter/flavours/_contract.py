@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+CAPACITY = "capacity"
+"""How the name of an axis begins along which an input may be longer than what it holds."""
+
 LAST, PLACES, LENGTH, TOTAL = "last", "places", "length_", "total_"
 """Inputs of a graph that appends to its cache in place, see `exporter.flavours.ort`; the latter two before a KV group's name."""
 

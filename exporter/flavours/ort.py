@@ -37,7 +37,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from exporter.flavours._contract import LAST, LENGTH, PLACES, TOTAL, Flavour, Refused
+from exporter.flavours._contract import CAPACITY, LAST, LENGTH, PLACES, TOTAL, Flavour, Refused
 from exporter.flavours._pen import Pen
 from exporter.flavours._plain import Attention, Mask, SkipNorm, attention, skip_norm, static
 
@@ -101,7 +101,7 @@ def _append(graph: ir.Graph, pen: Pen, layers: Sequence[Attention]) -> None:
         a.out.replace_all_uses_with(out)
         for value in a.past or ():
             assert value.shape is not None
-            value.shape = ir.Shape([*value.shape[:2], str(value.shape[2]).replace("past", "capacity"), value.shape[3]])
+            value.shape = ir.Shape([*value.shape[:2], str(value.shape[2]).replace("past", CAPACITY), value.shape[3]])
 
 
 def _input(graph: ir.Graph, name: str, shape: Sequence[int | str], kind: ir.TensorType) -> ir.Value:

@@ -320,7 +320,7 @@ class Generator:
         tokens = Tokens(np.concatenate([seen, words], axis=1), places.position_ids, places.order, size, places.reach)
         first, *rest = self._parts(tokens)
         batch = len(input_ids)
-        past = {
+        past: dict[str, Any] = {
             name: np.empty((batch, *(size or 0 for size in shape)), runner.inputs[name])
             for name, (_, shape) in self.graphs.cache().items()
             if name in runner.inputs
