@@ -327,8 +327,8 @@ class Generator:
         }
         feeds = {**self._feeds(runner, first), **visual.signals, **past}
         found = runner.grow(feeds, self._present, first.order.shape[1])
-        past = {name: self._hand(found[present], runner, self._decode) for name, present in self._present.items()}
-        cache = Cache(past, places.next_position, places.next_order, [[] for _ in range(batch)])
+        grown = {name: self._hand(found[present], runner, self._decode) for name, present in self._present.items()}
+        cache = Cache(grown, places.next_position, places.next_order, [[] for _ in range(batch)])
         if self._shrinking is not None:
             cache.shrunk = self._shrinking.begin(found, runner)
         logits = _logits(runner, found)
