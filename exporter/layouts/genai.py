@@ -12,7 +12,7 @@ neither the pixels nor the prompts of other families, so `pixel_values` are give
 There is no place for
     what is dropped inside the language model, in its cache or while decoding: all layers share one cache length;
     the question: the vision model is given nothing else than images;
-    sizes of merged tokens: the cache holds keys and values only;
+    sizes of merged tokens, and scales of INT8 keys: the cache holds keys and values only;
     engines that are not ONNX Runtime's.
 One prompt at a time: genai pads batches on the right, where these graphs answer, and gives its embedding model one row for all
 beams.
@@ -80,6 +80,8 @@ def _refusals(graphs: GraphSet, profile: Profile) -> Iterator[str]:
         )
     if graphs.sized:
         yield "merged tokens count as many times as they have parts, and genai's cache has no place for their sizes"
+    if graphs.kv == "int8":
+        yield "its keys and values are INT8, and genai's cache has no place for their scales; take a profile without `kv`"
     if visual.placeholders > 1 and visual.kept < visual.total and (visual.policy == "keep" or graphs.reaches):
         yield (
             f"how many tokens each of its {visual.placeholders} images keeps is known only when they have been seen, and genai "

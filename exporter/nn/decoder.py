@@ -337,11 +337,11 @@ class Decoder(nn.Module):
     def summarize(self, windows: Windows, x: Tensor, positions: Tensor, order: Tensor) -> tuple[Tensor, ...]:
         """Prefill of a `Summarizing` method: logits, presents, order of the one KV group, and for the kept index the anchors."""
         x, kept, anchors, *shared = windows(x, positions, order)
-        presents: list[Tensor] = []
-        for layer in self.summarized:
+        cache = opened(self.int8, [], [], [])
+        for i, layer in enumerate(self.summarized):
             x, key, value = layer(x, *shared)
-            presents += [key, value]
-        return (self.lm_head(self.norm(x)), *presents, kept, anchors)
+            cache.keep(i, key, value)
+        return (self.lm_head(self.norm(x)), *cache.present(), kept, anchors)
 
     @property
     def kept(self) -> list[str]:

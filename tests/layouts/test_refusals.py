@@ -34,6 +34,7 @@ REFUSED = {
     "its reduction also reads text, text_mask": changed(side={"text": ["text", 8], "text_mask": ["text"]}),
     "its reduction also reads warp": changed(side={"warp": [1, 4]}),
     "merged tokens count as many times as they have parts": changed(sized=True),
+    "its keys and values are INT8": changed(kv="int8"),
     "how many tokens each of its 2 images keeps": changed(visual={"placeholders": 2, "kept": 2}),
     "some layers look back 16 tokens": changed(visual={"kept": 2}, text={"window": 16}),
     "its positions are learned ones": changed(visual={"kept": 2}, text={"longest": 32}),

@@ -3,6 +3,7 @@ with a cache of keys that are not rotated."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from exporter.errors import UsageError
 from exporter.families._contract import Request
 from exporter.job import Job
 from exporter.pipeline import run_build, run_export
+from exporter.runtime.generate import Generator
 from exporter.stages import _calibrate
-from exporter.stages.export import build_modules, export
+from exporter.stages._reference import reference
+from exporter.stages.export import build_modules, export, load_reference
 from exporter.workspace import Workspace
 from graphs._contract import ReductionError, Site
 from graphs.vst import Vst
+from profiles._schema import with_kv
 from tests.conftest import needs_rtx
 from tests.families import tiny
 from tests.stages.conftest import Engine, Exported, plain
@@ -140,6 +144,18 @@ class Memory:
                     rows.append(getattr(attention, f"{part}_proj")(token))
             found.append(torch.stack(rows, 1).unflatten(-1, (-1, 16)).transpose(1, 2))
         return found
+
+
+def test_summaries_may_be_int8(decoder: Path, tmp_path: Path, engine: Engine) -> None:
+    plan = plain(tiny.plan(decoder, (spec_of(decoder),), Request(FRAMES)))
+    plan = replace(plan, profile=with_kv(plan.profile, "int8"))
+    case = Exported(plan, tmp_path, export(plan, tmp_path))
+    runners, graphs, table = reference(plan, load_reference(plan))
+    asked = tiny.question(case.graphs, 0)
+    theirs = Generator(runners, tiny.endless(graphs), table).generate(asked.pixels, [asked.prompt], ANSWER)
+    ours = engine(case).generate(asked.pixels, [asked.prompt], ANSWER)
+    assert ours.tokens == theirs.tokens
+    assert {v.split("_")[1] for v in ours.cache.past} == {"key", "value", "scale", "order"}
 
 
 def test_tensors_are_those_of_the_published_checkpoint() -> None:
