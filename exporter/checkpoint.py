@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from functools import cached_property
@@ -64,12 +65,13 @@ def resolve(name: str, revision: str | None = None, weights: bool = True) -> Pat
 
 class Place(NamedTuple):
     """Where a tensor with a canonical name is: its file and name there, which of so many equal parts of the first axis it is,
-    and its bytes."""
+    where in the file it begins, and its bytes."""
 
     file: Path
     key: str
     part: int
     parts: int
+    offset: int
     bytes: int
 
 
@@ -174,12 +176,14 @@ class Checkpoint:
     def _where(self) -> dict[str, Place]:
         where: dict[str, Place] = {}
         for path in self.shards:
-            for key, entry in _check_shard(path).items():
+            data, header = _check_shard(path)
+            for key, entry in header.items():
                 if key != "__metadata__":
                     begin, end = entry["data_offsets"]
                     names = _spelled_out(self._canonical(key))
                     size = (end - begin) // len(names)
-                    where.update((name, Place(path, key, i, len(names), size)) for i, name in enumerate(names))
+                    for i, name in enumerate(names):
+                        where[name] = Place(path, key, i, len(names), data + begin + i * size, size)
         return where
 
     def __contains__(self, name: str) -> bool:
@@ -215,6 +219,14 @@ class Checkpoint:
             raise CheckpointError(
                 f"{place.file} cannot be read as safetensors ({e}). Download this shard again."
             ) from e
+
+    def expect(self, name: str) -> None:
+        """Have the system read the tensor with this canonical name ahead, where it can; returns at once."""
+        place = self._where.get(name)
+        if place is None or not hasattr(os, "posix_fadvise"):
+            return
+        with place.file.open("rb") as file:
+            os.posix_fadvise(file.fileno(), place.offset, place.bytes, os.POSIX_FADV_WILLNEED)
 
     @cached_property
     def _packing(self) -> tuple[Packing, dict[str, Any]] | None:
@@ -315,7 +327,7 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
 
 
 def _stored(path: Path) -> dict[str, Stored]:
-    header = _check_shard(path)
+    _, header = _check_shard(path)
     try:
         shapes = {k: tuple(int(n) for n in entry["shape"]) for k, entry in header.items() if k != "__metadata__"}
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as e:
@@ -323,8 +335,8 @@ def _stored(path: Path) -> dict[str, Stored]:
     return {key: Stored(path, key, shape) for key, shape in shapes.items()}
 
 
-def _check_shard(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file that is as long as it says."""
+def _check_shard(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begin, and its header; the file is as long as that says."""
     size = path.stat().st_size
     with path.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -342,9 +354,10 @@ def _check_shard(path: Path) -> dict[str, Any]:
             raise ValueError("a tensor ends before it begins")
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as e:
         raise CheckpointError(f"{path} is damaged: its header lists no tensors. Download this shard again.") from e
-    expected = 8 + length + max((end for _, end in places), default=0)
+    data = 8 + length
+    expected = data + max((end for _, end in places), default=0)
     if size < expected:
         raise CheckpointError(
             f"{path} is truncated: {size} bytes, its header asks for {expected}. Download this shard again."
         )
-    return header
+    return data, header

@@ -152,6 +152,11 @@ class DataFile:
         self._end = part.offset + part.size
         return part
 
+    @property
+    def keeps(self) -> bool:
+        """Whether there are parts from before that may be kept."""
+        return bool(self._kept)
+
     def _hash(self, part: Part) -> str:
         assert self._file is not None
         self._file.seek(part.offset)

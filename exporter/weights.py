@@ -52,6 +52,10 @@ class Source:
             )
         return tensor.float() + self.offset if self.offset else tensor
 
+    def expect(self, checkpoint: Checkpoint) -> None:
+        """It will be read next."""
+        checkpoint.expect(self._stored(checkpoint))
+
     def bytes(self, checkpoint: Checkpoint) -> int:
         """What there is to read. Raises CheckpointError where there is no such tensor."""
         name = self._stored(checkpoint)
@@ -93,6 +97,10 @@ class PackedSource(Source):
             return torch.cat([part.read(checkpoint).t() for part in self.parts]).t()
         return torch.cat([part.read(checkpoint) for part in self.parts], -1)
 
+    def expect(self, checkpoint: Checkpoint) -> None:
+        for part in self.parts:
+            part.expect(checkpoint)
+
     def bytes(self, checkpoint: Checkpoint) -> int:
         return sum(part.bytes(checkpoint) for part in self.parts)
 
@@ -125,6 +133,9 @@ class FileSource(Source):
             tensor: Tensor = f.get_tensor(self.name)
         return tensor
 
+    def expect(self, checkpoint: Checkpoint) -> None:
+        """They are small."""
+
     def bytes(self, checkpoint: Checkpoint) -> int:
         """What it takes in float32, as such files usually are."""
         return 4 * math.prod(self.shape)
@@ -141,6 +152,9 @@ class CheckpointSource(Source):
 
     def read(self, checkpoint: Checkpoint) -> Tensor:
         return super().read(self.checkpoint)
+
+    def expect(self, checkpoint: Checkpoint) -> None:
+        super().expect(self.checkpoint)
 
     def bytes(self, checkpoint: Checkpoint) -> int:
         return super().bytes(self.checkpoint)

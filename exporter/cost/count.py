@@ -138,6 +138,7 @@ class Counting(TorchDispatchMode):
         self._each: dict[int, tuple[StorageWeakRef, float]] = {}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self._held: list[dict[int, int]] = []
+        self._met: list[StorageWeakRef] = []  # as long as they are here, no address stands for two storages
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -158,6 +159,7 @@ class Counting(TorchDispatchMode):
             if key not in self._of_storage and key not in self._alive:
                 storage = tensor.untyped_storage()
                 self._alive[key] = StorageWeakRef(storage), storage.nbytes()
+                self._met.append(self._alive[key][0])
         if flops is not None:
             self._alive = {k: v for k, v in self._alive.items() if not v[0].expired()}
             self._held.append({k: size for k, (_, size) in self._alive.items() if k not in self._scores})

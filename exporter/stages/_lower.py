@@ -1,8 +1,8 @@
-"""Makes an exported program translatable in place, where renaming a few operators is all that it takes.
+"""Two of torch.onnx's own steps, without running what was run before. The graphs are the same.
 
-torch.onnx traces every program once more to decompose what it cannot translate, which takes nearly half of the time of an
-export. Our modules hold few such operators: those are replaced one by one, and only a program with others takes the long
-way. The graphs are the same.
+It traces every program once more to decompose what it cannot translate, which takes nearly half of the time of an export; our modules
+hold few such operators: those are replaced one by one, and only a program with others takes the long way (`lower`). And it
+runs every operator once more to see where types are promoted, although the trace says what each of them returned (`promote`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.onnx._internal.exporter import _decomp, _fx_passes, _registration
+from torch.onnx._internal.fx.passes import type_promotion
 
 aten = torch.ops.aten
 _decompose = _fx_passes.decompose_with_registry
@@ -40,6 +41,18 @@ def lower(exported_program: ExportedProgram, registry: _registration.ONNXRegistr
     known = set(_decomp.get_onnx_implemented_overloads(registry))
     plain = all(_is_plain(node.target, known) for node in graph.nodes if node.op == "call_function")
     return exported_program if plain else _decompose(exported_program, registry)
+
+
+def promote(self: type_promotion._TypePromotionInterpreter, n: Node) -> Any:
+    """In place of the `run_node` of `torch.onnx`'s type promotion: only operators whose arguments are cast are run again."""
+    before = n.args, n.kwargs
+    with self._set_current_node(n):
+        rule = type_promotion.get_type_promotion_rule(n, self.type_promotion_table)
+        if rule is not None:
+            self._maybe_promote_node(n, rule)
+    if n.op == "call_function" and "val" in n.meta and (n.args, n.kwargs) == before:
+        return n.meta["val"]
+    return super(type_promotion._TypePromotionInterpreter, self).run_node(n)
 
 
 def _cast(node: Node) -> None:

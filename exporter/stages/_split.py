@@ -30,6 +30,9 @@ class Columns(Source):
     def read(self, checkpoint: Checkpoint) -> torch.Tensor:
         return self.whole.read(checkpoint)[:, self.start : self.stop]
 
+    def expect(self, checkpoint: Checkpoint) -> None:
+        self.whole.expect(checkpoint)
+
     def is_int4(self, checkpoint: Checkpoint) -> bool:
         return self.whole.is_int4(checkpoint)
 

@@ -75,8 +75,11 @@ class WeightFile:
         """Write what is not yet written and make the model's symbolic weights point at it."""
         for value in symbolic(model):
             self._split(model, value)
-        for value in symbolic(model):
+        values = symbolic(model)
+        for value, following in zip(values, [*values[1:], None], strict=True):
             assert value.name is not None
+            if following is not None and not self._file.keeps:
+                self.sources[following.name or ""].expect(self.checkpoint)
             model.graph.inputs.remove(value)
             source = self.sources[value.name]
             if value.name not in self.written and value.name not in self.notes:

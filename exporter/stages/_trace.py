@@ -16,11 +16,13 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+import torch._dynamo.config
 from torch.export import Dim
 from torch.onnx._internal.exporter import _fx_passes, _registration
+from torch.onnx._internal.fx.passes import type_promotion
 
 from exporter import __version__
-from exporter.stages._lower import lower
+from exporter.stages._lower import lower, promote
 
 OPSET = 21
 
@@ -209,17 +211,21 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quick() -> Iterator[None]:
-    """torch's exporter rebuilds its operator table (over a second) for every call, and traces what it has traced once more;
-    keep the table for the next atom, and `lower` instead."""
-    registry = _registration.ONNXRegistry
-    built, decompose = registry.from_torchlib, _fx_passes.decompose_with_registry
+    """torch's exporter rebuilds its operator table (over a second) for every call, and runs twice more what it has traced; keep the
+    table for the next atom, `lower` and `promote` instead. And its cache of what operators return takes longer to fill than it saves
+    where sizes are symbols."""
+    registry, interpreter = _registration.ONNXRegistry, type_promotion._TypePromotionInterpreter
+    built, decompose, run_node = registry.from_torchlib, _fx_passes.decompose_with_registry, interpreter.run_node
     registry.from_torchlib = staticmethod(_operator_table)  # type: ignore[method-assign]
     _fx_passes.decompose_with_registry = lower
+    interpreter.run_node = promote  # type: ignore[method-assign]
     try:
-        yield
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+            yield
     finally:
         registry.from_torchlib = built  # type: ignore[method-assign]
         _fx_passes.decompose_with_registry = decompose
+        interpreter.run_node = run_node  # type: ignore[method-assign]
 
 
 _from_torchlib = _registration.ONNXRegistry.from_torchlib

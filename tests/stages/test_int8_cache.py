@@ -27,7 +27,7 @@ from profiles import _schema
 from tests.conftest import needs_rtx
 from tests.families import tiny
 from tests.graphs.oracle_glimpse import New
-from tests.stages.conftest import SIZES, Engine, Export, Exported, plain
+from tests.stages.conftest import SIZES, Engine, Export, Exported, objections, plain
 
 STEPS = 24
 CHAINS = [
@@ -203,6 +203,8 @@ def test_tensorrt_rtx_builds_it(profile: str, checkpoints: dict[str, Path], tmp_
     work = Workspace(tmp_path)
     reductions = ("dyrate:layer=2,keep=12,step_list=3,keep_list=7",) if profile == "rtx_fp16" else ("lookm:keep=6",)
     run_export(Job(str(checkpoints["llava"]), reductions, profile, kv="int8"), work)
+    for graph in work.graphs.glob("*.onnx"):
+        assert not objections(graph)
     records = run_build(work)
     decode = next(r for r in records if "decode" in r.roles)
     kinds = {name: found["dtype"] for name, found in decode.details["inputs"].items()}

@@ -73,3 +73,19 @@ def test_only_what_needs_it_is_decomposed(
     for found, true in zip(session.run(None, {"x": x.numpy()}), expected, strict=True):
         torch.testing.assert_close(torch.from_numpy(found), true, rtol=0, atol=0)
     assert len(calls) == long_way
+
+
+class Mixed(torch.nn.Module):
+    """Types that PyTorch promotes by itself and ONNX does not."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        count = (x > 0).sum(-1, keepdim=True)
+        return count * 0.5, count + x, x / count, torch.where(x > 1, count, x) * (x > 0)
+
+
+def test_types_are_promoted() -> None:
+    x = torch.tensor([[1.0, 2.0], [3.0, -4.0]])
+    model = trace(Mixed(), {"x": x}, {"x": {0: "batch"}}, list("abcd"))
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    for found, expected in zip(session.run(None, {"x": x.numpy()}), Mixed()(x), strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), expected)
