@@ -42,6 +42,7 @@ bench: $(READY)
 	$(BIN)/edgetrim bench $(OUT)/image
 	$(BIN)/edgetrim bench $(OUT)/clip
 
+# onnxruntime-genai, for the tests of its layout, comes without its dependency: onnxruntime would overwrite onnxruntime-gpu.
 # The extra `rtx` installs nothing outside x86-64 Linux (a marker in pyproject.toml).
 $(READY): pyproject.toml constraints.txt
 	@test -n '$(PYTHON)' || { echo 'No Python 3.10 or newer with venv found. Install one, or: make PYTHON=/path/to/python3 …'; exit 1; }
@@ -49,6 +50,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
 		-e '.[export,ort,rtx,video,dev]' -c constraints.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -c constraints.txt \
+		'onnxruntime-genai; python_version >= "3.11" and sys_platform == "linux"'
 	@touch $@
 
 clean:

@@ -1,14 +1,14 @@
 """Kills verbs of the command line with SIGKILL at random moments, and looks at what they left: `python -m benchmarks.reliability`.
 
 Every trial starts a verb in a process of its own (forked from one that has imported everything, so that the moments lie in its work),
-kills it after a random part of the time that it takes undisturbed, checks the folder, and starts it again. Half of the trials kill the
-whole process group, as a terminal or container does, the others that one process, as the system does when memory runs out.
+kills it after a random part of the time that it takes undisturbed, looks at what is there, and starts it again. Some trials kill the
+whole process group, as a terminal or container does, some that one process, as the system does when memory runs out, and of deployments
+some what runs on the device. What is killed is in `_killed`.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -18,56 +18,47 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from exporter.bundle import MANIFEST, Bundle, contents
-from exporter.engines import checked_engine, engine_records
-from exporter.errors import ExportError
-from exporter.graphset import GraphSet
-from exporter.job import Job
-from exporter.workspace import Workspace
+from benchmarks._killed import SPECS, WHOLE, Verb, graphs_of, running_with, verbs
 
-SPECS = {"a": ["--reduce", "visionzip:keep=32"], "b": ["--reduce", "uniform:keep=16"]}
-"""Two jobs: what is killed replaces what the other one left."""
+MARK = "EDGETRIM_TRIAL"
+"""Environment variable by which processes of a trial are known."""
 LEFT_S = 10
 """In which processes that a killed one has started have to be gone."""
-
-
-@dataclass(frozen=True)
-class Verb:
-    """What is killed. start: makes the folder that it starts from, given one where both jobs are done. arguments: of the command line."""
-
-    name: str
-    start: Callable[[Path, Path], None]
-    arguments: Callable[[Path], list[str]]
+LIMIT_S = 300
+"""In which a verb has to end that is not killed itself."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One kill. share: of the undisturbed time, when it came. left: what stood in the folder. wrong: what must not be."""
+    """One kill. share: of the undisturbed time, when it came. killed: one of `Verb.victims`. ended: whether it came too late. left: what
+    stood in the folder. wrong: what must not be."""
 
+    date: str
     verb: str
     seed: int
     share: float
-    group: bool
+    killed: str
     ended: bool
     left: list[str]
     wrong: list[str]
 
 
 def start(arguments: list[str], folder: Path) -> int:
-    """The command line in a forked process, in a group of its own; its output goes to a file beside the folder."""
+    """The command line in a forked process, in a group of its own; what it says goes to files beside the folder, .out and .log."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             os.setpgid(0, 0)
-            log = os.open(folder.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
+            os.environ[MARK] = str(folder)
+            for number, suffix in ((1, ".out"), (2, ".log")):
+                os.dup2(os.open(folder.with_suffix(suffix), os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
             from exporter.cli import main
 
             status = main(arguments)
@@ -76,140 +67,102 @@ def start(arguments: list[str], folder: Path) -> int:
     return pid
 
 
-def finished(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def finished(pid: int) -> int | None:
+    """Its exit code; None if it has to be killed because it does not end."""
+    for _ in range(LIMIT_S * 20):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """What has to come out the same: graphs, and engines whose builder says that it repeats itself."""
-    found = {f"graphs/{name}": entry["sha256"] for name, entry in contents(folder / "graphs").items()}
-    built = engine_records(Workspace(folder)) if (folder / "engines" / "engines.json").is_file() else []
-    return found | {f"engines/{r.file}": r.sha256 for r in built if r.details.get("repeatable")}
+def whole(arguments: list[str], folder: Path) -> None:
+    """Run a verb to its good end."""
+    if (code := finished(start(arguments, folder))) != 0:
+        raise SystemExit(f"{arguments[0]} ends with exit code {code}:\n{folder.with_suffix('.log').read_text()}")
 
 
-def graphs_of(folder: Path) -> str:
-    return hashlib.sha256(
-        json.dumps(sorted((n, e["sha256"]) for n, e in contents(folder / "graphs").items())).encode()
-    ).hexdigest()
-
-
-def faults(folder: Path, known: dict[str, str]) -> Iterable[str]:
-    """What a folder must not hold, however its last writer ended. known: digest of graphs → reductions they are of."""
-    if not folder.is_dir():
-        return
-    if (folder / MANIFEST).is_file():
-        try:
-            Bundle.open(folder)
-        except ExportError as e:
-            yield f"the manifest is there, and does not hold: {e}"
-    if (folder / "graphs").is_dir() and graphs_of(folder) not in known:
-        yield "graphs/ is there, and holds what no whole export makes"
-    try:
-        job = Job.read(Workspace(folder))
-        GraphSet.load(folder / "graphs")
-    except ExportError:
-        return  # no verb goes on from here but `export` and `run`, which begin anew
-    if known.get(graphs_of(folder)) != " ".join(job.reductions):
-        yield "job.json is not that of the graphs"
-    try:
-        for record in engine_records(Workspace(folder)) if (folder / "engines" / "engines.json").is_file() else ():
-            if record.backend != "ort":
-                checked_engine(folder, record)
-            elif hashlib.sha256((folder / "engines" / record.file).read_bytes()).hexdigest() != record.sha256:
-                yield f"engines.json names {record.file} with another hash"
-    except (ExportError, OSError) as e:
-        yield f"engines.json names what is not whole: {e}"
-    for record in (folder / "evidence").glob("*.json"):
-        try:
-            json.loads(record.read_text())
-        except ValueError:
-            yield f"{record.name} is half-written"
-
-
-def remaining(group: int) -> bool:
-    """Whether a process of the group is still there after a while."""
+def remaining(verb: Verb, group: int, folder: Path) -> list[int]:
+    """Processes of a trial that are still there after a while."""
     for _ in range(LEFT_S * 10):
+        found = [*running_with(f"{MARK}={folder}"), *verb.on_device()]
         try:
             os.killpg(group, 0)
+            found.append(group)
         except ProcessLookupError:
-            return False
+            if not found:
+                return []
         except PermissionError:
             pass
         time.sleep(0.1)
-    return True
+    return found
 
 
-def trial(verb: Verb, seed: int, seconds: float, base: Path, known: dict[str, str], wanted: dict[str, str]) -> Trial:
+def kill(verb: Verb, pid: int, victim: str) -> None:
+    if victim == "group":
+        os.killpg(pid, signal.SIGKILL)
+    elif victim == "process":
+        os.kill(pid, signal.SIGKILL)
+    elif there := verb.on_device():
+        os.kill(min(there), signal.SIGKILL)  # the first that was started: it has all others
+
+
+def trial(verb: Verb, seed: int, seconds: float, base: Path, wanted: dict[str, Any]) -> Trial:
     chance = random.Random(f"{verb.name} {seed}")
-    share, group = chance.random(), chance.random() < 0.5
+    share, victim = chance.random(), verb.victims[int(chance.random() * len(verb.victims))]
     wrong: list[str] = []
     with tempfile.TemporaryDirectory(prefix="kill-") as scratch:
         folder = Path(scratch, "out")
         verb.start(folder, base)
         pid = start(verb.arguments(folder), folder)
         time.sleep(share * seconds)
-        (os.killpg if group else os.kill)(pid, signal.SIGKILL)
-        ended = finished(pid) != -signal.SIGKILL
-        if remaining(pid):
-            wrong.append("processes of the killed verb live on")
-            os.killpg(pid, signal.SIGKILL)
-        wrong += faults(folder, known)
-        left = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        kill(verb, pid, victim)
+        code = finished(pid)
+        ended = code == 0 if victim == "device" else code != -signal.SIGKILL
+        if code is None:
+            wrong.append(f"with what it spoke to killed, it does not end in {LIMIT_S} s")
+        elif victim == "device":
+            wrong += unkind(folder)
+        for left in remaining(verb, pid, folder):
+            wrong.append(f"process {left} lives on")
+            os.kill(left, signal.SIGKILL)
+        wrong += verb.faults(folder)
+        there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         code = finished(start(verb.arguments(folder), folder))
-        if code:
+        if code != 0:
             said = folder.with_suffix(".log").read_text(errors="replace").strip().splitlines()
             wrong.append(f"started again it ends with exit code {code}: {said[-1:]}")
-        elif (found := digests(folder)) != wanted:
-            wrong.append(
-                f"started again it makes other files: {sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))}"
-            )
-        wrong += [f"after the restart {text}" for text in faults(folder, known)]
-        wrong += [f"{p.name} is left behind" for p in folder.iterdir() if p.name.startswith(".")]
-    return Trial(verb.name, seed, round(share, 4), group, ended, left, wrong)
+        elif (found := verb.result(folder)) != wanted:
+            names = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+            wrong.append(f"started again it makes something else: {names}")
+        wrong += unkind(folder)
+        wrong += [f"after the restart {text}" for text in [*verb.faults(folder), *verb.leftovers(folder)]]
+    return Trial(today(), verb.name, seed, round(share, 4), victim, ended, there, wrong)
 
 
-def nothing(folder: Path, base: Path) -> None:
-    """The verb starts from no folder."""
+def unkind(folder: Path) -> list[str]:
+    return ["it shows a traceback"] if "Traceback" in folder.with_suffix(".log").read_text(errors="replace") else []
 
 
-def copy_of(name: str, *without: str) -> Callable[[Path, Path], None]:
-    def copy(folder: Path, base: Path) -> None:
-        shutil.copytree(base / name, folder, ignore=shutil.ignore_patterns(*without) if without else None)
-
-    return copy
-
-
-def verbs() -> list[Verb]:
-    cpu = ["--profile", "cpu_int4"]
-    quick = ["--per-kind", "1", "--rounds", "1", "--threads", "1"]
-    return [
-        Verb("run", nothing, lambda f: ["run", *SPECS["a"], *cpu, *quick, "-o", str(f)]),
-        Verb("run over another bundle", copy_of("b"), lambda f: ["run", *SPECS["a"], *cpu, *quick, "-o", str(f)]),
-        Verb("export over another bundle", copy_of("b"), lambda f: ["export", *SPECS["a"], *cpu, "-o", str(f)]),
-        Verb("build of a bundle", copy_of("a"), lambda f: ["build", str(f)]),
-        Verb("build with TensorRT-RTX", copy_of("rtx"), lambda f: ["build", str(f)]),
-        Verb("pack of a bundle", copy_of("a"), lambda f: ["pack", str(f)]),
-    ]
+def today() -> str:
+    return datetime.now(timezone.utc).date().isoformat()
 
 
 def prepare(base: Path) -> dict[str, str]:
     """Whole folders of both jobs, and of an RTX profile; returns which graphs are whose."""
-    quick = ["--per-kind", "1", "--rounds", "1", "--threads", "1"]
-    for name, profile, verb in (("a", "cpu_int4", "run"), ("b", "cpu_int4", "run"), ("rtx", "rtx_fp16", "export")):
-        folder, spec = base / name, SPECS["a" if name == "rtx" else name]
-        if folder.is_dir():
-            continue
-        more = quick if verb == "run" else []
-        if code := finished(start([verb, *spec, "--profile", profile, *more, "-o", str(folder)], folder)):
-            raise SystemExit(f"{verb} of {name} ends with exit code {code}:\n{folder.with_suffix('.log').read_text()}")
-    return {
-        graphs_of(base / name): spec[1] for name, spec in (("a", SPECS["a"]), ("b", SPECS["b"]), ("rtx", SPECS["a"]))
-    }
+    for name, arguments in WHOLE.items():
+        if not (base / name).is_dir():
+            whole([*arguments, "-o", str(base / name)], base / name)
+    return {graphs_of(base / name): SPECS["b" if name == "b" else "a"][1] for name in WHOLE}
 
 
 def preload() -> None:
     """What verbs import, so that forked processes need not."""
     import exporter.cost.count
+    import exporter.deploy.deploy
     import exporter.lint._check
     import exporter.stages._recorded
     import exporter.stages.bench
@@ -217,7 +170,8 @@ def preload() -> None:
     import exporter.stages.export
     import exporter.stages.recipe
     import exporter.stages.report
-    import exporter.stages.validate  # noqa: F401
+    import exporter.stages.validate
+    import exporter.tune.run  # noqa: F401
 
 
 def main() -> int:
@@ -235,34 +189,39 @@ def main() -> int:
     os.environ.update(EDGETRIM_CACHE="off", HF_HUB_OFFLINE="1")
     preload()
     trials: list[dict[str, Any]] = json.loads(asked.output.read_text())["trials"] if asked.output.is_file() else []
-    with tempfile.TemporaryDirectory(prefix="whole-") as scratch:
-        base = asked.base or Path(scratch)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="whole-")))
+        base = asked.base or scratch
         base.mkdir(parents=True, exist_ok=True)
-        known = prepare(base)
-        for verb in verbs():
+        device = None
+        if any(name.startswith("deploy") for name in asked.verb or ["deploy"]):
+            from tests.deploy.conftest import running
+
+            device = stack.enter_context(running(scratch / "sshd"))
+        for verb in verbs(prepare(base), device):
             if asked.verb and verb.name not in asked.verb:
                 continue
-            folder = Path(scratch, "undisturbed")
+            folder = scratch / "undisturbed" / "out"
+            folder.parent.mkdir()
             verb.start(folder, base)
             begin = time.perf_counter()
-            if code := finished(start(verb.arguments(folder), folder)):
-                raise SystemExit(f"{verb.name} ends with exit code {code}:\n{folder.with_suffix('.log').read_text()}")
-            seconds, wanted = time.perf_counter() - begin, digests(folder)
-            shutil.rmtree(folder)
+            whole(verb.arguments(folder), folder)
+            seconds, wanted = time.perf_counter() - begin, dict(verb.result(folder))
+            if found := [*verb.faults(folder), *verb.leftovers(folder)]:
+                raise SystemExit(f"{verb.name} without a kill: {found}")
+            shutil.rmtree(folder.parent)
             print(f"{verb.name}: {seconds:.1f} s undisturbed", flush=True)
             for seed in range(asked.seed, asked.seed + asked.kills):
-                done = trial(verb, seed, seconds, base, known, wanted)
+                done = trial(verb, seed, seconds, base, wanted)
                 trials.append(asdict(done))
                 for text in done.wrong:
-                    print(f"  seed {seed}, at {done.share:.0%}: {text}", flush=True)
+                    print(f"  seed {seed}, {done.killed} at {done.share:.0%}: {text}", flush=True)
                 asked.output.parent.mkdir(parents=True, exist_ok=True)
                 asked.output.write_text(json.dumps({"trials": trials}, indent=1) + "\n")
-    counted = Counter(t["verb"] for t in trials)
-    for name, count in counted.items():
+    for name, count in Counter(t["verb"] for t in trials).items():
         mine = [t for t in trials if t["verb"] == name]
-        print(
-            f"{name}: {count} kills, {sum(t['ended'] for t in mine)} after its end, {sum(bool(t['wrong']) for t in mine)} wrong"
-        )
+        late, wrong = sum(t["ended"] for t in mine), sum(bool(t["wrong"]) for t in mine)
+        print(f"{name}: {count} kills, {late} after its end, {wrong} wrong")
     return int(any(t["wrong"] for t in trials))
 
 

@@ -26,11 +26,12 @@ def engine_records(work: Workspace) -> list[EngineRecord]:
 
 @contextmanager
 def open_runners(
-    folder: Path, profile: Profile, threads: int | None = None
+    folder: Path, profile: Profile, threads: int | None = None, profiled: bool = False
 ) -> Iterator[tuple[dict[str, Runner], GraphSet, Any, str]]:
     """Runners for all roles, the graphs, the embedding table, and in words what runs.
 
     Engines of the profile's backend where they were built and can run here; else ONNX Runtime runs the graphs they are built from.
+    profiled: see `Backend.runner`.
 
     Raises:
         VerificationError: an engine is not what was built or packed.
@@ -51,7 +52,7 @@ def open_runners(
         runners: dict[str, Runner] = {}
         for file, roles in graphs.roles().items():
             graph = folder / "graphs" / built_from(file, graphs, profile)
-            runner = backend.runner(files[file], threads, "decode" in roles, graph)
+            runner = backend.runner(files[file], threads, "decode" in roles, graph, profiled)
             runners |= dict.fromkeys(roles, stack.enter_context(runner))
         yield runners, graphs, embedding(folder / "graphs", graphs), runners["vision"].in_words + what
 

@@ -179,6 +179,8 @@ class TextSpec:
 
     longest: int = 0
     """Tokens of a conversation that there are positions for, visual ones as in the prompt; 0 where nothing ends."""
+    window: int = 0
+    """How many tokens the layer with the shortest sliding window looks back; 0 where all look back to the start."""
 
     @property
     def width(self) -> int:

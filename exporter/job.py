@@ -81,6 +81,15 @@ class Job:
             check_weights(plan)
         return plan
 
+    def words(self) -> list[str]:
+        """As typed behind `edgetrim run`, without the output folder."""
+        size = None if self.image_size is None else "x".join(map(str, self.image_size))
+        given = [("--reduce", spec) for spec in self.reductions] + [
+            ("--profile", self.profile), ("--frames", str(self.frames) if self.frames > 1 else None), ("--image-size", size),
+            ("--clip-model", self.clip), ("--quantizer", self.quantizer), ("--calibration", self.calibration),
+        ]  # fmt: skip
+        return [self.checkpoint, *(word for name, value in given if value is not None for word in (name, value))]
+
     def loaded_profile(self) -> Profile:
         """Raises as `_schema.load`. A profile of the user's own is read from the output folder, once there is one."""
         profile = _schema.load(self._profile_file if _schema.is_path(self.profile) else self.profile)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graphs._contract import InCache, InLLM, Probing, Skipping
+from graphs._contract import InCache, InLLM, Probing, Skipping, Summarizing
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class KvLayout:
     groups: KV group of every layer, ascending from 0. kept: visual tokens in the cache of every group.
     per_head: whether the KV heads of a group keep tokens of their own, so that their places are [batch, kv_heads, past].
     cuts: layers before which tokens leave the language model. entering: visual tokens that take part in every layer of
-    prefill.
+    prefill, and summaries.
     """
 
     groups: tuple[int, ...]
@@ -50,7 +50,8 @@ class KvLayout:
             groups.append(len(kept) - 1)
             before = method
         routed = {i: m.kept(i) for i, m in own.items() if isinstance(m, Skipping)}
-        took_part = tuple(routed.get(i, n) for i, n in enumerate(entering))
+        more = sum(m.kept(0) for m in in_cache if isinstance(m, Summarizing))
+        took_part = tuple(routed.get(i, n) + more for i, n in enumerate(entering))
         return cls(tuple(groups), tuple(kept), tuple(per_head), tuple(cuts), took_part)
 
     def first(self, layer: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -217,7 +217,7 @@ def run_bench(
     compare: bool = True,
     log: Log = silent,
 ) -> dict[str, Any]:
-    """Latency per stage; writes evidence/latency.json and returns it.
+    """Latency per stage; writes evidence/latency.json and returns it. Into evidence/layers.json goes what the engines became.
 
     Args:
         compare: also time the PyTorch reference, and both without reduction (exported to a scratch folder for this).
@@ -253,9 +253,15 @@ def run_bench(
                 variants.append(bench.Variant("reference_unreduced", *reference(bare.plan())))
         pixels, prompts, sides = synthetic(work, graphs, 1)
         taken = bench.sample(variants, np.asarray(pixels[0]), prompts, new_tokens, rounds, log=log, side=sides[0])
+    log("profiling layers")
+    with open_runners(work.folder, profile, threads, profiled=True) as (runners, graphs, table, what):
+        opened = bench.Variant("profiled", runners, graphs, table)
+        layers = bench.layers(opened, np.asarray(pixels[0]), prompts, new_tokens, sides[0])
     record = {
         "executed": what,
         "machine": device.machine(),
+        "facts": device.facts(),
+        "state": device.state(),
         "versions": device.versions(),
         "threads": threads,
         "rounds": rounds,
@@ -265,27 +271,39 @@ def run_bench(
             name: {stage: asdict(t) for stage, t in stages.items()} for name, stages in bench.timings(taken).items()
         },
     }
-    _forget(work, MANIFEST)
+    _forget(work, MANIFEST, bench.LAYERS)
     work.write("evidence/latency.json", json.dumps(record, indent=1) + "\n")
+    told = {
+        "executed": what,
+        "new_tokens": new_tokens,
+        "engines": {k: [asdict(r) for r in v] for k, v in layers.items()},
+    }
+    work.write(bench.LAYERS, json.dumps(told) + "\n")
     return record
 
 
-def run_pack(work: Workspace, key: Path | None = None) -> Bundle:
+def run_pack(work: Workspace, key: Path | None = None, layouts: Sequence[str] = ()) -> Bundle:
     """Write the report, a build recipe where there are no engines, and the manifest: the folder is a bundle from then on.
 
     The same folder gives the same bytes.
 
     Args:
-        key: an OpenSSH key to sign the manifest with.
+        key: an OpenSSH key to sign the manifest with. layouts: of other runtimes, written beside the graphs.
+    Raises:
+        UsageError: there is no such layout, or its runtime has no place for something of this model. A bundle stays what it was.
     """
     from exporter import device, signature
+    from exporter.layouts._write import made, write
     from exporter.stages import recipe
     from exporter.stages.report import write_report
 
     job = Job.read(work)
     graphs = GraphSet.load(work.graphs)
+    wanted = [made(name, graphs, work.graphs, job.loaded_profile()) for name in layouts]
     _forget(work, MANIFEST, SIGNATURE)
     work.forget_unfinished()
+    for layout in wanted:
+        write(layout, work.graphs)
     write_report(work, job)
     if not (work.engines / "engines.json").is_file():
         recipe.write(work, graphs, job.loaded_profile())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -15,7 +15,7 @@ from exporter.families import _traced
 from exporter.families._contract import ALIGNED, INSTRUCTION, Family, Geometry, Request
 from exporter.graphset import tokens_in_words
 from exporter.kv import KvLayout
-from exporter.nn.specs import IN_CACHE_SIGNALS, IN_LLM_SIGNALS, Fixed
+from exporter.nn.specs import IN_CACHE_SIGNALS, IN_LLM_SIGNALS, DecoderShape, DecoderSpec, Fixed
 from graphs import _spec
 from graphs._compressor import Compressor
 from graphs._contract import (
@@ -29,6 +29,7 @@ from graphs._contract import (
     ReductionError,
     Site,
     Skipping,
+    Summarizing,
     WhileDecoding,
 )
 
@@ -213,6 +214,10 @@ def check_weights(plan: Plan) -> None:
         )
     for step in plan.steps:
         wanted = step.method.trained(step.site)
+        if wanted and (strange := step.method.strange(_names(plan, step))):
+            raise UsageError(
+                f"--reduce {_spec.format(step.method)}: {_where(plan, step)} does not fit this method: {strange}."
+            )
         found = trained_tensors(plan, step) if wanted else {}
         wrong = [
             f"`{n}` {list(s)} (found {list(found[n].shape) if n in found else 'none'})"
@@ -220,25 +225,39 @@ def check_weights(plan: Plan) -> None:
             if n not in found or found[n].shape != s
         ]
         if wrong:
-            where = step.weights or f"{plan.checkpoint.folder}, the model's own checkpoint,"
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             hint = "" if step.weights else f" Name its weights: {step.name}:weights=FILE."
             raise UsageError(
-                f"--reduce {_spec.format(step.method)}: {where} does not fit this model. Expected {', '.join(wrong[:4])}{more}.{hint}"
+                f"--reduce {_spec.format(step.method)}: {_where(plan, step)} does not fit this model. Expected {', '.join(wrong[:4])}{more}.{hint}"
             )
 
 
 def trained_tensors(plan: Plan, step: Step) -> dict[str, Stored]:
     """A reduction's own trained tensors, by the names it has for them, as far as they are there."""
-    own = isinstance(step.method, Compressor) and not step.weights
-    found = plan.checkpoint.stored() if own else stored_tensors(Path(step.weights))
-    prefixes = ("projector.",) if own else step.method.prefixes
+    found, prefixes = _stored(plan, step)
     return {
         name: found[prefix + name]
         for name in step.method.trained(step.site)
         for prefix in prefixes
         if prefix + name in found
     }
+
+
+def _stored(plan: Plan, step: Step) -> tuple[Mapping[str, Stored], tuple[str, ...]]:
+    """What lies where a reduction's trained tensors are looked for, and what may stand before their names there."""
+    if isinstance(step.method, Compressor) and not step.weights:
+        return plan.checkpoint.stored(), ("projector.",)
+    return stored_tensors(Path(step.weights)), step.method.prefixes
+
+
+def _names(plan: Plan, step: Step) -> set[str]:
+    """What lies there, by the names that the method would have for it."""
+    found, prefixes = _stored(plan, step)
+    return {name.removeprefix(prefix) for name in found for prefix in prefixes if name.startswith(prefix)}
+
+
+def _where(plan: Plan, step: Step) -> str:
+    return step.weights or f"{plan.checkpoint.folder}, the model's own checkpoint,"
 
 
 def make_plan(
@@ -467,9 +486,34 @@ class _Fitting:
 
     def _in_cache(self, text: str, method: InCache, site: Site) -> None:
         g = self.geometry
-        here = replace(self._with_fixed(site), signals=IN_CACHE_SIGNALS, depth=g.layers, kv_heads=g.kv_heads)
+        spec = self.family.decoder(self.checkpoint)
+        here = replace(
+            self._with_fixed(site), signals=IN_CACHE_SIGNALS, depth=g.layers, heads=spec.heads, kv_heads=g.kv_heads,
+            head_dim=g.head_dim, llm_dim=g.hidden, qkv_bias=isinstance(spec, DecoderSpec) and spec.qkv_bias,
+        )  # fmt: skip
+        if isinstance(method, Summarizing):
+            self._summarizes(text, method, spec)
         fitted = self.fit(text, method, here)
         self._add(fitted, here, here.total, fitted.after(here).total)
+
+    def _summarizes(self, text: str, method: Summarizing, spec: DecoderShape) -> None:
+        """Refuse summaries where the language model has no place for them; else they are counted as if they were the visual tokens."""
+        g = self.geometry
+        plain = isinstance(spec, DecoderSpec) and bool(spec.inv_freq) and not (spec.mrope_section or any(spec.windows))
+        written = [place for place, *_ in g.ids]
+        if not plain or spec.reach or spec.planes or written != sorted(written) or (g.fixed and g.placeholders > 1):
+            raise Unfit(
+                f"--reduce {text} does not fit {self.family.model_type}: its summaries are placed among the visual tokens, which takes a "
+                "language model with one rotary position per token that looks back as far as the prompt reaches, and visual tokens that "
+                "stand in the prompt as the tower gives them. Choose another reduction.",
+                _spec.name(method),
+            )
+        if any(s.method.sized for s in self.steps if isinstance(s.method, BeforeLLM | InLLM)):
+            raise UsageError(
+                f"--reduce {text}: a reduction before it has the language model count how many tokens each one stands for, which "
+                "summaries do not tell. Leave one of the two out."
+            )
+        self.policies.append("compact")
 
     def _in_tower(self, text: str, method: InTower, site: Site) -> Site:
         where = self.geometry.in_tower

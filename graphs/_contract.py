@@ -7,7 +7,8 @@ A reduction is a frozen dataclass whose fields are its knobs. It acts at one of 
 * `InTower`: in tower blocks, between attention and MLP (`PerFrameInTower` when frames are independent).
 * `Compressor` (`graphs._compressor`): instead of the projector between tower and language model.
 * `InLLM`: before chosen decoder layers, during prefill; while decoding too, if it says when.
-* `InCache`: on the keys and values that chosen decoder layers leave in the cache, at the end of prefill.
+* `InCache`: on the keys and values that chosen decoder layers leave in the cache, at the end of prefill; `Summarizing` puts
+  those of trained tokens there.
 
 `fit` resolves the knobs against a `Site` (static counts and the signals there are) before anything is traced.
 `forward` is plain torch with static shapes: run eagerly it is the reference, traced it is the subgraph.
@@ -136,7 +137,7 @@ class Site:
     depth: tower blocks up to the features (InTower, BeforeLLM) or decoder layers (InLLM).
     signals: names that can be supplied. grid_positions: positions are t/h/w triplets, not a count.
     dim, patch_dim, llm_dim: width of `hidden` and `patches` in the tower, and of the language model; 0 where unknown.
-    heads, kv_heads: of a decoder layer (InLLM, InCache); 0 elsewhere.
+    heads, kv_heads, head_dim: of a decoder layer (InLLM, InCache); 0 elsewhere. qkv_bias: whether its projections have biases.
     class_tokens: the language model gets the class token of every frame, whatever a reduction keeps.
     """
 
@@ -151,6 +152,8 @@ class Site:
     llm_dim: int = 0
     heads: int = 0
     kv_heads: int = 0
+    head_dim: int = 0
+    qkv_bias: bool = False
     class_tokens: bool = False
 
     @property
@@ -229,6 +232,11 @@ class Reduction(ABC):
         """Trained tensors, name (identifiers, joined by dots) → shape: `forward` finds them among its signals. They come
         from the safetensors file or checkpoint folder that the method's knob `weights` names, and lie there as here."""
         return {}
+
+    def strange(self, names: Collection[str]) -> str | None:
+        """Why a file that holds tensors of these names is another model's, though all that `trained` asks for may be there; None
+        where it is not."""
+        return None
 
     def knobs(self) -> dict[str, object]:
         """Knob names and values, in the order of definition."""
@@ -607,6 +615,67 @@ class InCache(Reduction):
             Both [batch, kv_heads, kept, head_dim].
         """
         return take_per_head(keys, index), take_per_head(values, index)
+
+
+@dataclass(frozen=True)
+class Summarizing(InCache):
+    """An `InCache` method that keeps tokens of its own, *summaries*, instead of the visual ones.
+
+    The visual tokens are cut into windows. Behind every `every` tokens of a window stands a summary: one trained embedding, and in
+    every layer trained projections to queries, keys and values; all else is the layer's. A window sees the text in front of the
+    image, the summaries of the windows before, and itself; text behind the image sees summaries only. In its own window a
+    summary has the position at which it stands there; to everything behind it the position that it has where there are but
+    summaries. So that is how the cache holds them, and from there text counts on.
+    """
+
+    shared: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def every(self) -> int:
+        """Visual tokens per summary (fitted method)."""
+
+    @property
+    @abstractmethod
+    def windows(self) -> tuple[int, ...]:
+        """Visual tokens of every window, each at least `every` (fitted method)."""
+
+    @property
+    @abstractmethod
+    def embedding(self) -> str:
+        """Which of the trained tensors is the embedding [1, dim]."""
+
+    @abstractmethod
+    def projections(self, layer: int) -> tuple[str, str, str]:
+        """Names of the linear layers of queries, keys and values; their weights [out, in] are among the trained tensors."""
+
+    @property
+    def start(self) -> int:
+        return 0
+
+    @property
+    def merges(self) -> bool:
+        return True
+
+    @property
+    def summaries(self) -> tuple[int, ...]:
+        """Of every window."""
+        return tuple(tokens // self.every for tokens in self.windows)
+
+    def kept(self, layer: int) -> int:
+        return sum(self.summaries)
+
+    @property
+    def anchors(self) -> list[int]:
+        """For every summary, the visual token that it stands behind."""
+        starts = [sum(self.windows[:n]) for n in range(len(self.windows))]
+        pairs = zip(starts, self.summaries, strict=True)
+        return [start + self.every * (n + 1) - 1 for start, count in pairs for n in range(count)]
+
+    def choose(self, layer: int, signals: Signals) -> Tensor:
+        from graphs._blocks import spread
+
+        return spread(self.anchors, signals[self.needs[0]]).long()
 
 
 def take_per_head(x: Tensor, index: Tensor) -> Tensor:

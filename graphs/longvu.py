@@ -27,9 +27,9 @@ Knobs:
 Differs: the paper finds redundant frames by DINOv2 features above a cosine of 0.83, here the projected tokens
 themselves serve and the number is fixed; its changes are those below a cosine of 0.6 to 0.8, here as many as fit, and
 so nothing is cut off behind. The cut at each frame's end when the context is full has no counterpart. The paper's
-model is trained with it; its query-based resampler in front, which joins features of two towers (SigLIP and DINOv2), is no
-part of this. Pooling is accumulated in float32, then cast back. `index`: a low-resolution token is anchored at the patch
-in the middle of its cell; its size is P / L.
+model is trained with it; its connector in front, which joins features of two towers (SigLIP and DINOv2), is no part of
+this; for one tower it is `sva`. Pooling is accumulated in float32, then cast back. `index`: a low-resolution token is
+anchored at the patch in the middle of its cell; its size is P / L.
 Position: *compact*: the paper hands on the shorter sequence; *keep* on t/h/w grids.
 """
 

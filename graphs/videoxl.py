@@ -18,7 +18,7 @@ Differs: 2 and 3 are those of the official code, which the weights go with: it t
 [channels, frames] without transposing, and has the relative keys of query and key the other way round. Video-XL-Pro
 repeats frames drawn at random where a clip is no multiple of four, Video-XL-2 the last one. Not here is what the two do
 behind it: Pro drops a share of the tokens that it draws at random and rotates the others; the time stamps between fours
-are text, and the chunks of Video-XL-2's cache are the runtime's.
+are text, and the chunks of Video-XL-2's cache are the runtime's. The first Video-XL is `vst`.
 Position: counted anew: its frames are not those of the tower.
 """
 

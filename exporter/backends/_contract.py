@@ -51,6 +51,22 @@ class EngineRecord:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One step of an engine: what the runtime made of a node, or of several.
+
+    kind: the operator, in the runtime's words. scopes: where the graph's nodes that it computes stand, first ones first: modules,
+    reductions. output: "Half [1, 64, 576]". tactic: what computes it. ms: a round; None where it is not known.
+    """
+
+    name: str
+    kind: str
+    scopes: tuple[str, ...]
+    output: str
+    tactic: str
+    ms: float | None = None
+
+
 class Runner(ABC):
     """Runs one engine. A context manager: nothing is loaded before `__enter__`.
 
@@ -103,6 +119,15 @@ class Runner(ABC):
         """Most samples at once, along the first axis of the first input; None: any number."""
         return None
 
+    def layers(self, rounds: int = 1) -> Sequence[Layer]:
+        """What the engine became; none where the runtime does not tell.
+
+        Args:
+            rounds: equal rounds that it has run, to which times are related if it was opened to be profiled. The first one, which
+                allocates, counts only if there is no other.
+        """
+        return ()
+
     def chunk(self, cached: bool) -> int | None:
         """Most tokens that a language model runs at once here, be it a limit or what is fastest; None: any number.
 
@@ -147,13 +172,15 @@ class Backend(ABC):
 
     @abstractmethod
     def runner(
-        self, engine: Path, threads: int | None = None, repeats: bool = False, graph: Path | None = None
-    ) -> Runner:
+        self, engine: Path, threads: int | None = None, repeats: bool = False, graph: Path | None = None,
+        profiled: bool = False,
+    ) -> Runner:  # fmt: skip
         """A runner for a built engine.
 
         Args:
             graph: what it was built from, which has the weights of an engine built without them.
             repeats: whether it will run again and again without a pause, as the decode graph does.
+            profiled: whether its layers are to be timed, where the runtime can; all of it is slower then.
         Raises:
             EnvironmentMismatch: it cannot run here.
         """

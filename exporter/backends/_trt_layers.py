@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from typing import Any
 
+from exporter.backends._contract import Layer
 from exporter.errors import ExportError
-
-
-@dataclass(frozen=True)
-class Layer:
-    """scopes: where the graph's nodes that it computes stand, first ones first: modules, reductions. output: "Half [1, 64, 576]"."""
-
-    name: str
-    kind: str
-    scopes: tuple[str, ...]
-    output: str
-    tactic: str
 
 
 def layers(text: str) -> list[Layer]:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from exporter.backends import _engine_cache, _plugins, _trt_module
-from exporter.backends._contract import Array, Runner
+from exporter.backends import _engine_cache, _plugins, _trt_layers, _trt_module
+from exporter.backends._contract import Array, Layer, Runner
 from exporter.backends._cuda import CudaError
 from exporter.backends._device_memory import Device, DeviceArray
 from exporter.backends._engine_cache import EngineCache
@@ -148,12 +148,11 @@ class TensorRtRunner(Runner):
     def gather(self, value: Any, rows: npt.NDArray[np.int64]) -> Any:
         return self._device.rows(value, rows) if isinstance(value, DeviceArray) else value[rows]
 
-    def layers(self) -> str:
-        """JSON of what the engine became, in TensorRT's own form: {"Layers": [...], "Bindings": [...]}."""
+    def layers(self, rounds: int = 1) -> Sequence[Layer]:
+        """As TensorRT's inspector tells them, without times."""
         self._loaded()
         inspector = self._engine.create_engine_inspector()
-        text: str = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
-        return text
+        return _trt_layers.layers(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     def _run(self, feeds: Mapping[str, Any], grown: Mapping[str, str] | None = None) -> dict[str, Any]:
         """grown: output → the input that it continues; None: shapes repeat."""

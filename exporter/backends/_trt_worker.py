@@ -1,7 +1,6 @@
-"""Builds one engine, alone in its process: `python -m exporter.backends._trt_worker FD`.
+"""Builds one engine, alone in its process: `python -m exporter.backends._trt_worker FOLDER PARENT`.
 
-FD is an open folder that holds request.json and `graph`, a link to the graph's folder; the engine and result.json are
-written there. So no path of the caller's is in memory, which would change the engine's bytes (see `fix_addresses`).
+FOLDER holds request.json; the engine and result.json are written there. PARENT is the process id of whoever asks.
 
 A process of its own because TensorRT's ONNX parser can crash (nested local functions: segfault, TensorRT-RTX 1.7.1;
 a plugin creator registered from Python: abort), and because its peak memory is worth knowing per engine. What
@@ -19,11 +18,10 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from exporter.backends import _trt_module
+from exporter.backends import _plugins, _trt_module
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
 
 TIMINGS = "timing.cache"
@@ -48,8 +46,6 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
             'Full TensorRT builds on the GPU it builds for; option module = "tensorrt_rtx" builds without one.'
         ) from e
     if request["plugins"] is not None:
-        from exporter.backends import _plugins  # only here: numpy's threads would make addresses a matter of chance
-
         _plugins.load(trt, request["plugins"]["library"])
     network = _network(trt, builder)
     _parse(trt, network, logger, request)
@@ -62,9 +58,7 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
             config.set_flag(flag)
     # The inspector then names layers and where they come from; it costs no time when it is not asked.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    # What a monitor prints depends on the clock, and so would addresses: not where the same input gives the same bytes.
-    if not _repeats(request["module"]):
-        config.progress_monitor = _monitor(trt)
+    config.progress_monitor = _monitor(trt)
     timings = _timings(config)
     shapes = _profiles(builder, network, config, request["profiles"])
     facts = {
@@ -78,7 +72,7 @@ def build(request: Mapping[str, Any]) -> dict[str, Any]:
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise ExportError(
-            f"{request['graph']}: {request['module']} {trt.__version__} parsed the graph but could not "
+            f"{Path(request['graph']).name}: {request['module']} {trt.__version__} parsed the graph but could not "
             f"build the engine. It said: {_errors(messages) or 'nothing'}"
         )
     if timings is not None:
@@ -105,11 +99,6 @@ def _logger(trt: Any, messages: list[tuple[str, str]]) -> Any:
         sys.stdout.flush()
 
     return _trt_module.logger(trt, tell)
-
-
-def _repeats(module: str) -> bool:
-    """Whether the same input gives the same engine: full TensorRT times tactics, and picks by the clock."""
-    return module == "tensorrt_rtx"
 
 
 def _timings(config: Any) -> Any:
@@ -171,7 +160,7 @@ def _parse(trt: Any, network: Any, logger: Any, request: Mapping[str, Any]) -> N
 
     The parser lists every op it has no importer for, but of those its importers refuse only the first.
     """
-    graph = Path("graph", request["graph"])
+    graph = Path(request["graph"])
     parser = trt.OnnxParser(network, logger)
     if parser.parse_from_file(str(graph)):
         if network.num_inputs and network.num_outputs:
@@ -288,29 +277,13 @@ def peak_rss_mib() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def fix_addresses() -> bool:
-    """Restart this process without address randomisation; True once it runs so, False where that is not permitted.
-
-    TensorRT-RTX 1.7.1 numbers dynamic dimensions in the order of pointers, so the same graph gives one of several byte
-    sequences. At fixed addresses, and on a thread (whose malloc arena knows little of the process's past), it gives the
-    same bytes each time. A container's default seccomp profile may forbid it.
-    """
-    no_randomize, ask, again = 0x0040000, 0xFFFFFFFF, "again"
-    libc = ctypes.CDLL(None)
-    now = libc.personality(ask)
-    if now != -1 and now & no_randomize:
-        return True
-    if sys.argv[2:] == [again] or now == -1 or libc.personality(now | no_randomize) == -1:
-        return False
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], again])
-
-
-def end_with_parent() -> None:
-    """Die when whoever asked for the engine does, however it ends: nobody else would stop a build of minutes. Linux only; the kernel
-    keeps it across `execv`."""
+def end_with(parent: int) -> None:
+    """Die when whoever asked for the engine does, however it ends: nobody else would stop a build of minutes. Linux only."""
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the signal was asked for
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _failure(error: ExportError) -> dict[str, Any]:
@@ -324,15 +297,12 @@ def _save(result: Path, value: Mapping[str, Any]) -> None:
 
 
 def main() -> int:
-    end_with_parent()
-    fixed = fix_addresses()
-    os.fchdir(int(sys.argv[1]))  # only now: a restart finds this module from the first working folder
-    request = json.loads(Path("request.json").read_text())
+    folder, parent = sys.argv[1:]
+    end_with(int(parent))
+    os.chdir(folder)
     result = Path("result.json")
-    repeatable = fixed and _repeats(request["module"])
     try:
-        with ThreadPoolExecutor(1) as own_heap:
-            _save(result, own_heap.submit(build, request).result() | {"repeatable": repeatable})
+        _save(result, build(json.loads(Path("request.json").read_text())))
     except ExportError as e:
         _save(result, _failure(e))
         return 1

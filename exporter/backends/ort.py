@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from exporter.backends._contract import Array, Backend, EngineRecord, Log, Runner, ShapeProfile
+from exporter.backends import _ort_profile
+from exporter.backends._contract import Array, Backend, EngineRecord, Layer, Log, Runner, ShapeProfile
 from exporter.backends._gather import Gather
 from exporter.backends._onnx_file import OnnxFile, external_files
 from exporter.backends._ort_cache import Held
@@ -111,11 +112,12 @@ class OnnxRuntime(Backend):
         return EngineRecord(roles, file, sha256(graph), size, build_s, peak, self.name, details)
 
     def runner(
-        self, engine: Path, threads: int | None = None, repeats: bool = False, graph: Path | None = None
-    ) -> OnnxRuntimeRunner:
+        self, engine: Path, threads: int | None = None, repeats: bool = False, graph: Path | None = None,
+        profiled: bool = False,
+    ) -> OnnxRuntimeRunner:  # fmt: skip
         self._require()
         backend = OnnxRuntime(self.provider, threads or self.threads, self.accuracy_level)
-        return OnnxRuntimeRunner(engine, backend, repeats)
+        return OnnxRuntimeRunner(engine, backend, repeats, profiled)
 
     def _require(self) -> None:
         if missing := self.missing():
@@ -133,15 +135,25 @@ class OnnxRuntimeRunner(Runner):
     to one memory, and nothing of it is copied or allocated from step to step.
     """
 
-    def __init__(self, engine: Path, backend: OnnxRuntime, repeats: bool = False) -> None:
+    def __init__(self, engine: Path, backend: OnnxRuntime, repeats: bool = False, profiled: bool = False) -> None:
         self._engine, self._backend, self._repeats = engine, backend, repeats
+        # On a GPU the profile has how long it takes to launch a kernel, not how long that runs.
+        self._profiles = profiled and backend.provider == "cpu"
+        self._profile: tempfile.TemporaryDirectory[str] | None = None
         self._bound = backend.provider != "cpu"
         self._session: Any = None
         self._inputs: dict[str, np.dtype[Any]] = {}
         self._outputs: tuple[str, ...] = ()
 
     def __enter__(self) -> OnnxRuntimeRunner:
-        session = _open(self._engine, self._backend, repeats=self._repeats)
+        if self._profiles:
+            self._profile = tempfile.TemporaryDirectory(prefix="edgetrim-profile-")
+        try:
+            session = _open(self._engine, self._backend, repeats=self._repeats, profile=self._profile)
+        except BaseException:
+            if self._profile is not None:
+                self._profile.cleanup()
+            raise
         self._inputs = {i.name: _dtype(i.name, i.type) for i in session.get_inputs()}
         self._outputs = tuple(o.name for o in session.get_outputs())
         self._axes = {i.name: [str(axis) for axis in i.shape] for i in session.get_inputs()}
@@ -155,6 +167,10 @@ class OnnxRuntimeRunner(Runner):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._profile is not None:
+            self._session.end_profiling()  # else it is written when the session goes, into a folder that has gone
+            self._profile.cleanup()
+            self._profile = None
         self._session = self._binding = None
         self._memories = {}
         self._gather.close()
@@ -172,6 +188,11 @@ class OnnxRuntimeRunner(Runner):
     @property
     def in_words(self) -> str:
         return f"ONNX Runtime, {self._backend.provider.upper()}"
+
+    def layers(self, rounds: int = 1) -> Sequence[Layer]:
+        """The nodes that ran; ends the profile. None without one: a session does not tell what became of its graph."""
+        self._loaded()
+        return () if self._profile is None else _ort_profile.layers(Path(self._session.end_profiling()), rounds)
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         self._loaded()
@@ -316,8 +337,12 @@ def _ort() -> Any:
     return onnxruntime
 
 
-def _open(graph: Path, backend: OnnxRuntime, save_optimized: Path | None = None, repeats: bool = False) -> Any:
-    """An inference session. The optimized graph is saved on request, with its weights in a file beside it.
+def _open(
+    graph: Path, backend: OnnxRuntime, save_optimized: Path | None = None, repeats: bool = False,
+    profile: tempfile.TemporaryDirectory[str] | None = None,
+) -> Any:  # fmt: skip
+    """An inference session. The optimized graph is saved on request, with its weights in a file beside it; a profile is written into
+    the folder given.
 
     A model is several sessions, each with threads of its own. Those of one that has just run would go on spinning where the
     next one runs; those of one that repeats are wanted again at once.
@@ -329,6 +354,9 @@ def _open(graph: Path, backend: OnnxRuntime, save_optimized: Path | None = None,
     if not repeats:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = _ERROR
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(profile.name, "profile"))
     if backend.threads:
         options.intra_op_num_threads = backend.threads
     if backend.accuracy_level is not None:

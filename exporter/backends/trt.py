@@ -10,8 +10,8 @@ strip_weights        True: engines without weights, which the runner takes from 
                      the weights once, and engines that share a weight file do not repeat it
 ==================== ================================================================================================
 
-`tensorrt_rtx` builds ahead of time on a machine without a GPU, byte for byte the same from the same input (detail
-`repeatable`); it knows neither Jetson Orin (SM 87) nor Hopper (SM 90). `tensorrt` builds on the device itself.
+`tensorrt_rtx` builds ahead of time on a machine without a GPU; it knows neither Jetson Orin (SM 87) nor Hopper (SM 90). `tensorrt`
+builds on the device itself. Neither gives the same bytes every time.
 
 Engines run wherever there is a GPU and the module they were built with (`_trt_runner`). An engine is code: open only those
 of a bundle that you trust, and whose hashes are right.
@@ -109,8 +109,9 @@ class TensorRT(Backend):
         return EngineRecord(roles, target.name, digest, size, build_s, peak_rss_mib, self.name, details)
 
     def runner(
-        self, engine: Path, threads: int | None = None, repeats: bool = False, graph: Path | None = None
-    ) -> Runner:
+        self, engine: Path, threads: int | None = None, repeats: bool = False, graph: Path | None = None,
+        profiled: bool = False,
+    ) -> Runner:  # fmt: skip
         if missing := self.missing_to_run():
             raise EnvironmentMismatch(f"{engine.name} cannot be run here. {missing}")
         return TensorRtRunner(engine, graph)
@@ -247,9 +248,8 @@ def _work(
     graph: Path, profiles: Sequence[ShapeProfile], chosen: Options, scratch: Path, cache: EngineCache | None, log: Log
 ) -> dict[str, Any]:
     """Run the worker, which writes `scratch/engine`. Returns its facts, or raises what it reports or died of."""
-    request = {"graph": graph.name, **_request(graph, profiles, chosen)}
+    request = {"graph": str(graph.absolute()), **_request(graph, profiles, chosen)}
     (scratch / "request.json").write_text(json.dumps(request))
-    (scratch / "graph").symlink_to(graph.parent.resolve(), target_is_directory=True)
     timings = None
     if cache is not None and chosen.module == "tensorrt":  # TensorRT-RTX times nothing
         machine = {"version": _trt_module.load(chosen.module).__version__, "gpu": _built_for(chosen)}
@@ -272,10 +272,9 @@ def _work(
 def _run(scratch: Path, log: Log) -> tuple[int, list[str]]:
     """Run the worker, hand its lines to `log`, return its exit code and last lines. It never outlives this call."""
     last: deque[str] = deque(maxlen=KEPT_LINES)
-    folder = os.open(scratch, os.O_RDONLY)
     process = subprocess.Popen(
-        [sys.executable, *WORKER, str(folder)], pass_fds=[folder], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, encoding="utf-8", errors="replace",
+        [sys.executable, *WORKER, str(scratch.absolute()), str(os.getpid())],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
         cwd=Path(exporter.__file__).parents[1],  # `-m` finds this very package, whatever folder the user is in
     )  # fmt: skip
     try:
@@ -285,7 +284,6 @@ def _run(scratch: Path, log: Log) -> tuple[int, list[str]]:
             log(line.rstrip())
         return process.wait(), list(last)
     finally:
-        os.close(folder)
         if process.poll() is None:
             process.kill()
             process.wait()

@@ -195,7 +195,6 @@ def _graph(path: Path, depth: int) -> tuple[dict[str, Any], list[Any]]:
 
 
 def _engine(path: Path) -> tuple[dict[str, Any], list[Any]]:
-    from exporter.backends._trt_layers import layers
     from exporter.backends._trt_runner import TensorRtRunner
     from exporter.backends.trt import BACKEND
     from exporter.engines import checked_engine, engine_records
@@ -209,7 +208,7 @@ def _engine(path: Path) -> tuple[dict[str, Any], list[Any]]:
     if missing := BACKEND.missing_to_run():
         raise EnvironmentMismatch(f"{path.name} cannot be opened here. {missing}")
     with TensorRtRunner(checked_engine(folder, record), folder / "graphs" / f"{path.stem}.onnx") as runner:
-        found, executed = layers(runner.layers()), runner.in_words
+        found, executed = runner.layers(), runner.in_words
     data = {"engine": path, "roles": record.roles, "opened": executed, "details": record.details, "layers": found}
     rows = [(layer.name, layer.kind, ", ".join(layer.scopes), layer.output, layer.tactic) for layer in found]
     head = f"{path}: {' and '.join(record.roles)}, {len(found)} layers, opened with {executed}\n"

@@ -7,6 +7,7 @@ lines of JSON on stdout. It ends with its connection: whatever it runs is killed
     <dir>/releases/<id>/      a bundle, complete and verified; `.sent.json` is the manifest as sent, `.steps.json` what was run
     <dir>/incoming/<id>/      a release that is not complete yet
     <dir>/incoming/parts/     files on their way, named by their hash: what is there is not sent again
+    <dir>/incoming/gone-<id>/ a release that is being removed
     <dir>/record/history.jsonl  every switch
     <dir>/venv/               edgetrim, where `--install` put it
     <dir>/.lock               held (flock) by whoever changes anything
@@ -15,6 +16,7 @@ lines of JSON on stdout. It ends with its connection: whatever it runs is killed
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -49,6 +51,8 @@ HASH = re.compile(r"[0-9a-f]{64}")
 WHEEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+!-]*\.whl")
 FIXED = ("graphs/", "job.json")
 """What build, validate, bench and pack leave as it was sent: the rest of a release is compared with that only before they run."""
+UNFINISHED = ".unfinished"
+"""In venv/ while something is installed there."""
 LAST_WORDS = 4000
 """Bytes of a command's output that are sent back, from its end."""
 
@@ -294,15 +298,21 @@ class Device:
 
     def install(self) -> dict[str, Any]:
         """An environment of our own that sees the system's packages, JetPack's TensorRT among them."""
-        python = self.base / "venv" / "bin" / "python"
+        venv, unfinished = self.base / "venv", self.base / "venv" / UNFINISHED
         wheels = sorted(str(p) for p in (self.incoming / "wheels").glob("*.whl"))
+        if unfinished.exists():  # pip takes what a killed one left for installed
+            shutil.rmtree(str(venv))
+        venv.mkdir(exist_ok=True)
+        unfinished.touch()
         for command in (
-            [sys.executable, "-m", "venv", "--system-site-packages", str(self.base / "venv")],
-            [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-q", *wheels],
-        ):
+            [sys.executable, "-m", "venv", "--system-site-packages", str(venv)],
+            [str(venv / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-q", *wheels],
+        ):  # fmt: skip
             done = self._run(command)
             if done["code"] != 0:
+                unfinished.unlink()  # what fails by itself leaves what was there before
                 raise Refused("failed", f"`{' '.join(command[:4])} …` failed: {done['err'] or done['out']}")
+        unfinished.unlink()
         return {}
 
     def step(self, release: str, name: str, arguments: list[str]) -> dict[str, Any]:
@@ -341,8 +351,9 @@ class Device:
         """Run a command to its end; it does not outlive this connection."""
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True, cwd=str(self.base)
-            )
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True, cwd=str(self.base),
+                preexec_fn=_dying_with_agent(),
+            )  # fmt: skip
             began = time.monotonic()
             try:
                 while True:
@@ -397,8 +408,10 @@ class Device:
         last = [live, self._previous(live), *(entry["release"] for entry in reversed(self._history()))]
         kept = list(dict.fromkeys(r for r in last if r))[: max(1, keep)]
         gone = [p.name for p in self.releases.iterdir() if p.name not in kept]
-        for name in gone:
-            shutil.rmtree(str(self.releases / name))
+        self.incoming.mkdir(exist_ok=True)
+        for name in gone:  # a release that is half removed is none
+            os.replace(str(self.releases / name), str(self.incoming / f"gone-{name}"))
+        shutil.rmtree(str(self.incoming))
         return {"removed": gone}
 
     def _live(self) -> str | None:
@@ -462,8 +475,9 @@ def facts(base: Path, root: Path = Path("/")) -> dict[str, Any]:
 
 def edgetrim(base: Path) -> list[str] | None:
     """The command that runs edgetrim here: of our own environment, of the PATH, of the user's."""
+    own = base / "venv"
     for found in (
-        str(base / "venv" / "bin" / "edgetrim"),
+        None if (own / UNFINISHED).exists() else str(own / "bin" / "edgetrim"),
         shutil.which("edgetrim"),
         os.path.expanduser("~/.local/bin/edgetrim"),
     ):
@@ -617,6 +631,20 @@ def _nearest(path: Path) -> Path:
 
 def _writable(base: Path) -> bool:
     return os.access(str(_nearest(base)), os.W_OK)
+
+
+def _dying_with_agent() -> Any:
+    """What a process does first that is to die with this one, however this one ends; nothing where the system cannot do it."""
+    if not sys.platform.startswith("linux"):
+        return None
+    agent, prctl, set_death_signal = os.getpid(), ctypes.CDLL(None).prctl, 1  # PR_SET_PDEATHSIG
+
+    def ask() -> None:
+        prctl(set_death_signal, signal.SIGKILL)
+        if os.getppid() != agent:  # it died before
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return ask
 
 
 def _tail(file: Any) -> str:

@@ -47,6 +47,15 @@ class Pen:
         """A constant int64 []."""
         return self._constant(np.array(number, np.int64))
 
+    def constant(self, array: np.ndarray[Any, Any]) -> ir.Value:
+        """A constant of any shape and type."""
+        self._count += 1
+        name = f"{self._scope}/constant_{self._count}"
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self._graph.initializers[name] = value
+        return value
+
     def done(self) -> None:
         common.RemoveUnusedNodesPass()(self._model)
         self._graph.sort()

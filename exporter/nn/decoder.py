@@ -31,7 +31,8 @@ from exporter.nn.cuts import (
 from exporter.nn.decoder_layer import Frame, Layer
 from exporter.nn.layers import LayerNorm, Linear, RMSNorm, soft_cap
 from exporter.nn.specs import DecoderSpec
-from graphs._contract import InCache, InLLM, Probing, Skipping, WhileDecoding
+from exporter.nn.summaries import Summarized, Windows
+from graphs._contract import InCache, InLLM, Probing, Skipping, Summarizing, WhileDecoding
 
 A = TypeVar("A", bound=Atom)
 
@@ -178,12 +179,28 @@ class Decoder(nn.Module):
                     if cut.looks_ahead:
                         self.ahead[layer] = Ahead(self.layers[layer])  # type: ignore[arg-type]
                         self.add_module(f"ahead_{layer}", self.ahead[layer])
-        for name, evict in in_cache if prunes else ():
+        self.windows: Windows | None = None
+        self.summarized: list[Summarized] = []
+        for name, evict in in_cache:
             behind = range(evict.start, spec.layers)
+            if isinstance(evict, Summarizing):
+                known = Trained((trained or {}).get(name, {}))
+                self.add_module(f"{name}_trained", known)
+                shifts[0] = present - evict.kept(0)
+            if not prunes:
+                continue
+            if isinstance(evict, Summarizing):
+                self.windows = Windows(spec, evict, known)
+                self.add_module(f"{name}_windows", self.windows)
+                for layer in behind:
+                    own = [known.get_submodule(path) for path in evict.projections(layer)]
+                    atom = Summarized(self.layers[layer], evict, own)  # type: ignore[arg-type]
+                    self.summarized.append(self._named(name, behind, layer, atom))
+                continue
             for layer in behind:
                 chooses = layer == evict.start or not evict.shared
-                atom = Evict(spec, layer, evict, present) if chooses else Follow(evict, present)
-                self.evicted[layer] = self._named(name, behind, layer, atom)
+                what = Evict(spec, layer, evict, present) if chooses else Follow(evict, present)
+                self.evicted[layer] = self._named(name, behind, layer, what)
         self.frames: dict[int, Frame] = {}
         for layer in (0,) if prunes else filter(self.layout.first, range(spec.layers)):
             # Prefill has its frame anew behind every cut; in decode what was cut is gone, and positions are the prompt's.
@@ -230,6 +247,8 @@ class Decoder(nn.Module):
             [batch, kept] into its visual tokens; then the same for its cache, there also [batch, kv_heads, kept];
             then what `Watch` returns.
         """
+        if self.windows is not None:
+            return self.summarize(self.windows, inputs_embeds, position_ids, order)
         x, *planes = self.planes(inputs_embeds) if self.spec.planes else (inputs_embeds,)
         groups = self.layout.groups
         cache = opened(self.int8, past_keys, past_values, past_scales)
@@ -315,8 +334,19 @@ class Decoder(nn.Module):
         tokens = [*orders.values(), *sizes.values()]
         return (self.lm_head(self.norm(x)), *cache.present(), *tokens, *kept, *cached, *watched)
 
+    def summarize(self, windows: Windows, x: Tensor, positions: Tensor, order: Tensor) -> tuple[Tensor, ...]:
+        """Prefill of a `Summarizing` method: logits, presents, order of the one KV group, and for the kept index the anchors."""
+        x, kept, anchors, *shared = windows(x, positions, order)
+        presents: list[Tensor] = []
+        for layer in self.summarized:
+            x, key, value = layer(x, *shared)
+            presents += [key, value]
+        return (self.lm_head(self.norm(x)), *presents, kept, anchors)
+
     @property
     def kept(self) -> list[str]:
         """Names of the kept indices, in order: of layer 2, "kept_2" or, where it is the cache's, "cached_2"."""
+        if self.windows is not None:
+            return ["cached_0"]
         choosing = [*self.routed, *(i for i, atom in self.evicted.items() if isinstance(atom, Evict))]
         return [*(f"kept_{i}" for i in self.pruned), *(f"cached_{i}" for i in choosing)]

@@ -39,21 +39,28 @@ class Attention(nn.Module):
 
         Returns the output, present key and value, and what a reduction may look at: the rotated queries [batch, heads, seq,
         head_dim], and queries and keys before the rotation."""
-        s = self.spec
         plain_q, plain_k, v = self.plain(x)
         q, k = rotate(plain_q, cos, sin), rotate(plain_k, cos, sin)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        seq = x.shape[1]
+        return self.o_proj(self.read(q, k, v, bias)), k, v, q, plain_q, plain_k
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """What queries [batch, heads, seq, head_dim] read of keys and values: [batch, seq, heads * head_dim]."""
+        s, seq = self.spec, q.shape[2]
         folded = q.reshape(-1, s.kv_heads, s.heads // s.kv_heads * seq, s.head_dim)
         out = torch.softmax(scores(s, folded, k, bias).float(), -1).to(v.dtype) @ v
-        return self.o_proj(merge_heads(out.reshape(-1, s.heads, seq, s.head_dim))), k, v, q, plain_q, plain_k
+        return merge_heads(out.reshape(-1, s.heads, seq, s.head_dim))
 
     def plain(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [batch, heads, seq, head_dim], keys and values [batch, kv_heads, seq, head_dim] before the rotation, normed
         where the decoder norms them."""
+        return self.by_head(*self.qkv_proj.split(x))
+
+    def by_head(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of projected queries, keys and values [batch, seq, heads * head_dim]."""
         s = self.spec
-        q, k, v = (part.unflatten(-1, (-1, s.head_dim)) for part in self.qkv_proj.split(x))
+        q, k, v = (part.unflatten(-1, (-1, s.head_dim)) for part in (q, k, v))
         if s.qk_norm:  # behind the transposition ONNX Runtime would move that through the norm, and not fuse it
             q, k = self.q_norm(q), self.k_norm(k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -131,11 +138,16 @@ class Layer(Atom):
         attention."""
         past = None if past_key is None or past_value is None else (past_key, past_value)
         out, *rest = self.self_attn(self.input_layernorm(x), cos, sin, bias, past)
+        x, attended = self.behind(x, out)
+        return (x, *rest, attended)
+
+    def behind(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """What leaves the layer, given what entered it and what attention found, and x behind attention."""
         if not self.self_attn.spec.post_norms:
             x = x + out
-            return (x + self.mlp(self.post_attention_layernorm(x)), *rest, x)
+            return x + self.mlp(self.post_attention_layernorm(x)), x
         x = x + self.post_attention_layernorm(out)
-        return (x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), *rest, x)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), x
 
 
 class Frame(Atom):
@@ -177,16 +189,7 @@ class Frame(Atom):
         s = self.spec
         if self.shift:
             position_ids = position_ids - self.shift
-        rotary = []
-        for i in range(len(self.frequencies)):
-            angle = position_ids.float().unsqueeze(-1) * self.get_buffer(f"inv_freq_{i}")
-            if s.mrope_section is not None:
-                angle = (angle * self.get_buffer("follows")).sum(0)
-            angle = angle.unsqueeze(1)
-            cos, sin = torch.cos(angle), torch.sin(angle)
-            if s.rope_scale != 1.0:
-                cos, sin = cos * s.rope_scale, sin * s.rope_scale
-            rotary += [cos.to(x.dtype), sin.to(x.dtype)]
+        rotary = self.rotary(position_ids, x.dtype)
         total = _appended(past_order, order)
         sizes = [] if size is None else [_appended(past_size, size)]
         allowed = torch.log(_by_head(sizes[0]))[:, :, None, :] if sizes else torch.zeros(())
@@ -203,6 +206,20 @@ class Frame(Atom):
             bias = torch.where(visible, allowed, MASKED).to(x.dtype)
             masks.append(torch.cat([bias] * (s.heads // s.kv_heads), 2))
         return (total, *sizes, *rotary, *masks)
+
+    def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """cos, sin [batch, 1, seq, head_dim / 2] for each set of frequencies."""
+        s, found = self.spec, []
+        for i in range(len(self.frequencies)):
+            angle = position_ids.float().unsqueeze(-1) * self.get_buffer(f"inv_freq_{i}")
+            if s.mrope_section is not None:
+                angle = (angle * self.get_buffer("follows")).sum(0)
+            angle = angle.unsqueeze(1)
+            cos, sin = torch.cos(angle), torch.sin(angle)
+            if s.rope_scale != 1.0:
+                cos, sin = cos * s.rope_scale, sin * s.rope_scale
+            found += [cos.to(dtype), sin.to(dtype)]
+        return found
 
     def of_layer(self, layer: int, shared: Sequence[T]) -> tuple[T | None, T | None, T]:
         """cos, sin (None where nothing is turned) and mask of one layer. shared: what `forward` returns behind order and size."""

@@ -305,6 +305,7 @@ class DecoderShape:
     planes: the vector of a visual token is followed by so many more, each added to what leaves one of the first layers
     (DeepStack). reach: some tokens see others behind them, so masks are made from `reach`, not from `order`.
     scaled_embeddings: text embeddings are multiplied by sqrt(hidden); what comes from an image is not.
+    windows: per layer, the sliding window in tokens or None.
     """
 
     hidden: int
@@ -314,6 +315,7 @@ class DecoderShape:
     head_dim: int
     intermediate: int
     vocab: int
+    windows: tuple[int | None, ...]
     planes: int = 0
     reach: bool = False
     scaled_embeddings: bool = False
@@ -329,6 +331,11 @@ class DecoderShape:
         return 0
 
     @property
+    def window(self) -> int:
+        """How many tokens the layer with the shortest sliding window looks back; 0 where all look back to the start."""
+        return min((window for window in self.windows if window is not None), default=0)
+
+    @property
     def embed_scale(self) -> float:
         return self.hidden**0.5 if self.scaled_embeddings else 1.0
 
@@ -339,7 +346,7 @@ class DecoderSpec(DecoderShape):
 
     inv_freq: head_dim / 2 rotary frequencies; `rope_scale` multiplies cos and sin. local_inv_freq: those of layers with a
     window; empty where they are the same. mrope_section: how many frequencies follow the t, h, w position, or None.
-    windows: per layer, the sliding window in tokens or None. attention_scale: multiplies queries.
+    attention_scale: multiplies queries.
     attention_cap, logit_cap: scores and logits are bent by tanh to stay below; None: they are not.
     qk_norm: RMS norm of queries and keys, per head and before the rotation. post_norms: norms also behind attention and MLP.
     norm_offset: what has to be added to the norm weights of a checkpoint. mrope_interleaved: the frequencies of t, h and w take
@@ -356,7 +363,6 @@ class DecoderSpec(DecoderShape):
     inv_freq: tuple[float, ...]
     rope_scale: float
     mrope_section: tuple[int, ...] | None
-    windows: tuple[int | None, ...]
     attention_scale: float
     local_inv_freq: tuple[float, ...] = ()
     attention_cap: float | None = None

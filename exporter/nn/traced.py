@@ -90,9 +90,12 @@ class Seen:
         if len(shapes) != 1 or len(cached.layers) != text.num_hidden_layers:
             raise self.refuse("its layers keep keys and values of different shapes")
         ((_, kv_heads, _, head_dim),) = shapes
+        kinds = layer_kinds(text)
+        windows = (int(text.sliding_window) if kind == "sliding_attention" else None for kind in kinds)
         return DecoderShape(
             hidden=hidden, layers=len(cached.layers), heads=int(text.num_attention_heads), kv_heads=kv_heads, head_dim=head_dim,
             intermediate=int(getattr(text, "intermediate_size", 0)), vocab=int(logits.shape[-1]),
+            windows=tuple(windows),
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from exporter._typed import parsed, typed
+from exporter.backends._contract import Layer
 from exporter.errors import VerificationError
 
 Number = Union[float, str]  # noqa: UP007  (evaluated at run time, and Python 3.10's `|` has no get_origin of Union)
@@ -120,6 +121,16 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Layers:
+    """What engines became when they ran. engines: stage → layers; none where the runtime does not tell. executed: which runtime.
+    new_tokens: of the answer that their milliseconds are of."""
+
+    executed: str
+    new_tokens: int
+    engines: dict[str, list[Layer]]
+
+
+@dataclass(frozen=True)
 class CurvePoint:
     keep_ratio: float
     accuracy: dict[str, float]
@@ -195,6 +206,9 @@ class ReportData:
     """Time to first token: all stages up to the first logits."""
     token: Latency | None = None
     """Time per output token."""
+    answer_tokens: int = 0
+    """Tokens of an answer as it was timed; 0: not known."""
+    layers: Layers | None = None
     curves: list[Curve] = field(default_factory=list)
     full_accuracy: dict[str, float] = field(default_factory=dict)
     """Unreduced, by kind, in the curves' setting."""
@@ -205,9 +219,12 @@ class ReportData:
     regressed: dict[str, int] = field(default_factory=dict)
     """All of them, by cause."""
     geometry: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    """The machine that measured: processor, power mode, clocks, driver, load."""
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     command: str = ""
+    """A line each."""
 
     def to_json(self) -> str:
         return json.dumps(_plain(self), indent=1, ensure_ascii=False) + "\n"

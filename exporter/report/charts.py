@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log2
 
 from markupsafe import Markup, escape
 
 from exporter.report._data import Curve, Score
+from exporter.report.waterfall import Step
 
 
 @dataclass(frozen=True)
@@ -141,31 +142,21 @@ def interval(score: Score, low: float, reference: float | None, kind: str) -> Ma
     return _svg(width, height, said, body, "interval")
 
 
-def stacked(rows: Sequence[tuple[str, Mapping[str, float]]], names: Sequence[str], unit: str = "ms") -> Markup:
-    """Horizontal stacked bars, one per row; `names`: all parts, in the order of their colours."""
-    width, left, right, bar, step = 1000.0, 178.0, 84.0, 22.0, 40.0
-    most = max((sum(parts.values()) for _, parts in rows), default=0.0) or 1.0
-    body = []
-    for i, (label, parts) in enumerate(rows):
-        x, y = left, i * step + 6
-        body.append(_text(left - 12, y + bar / 2 + 4, label, "label", "end"))
-        for name, value in parts.items():
-            w = value / most * (width - left - right)
-            colour = f"s{names.index(name) % SERIES}"
-            said = f"{name}: {value:,.1f} {unit}"
-            body.append(
-                f'<g><rect x="{x:.1f}" y="{y:.1f}" width="{max(w - 1.5, 0.8):.1f}" height="{bar:g}" class="bar {colour}"/>'
-                f"<title>{escape(said)}</title></g>"
-            )
-            if w > 7.2 * len(f"{value:,.0f}") + 10:
-                body.append(_text(x + w / 2 - 0.7, y + bar / 2 + 4, f"{value:,.0f}", "inbar", "middle"))
-            x += w
-        body.append(_text(x + 8, y + bar / 2 + 4, f"{sum(parts.values()):,.0f} {unit}", "label strong"))
-    return _svg(width, len(rows) * step, "Time to first token by stage", body, "chart wide")
-
-
-def swatch(i: int) -> Markup:
-    return _svg(12, 12, "", [f'<rect width="12" height="12" rx="2" class="bar s{i % SERIES}"/>'], "key")
+def span(step: Step, most_ms: float, colour: int) -> Markup:
+    """One step of a waterfall in a row of its own, as wide as the page lets it be; a line between the tokens of a repeated one."""
+    scale = 1000 / most_ms if most_ms else 0.0
+    x, w, each = step.start_ms * scale, step.ms * scale, step.each_ms * scale
+    kind = f"s{colour % SERIES}"
+    body = [f'<rect x="{x:.2f}" width="{max(w, 2):.2f}" height="18" class="bar {kind}"/>']
+    if each > 5:  # else the lines would be all there is
+        body += [_line(x + i * each, 0, x + i * each, 18, "between") for i in range(1, step.times)]
+    if step.start_ms:
+        body.append(_line(x, -6, x, 0, "edge"))
+    said = f"{step.stage}: from {step.start_ms:.3g} to {step.start_ms + step.ms:.3g} ms"
+    return Markup(
+        f'<svg class="span" viewBox="0 0 1000 18" preserveAspectRatio="none" role="img" aria-label="{escape(said)}">{"".join(body)}'
+        f"<title>{escape(said)}</title></svg>"
+    )
 
 
 def tokens(before: int, after: int, most: int) -> Markup:

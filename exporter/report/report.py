@@ -11,11 +11,9 @@ from typing import Any
 
 import exporter
 from exporter.graphset import tokens_in_words
-from exporter.report import charts
+from exporter.report import charts, layers
 from exporter.report._data import Latency, Quality, ReportData, Score, Timing
-
-COLUMNS = ("reference_unreduced", "reference_reduced", "engine_unreduced", "engine_reduced")
-COLUMN_NAMES = ("PyTorch, unreduced", "PyTorch, reduced", "Engine, unreduced", "Engine, reduced")
+from exporter.report.waterfall import waterfalls
 
 
 @dataclass(frozen=True)
@@ -68,11 +66,11 @@ def render(data: ReportData) -> str:
         axis=quality_axis(data.quality),
         unreduced={kind: _score(data.quality, "unreduced", kind) for kind in kinds},
         curve_kinds=_unique(kind for c in data.curves for p in c.points for kind in p.accuracy),
-        columns=COLUMNS,
-        column_names=COLUMN_NAMES,
-        bars=latency_bars(data.latency),
-        bar_names=[row.stage for row in data.latency if row.stage != "decode"],
+        waterfalls=waterfalls(data),
+        step_names=[row.stage for row in (*data.latency, data.token) if row is not None],
+        layers=layers,
         ratio=ratio,
+        faster=faster,
         gates=gates(data),
         idle=[stage.name for stage in data.stages if stage.built and not stage.executed],
     )
@@ -160,26 +158,18 @@ def quality_axis(rows: Sequence[Quality]) -> float:
     return min(int(min(lows, default=0) * 10) / 10, 0.9)
 
 
-def latency_bars(rows: Sequence[Latency]) -> list[tuple[str, dict[str, float]]]:
-    """One stacked bar per variant that was measured in every stage before the first token. Unreduced may lack `reduce` and
-    `question`."""
-    bars = []
-    stages = [row for row in rows if row.stage != "decode"]
-    for column, name in zip(COLUMNS, COLUMN_NAMES, strict=True):
-        timings = [(row.stage, getattr(row, column)) for row in stages]
-        if column.endswith("unreduced"):
-            optional = ("reduce", "question")
-            timings = [(stage, time) for stage, time in timings if stage not in optional or isinstance(time, Timing)]
-        if timings and all(isinstance(timing, Timing) for _, timing in timings):
-            bars.append((name, {stage: timing.median for stage, timing in timings}))
-    return bars
-
-
 def ratio(before: Any, after: Any) -> str | None:
     """How much faster `after` is, from medians: "1.83× faster"; None where either was not measured."""
-    if not isinstance(before, Timing) or not isinstance(after, Timing) or not before.median or not after.median:
+    if not isinstance(before, Timing) or not isinstance(after, Timing):
         return None
-    factor = before.median / after.median
+    return faster(before.median, after.median)
+
+
+def faster(before: float, after: float) -> str | None:
+    """Two times as a ratio, in words; None if one is zero."""
+    if not before or not after:
+        return None
+    factor = before / after
     if 0.98 <= factor <= 1.02:
         return "the same"
     return f"{factor:.3g}× faster" if factor > 1 else f"{1 / factor:.3g}× slower"

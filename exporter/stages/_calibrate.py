@@ -38,6 +38,7 @@ from exporter.stages._store import WeightFile
 from exporter.stages._task import Question
 from exporter.stages.export import Modules, build_modules, origins, share
 from exporter.weights import Source, fill
+from graphs._contract import Summarizing
 
 Log = Callable[[str], None]
 TOKENS = 4096
@@ -66,6 +67,12 @@ def check(plan: Plan, modules: Modules) -> None:
         raise UsageError(
             f"The {asked} needs a decoder of ours, and {plan.family.model_type} is traced whole. Choose --quantizer rtn without "
             "`error_max`."
+        )
+    summarizing = [name for name, method in plan.in_cache if isinstance(method, Summarizing)]
+    if summarizing:
+        raise UsageError(
+            f"The {asked} watches the decoder's layers one by one, and {summarizing[0]} runs them with projections of its own. Choose "
+            "--quantizer rtn without `error_max`."
         )
     if plan.checkpoint.quantized:
         raise UsageError(

@@ -31,6 +31,8 @@ ALIGN = 4096
 SLICE = 4 * 2**20
 """Bytes of a tensor that are converted at a time. Memory of this size is used again and again; that of a whole matrix the system
 would clear, page by page, for every one."""
+AHEAD = 3
+"""Tensors that the system is asked to read while another one is written."""
 COLUMNS = 64
 """Columns of a matrix that are transposed at a time, at least: two bytes of each fill a line of the processor's cache."""
 
@@ -76,10 +78,11 @@ class WeightFile:
         for value in symbolic(model):
             self._split(model, value)
         values = symbolic(model)
-        for value, following in zip(values, [*values[1:], None], strict=True):
+        for i, value in enumerate(values):
             assert value.name is not None
-            if following is not None and not self._file.keeps:
-                self.sources[following.name or ""].expect(self.checkpoint)
+            for coming in values[1 : AHEAD + 1] if i == 0 else values[i + AHEAD : i + AHEAD + 1]:
+                if not self._file.keeps:
+                    self.sources[coming.name or ""].expect(self.checkpoint)
             model.graph.inputs.remove(value)
             source = self.sources[value.name]
             if value.name not in self.written and value.name not in self.notes:

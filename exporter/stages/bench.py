@@ -7,12 +7,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from exporter.backends._contract import Array, Runner
+from exporter.backends._contract import Array, Layer, Runner
 from exporter.graphset import GraphSet
 from exporter.runtime.generate import Generator
 
 STAGES = ("vision", "question", "reduce", "prefill", "decode", "ttft")
 """decode is the time per output token; ttft the time from pixels to the first token. question only where there is one."""
+
+LAYERS = "evidence/layers.json"
+"""What the engines became, see `layers`."""
+PROFILED = 4
+"""Rounds of which a profile is taken, the first one to warm up."""
 
 Log = Callable[[str], None]
 
@@ -80,6 +85,26 @@ def sample(
                 found["decode"].append(float(np.median(timings.decode_ms)))
                 found["ttft"].append(timings.ttft_ms)
     return samples
+
+
+def layers(
+    variant: Variant,
+    pixel_values: Array,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int = 16,
+    side: Mapping[str, Array] | None = None,
+) -> dict[str, Sequence[Layer]]:
+    """What the engines of a variant became, by their roles: "prefill and decode". Milliseconds are an answer's, where they are known.
+
+    Args:
+        variant: its runners are opened to be profiled. Others: as of `sample`.
+    """
+    generator = Generator(variant.runners, _without_eos(variant.graphs), variant.table)
+    for _ in range(PROFILED):
+        generator.generate(pixel_values, prompts, new_tokens, side=side)
+    return {
+        " and ".join(roles): variant.runners[roles[0]].layers(PROFILED) for roles in variant.graphs.roles().values()
+    }
 
 
 def timings(found: Mapping[str, Samples]) -> dict[str, dict[str, Timing]]:

@@ -75,7 +75,7 @@ def origins(plan: Plan, modules: Modules) -> dict[str, dict[str, Source]]:
     """Weight file → parameter name → where it comes from: the checkpoint, the CLIP checkpoint, a method's own file."""
     found = {"vision": sources(modules.vision, "vision"), "llm": sources(modules.decode, "text")}
     found["reduce"] = trained(plan, "before_llm", "{}") | trained(plan, "projector", "{}")
-    found["llm"] |= trained(plan, "in_llm", "{}_trained")
+    found["llm"] |= trained(plan, "in_llm", "{}_trained") | trained(plan, "in_cache", "{}_trained")
     if modules.reduce.projector is not None:
         found["reduce"] |= {f"projector.{k}": v for k, v in sources(modules.reduce.projector, "projector").items()}
     if plan.request.clip is not None and "aligned" in plan.taps:
@@ -276,7 +276,7 @@ def _bytes(plan: Plan, found: dict[str, dict[str, Source]], embedding: Source) -
 def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -> GraphSet:
     """The description that a runtime needs instead of the plan."""
     g = plan.geometry
-    kv = plan.kv
+    kv, decoder = plan.kv, plan.family.decoder(plan.checkpoint)
     return GraphSet(
         family=plan.family.model_type,
         compute=plan.profile.precision.compute,
@@ -315,7 +315,8 @@ def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -
             image_token=g.image_token,
             eos=list(g.eos),
             planes=g.planes,
-            longest=plan.family.decoder(plan.checkpoint).longest,
+            longest=decoder.longest,
+            window=decoder.window,
             per_head=[group for group, apart in enumerate(kv.per_head) if apart],
         ),
         signals=signals,

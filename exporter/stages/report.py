@@ -9,11 +9,12 @@ import os
 import shlex
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter import report
-from exporter._typed import read_json
+from exporter._typed import read_json, typed
 from exporter.backends._contract import EngineRecord
 from exporter.errors import VerificationError
 from exporter.graphset import GraphSet
@@ -33,6 +34,14 @@ PLACES = {
     "in_llm": "inside the language model",
     "in_cache": "in the cache",
 }
+DECISIVE = ("module", "JetPack", "power mode", "CPU clocks", "GPU", "driver", "GPU clocks")
+"""Of `device.facts`, what a reader of latencies asks for."""
+STATE = {
+    "load": ("load average", ""),
+    "temperature_c": ("hottest sensor", " °C"),
+    "clock_mhz": ("clock of the first core", " MHz"),
+}
+"""Of `device.state`: words and unit."""
 NO_SUCH_STAGE = "the unreduced model has no such stage."
 NONE_OF_THIS = ""
 """A number that such a stage does not have."""
@@ -82,6 +91,8 @@ def collect(work: Workspace, job: Job) -> report.ReportData:
             latency=[timed[s] for s in ("vision", "question", "reduce", "prefill") if s in timed],
             ttft=timed.get("ttft"),
             token=timed.get("decode"),
+            answer_tokens=(latency or {}).get("new_tokens", 0),
+            layers=_layers(work),
             curves=_curves(curves),
             full_accuracy=dict((curves or {}).get("full", {})),
             overlays=_overlays(work),
@@ -91,7 +102,8 @@ def collect(work: Workspace, job: Job) -> report.ReportData:
             geometry=_geometry(graphs),
             versions=dict((latency or {}).get("versions") or versions()),
             notes=_notes(validation, latency, curves, executed, profile),
-            command=command_line(job),
+            environment=_environment(latency),
+            command=command_lines(job, latency),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise VerificationError(
@@ -104,20 +116,40 @@ def narrowest(graphs: GraphSet) -> int:
     return min([graphs.visual.kept, *graphs.text.kept])
 
 
-def command_line(job: Job) -> str:
-    """What makes this folder again."""
-    words = ["edgetrim", "run", job.checkpoint]
-    for spec in job.reductions:
-        words += ["--reduce", spec]
-    own = Path(job.profile).name != job.profile
-    words += ["--profile", f"./{Path(job.profile).name}" if own else job.profile]
-    if job.frames != 1:
-        words += ["--frames", str(job.frames)]
-    if job.image_size:
-        words += ["--image-size", "x".join(map(str, job.image_size))]
-    if job.clip:
-        words += ["--clip-model", job.clip]
-    return shlex.join([*words, "-o", "out/"])
+def command_lines(job: Job, latency: Mapping[str, Any] | None) -> str:
+    """What makes this folder again, and what timed it. A profile of the user's own is the one that lies in the folder."""
+    name = Path(job.profile).name
+    asked = replace(job, profile=job.profile if name == job.profile else f"./{name}")
+    lines = [["edgetrim", "run", *asked.words(), "-o", "out/"]]
+    if latency is not None:
+        lines.append(
+            [
+                "edgetrim",
+                "bench",
+                "out/",
+                "--rounds",
+                str(latency["rounds"]),
+                "--new-tokens",
+                str(latency["new_tokens"]),
+            ]
+        )
+        lines[1] += [] if latency["threads"] is None else ["--threads", str(latency["threads"])]
+        lines[1] += [] if len(latency["variants"]) > 1 else ["--no-compare"]
+    return "\n".join(map(shlex.join, lines))
+
+
+def _environment(latency: Mapping[str, Any] | None) -> dict[str, str]:
+    """The machine as it was when it measured."""
+    from exporter.device import RUNTIMES
+
+    if latency is None or "facts" not in latency:
+        return {}
+    facts, state = latency["facts"], latency.get("state", {})
+    found = {name: str(value) for name, value in facts.items() if name not in RUNTIMES}
+    found["Python"] = latency["machine"]["python"]
+    found["threads"] = str(latency["threads"] or "the runtime's own choice")
+    found |= {words: f"{state[name]:g}{unit}" for name, (words, unit) in STATE.items() if name in state}
+    return found
 
 
 def _created(latency: Mapping[str, Any] | None) -> str:
@@ -240,6 +272,13 @@ def _latency(record: Mapping[str, Any] | None, reduces: bool) -> dict[str, repor
     return {stage: report.Latency(stage, *(timed(name, stage) for name in names)) for stage in stages}
 
 
+def _layers(work: Workspace) -> report.Layers | None:
+    from exporter.stages.bench import LAYERS
+
+    record = optional(work, LAYERS)
+    return None if record is None else typed(report.Layers, record)
+
+
 def _curves(record: Mapping[str, Any] | None) -> list[report.Curve]:
     return [
         report.Curve(
@@ -300,6 +339,8 @@ def _notes(
             f"process, {latency['new_tokens']} tokens each, {threads}"
             f"{'' if load is None else f'; load average {load} when it was written'}."
         )
+        if untold := [name for name in DECISIVE if name not in latency.get("facts", DECISIVE)]:
+            notes.append(f"Not told by this machine: {', '.join(untold)}.")
     if executed and not _ran(executed, profile):
         notes.append(
             f"Every measured number is from {executed}: it checks the graphs, and says nothing about the speed of {profile.name}."

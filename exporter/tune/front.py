@@ -1,4 +1,4 @@
-"""Which candidates are not beaten, and which of many to go on with. Every objective is to be small."""
+"""Which candidates are not beaten, and which are far from one another. Every objective is to be small."""
 
 from __future__ import annotations
 
@@ -28,28 +28,15 @@ def layers(points: Sequence[Point]) -> list[list[int]]:
     return found
 
 
-def chosen(points: Sequence[Point], count: int) -> list[int]:
-    """Places of `count` points to go on with, in order: layer by layer, and of the layer that does not go in whole those that are
-    spread over it.
-
-    Source: Schmucker et al. 2021, arXiv:2106.12639 (MO-ASHA, its epsilon-net). Differs: the spread begins at the best of the last
-    objective instead of anywhere, so that the same points give the same choice.
-    """
-    found: list[int] = []
-    for layer in layers(points):
-        room = count - len(found)
-        found += layer if len(layer) <= room else [layer[i] for i in spread([points[i] for i in layer], room)]
-    return sorted(found)
-
-
-def spread(points: Sequence[Point], count: int) -> list[int]:
-    """Places of `count` points, each the farthest from those before it when every objective is scaled to 0..1."""
-    if count <= 0 or not points:
+def spread(points: Sequence[Point], count: int, beside: Sequence[int] = ()) -> list[int]:
+    """Places of `count` further points, each the farthest from those before it and those at `beside` when every objective is scaled to
+    0..1; without any it begins at the best of the last objective. Only equal points are told apart by their place."""
+    if not points:
         return []
     low, high = ([pick(axis) for axis in zip(*points, strict=True)] for pick in (min, max))
     scaled = [[(x - a) / ((b - a) or 1.0) for x, a, b in zip(p, low, high, strict=True)] for p in points]
-    found = [min(range(len(points)), key=lambda i: (tuple(reversed(points[i])), i))]
-    while len(found) < min(count, len(points)):
-        rest = [i for i in range(len(points)) if i not in found]
-        found.append(max(rest, key=lambda i: (min(dist(scaled[i], scaled[k]) for k in found), -i)))
-    return found
+    found = list(beside)
+    for _ in range(min(count, len(points) - len(found))):
+        rest = sorted((i for i in range(len(points)) if i not in found), key=lambda i: (tuple(reversed(points[i])), i))
+        found.append(max(rest, key=lambda i: min((dist(scaled[i], scaled[k]) for k in found), default=0.0)))
+    return found[len(beside) :]

@@ -1,14 +1,14 @@
 """What a search asks of a model: what a candidate costs, how many answers are right, and, of finalists, how fast they are.
 
 Functions of one task that return JSON, so that they run in this process and on other machines alike. What does not fit is no error
-here: it comes back as `{"left_out": reason}`.
+here: it comes back as `Refused`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, wraps
 from pathlib import Path
 from random import Random
@@ -20,6 +20,7 @@ from exporter.engines import open_runners, runnable_engines
 from exporter.errors import EnvironmentMismatch, ExportError
 from exporter.job import Job
 from exporter.stages._inputs import questions_for, synthetic
+from exporter.tune.found import Cost, Finished, Refused, Timings
 from exporter.workspace import Workspace
 from graphs._contract import ReductionError
 
@@ -59,7 +60,7 @@ def left_out(function: Callable[[Task], Any]) -> Callable[[Task], Any]:
         try:
             return function(task)
         except (ExportError, ReductionError) as e:
-            return {"left_out": str(e)}
+            return asdict(Refused(str(e)))
 
     return called
 
@@ -78,18 +79,19 @@ def questions(job: Job, asking: Asking) -> tuple[Question, ...]:
 
 @left_out
 def cost(task: Task) -> dict[str, Any]:
-    """Tokens, memory and rooflines; `refused`: why it cannot run on the device."""
+    """A `Cost`."""
     plan = task.job.plan()
     found = roofline.estimate(plan, plan.profile)
-    return {
-        "tokens": plan.geometry.tower.total,
-        "kept": min([step.after for step in plan.steps], default=plan.kept),
-        "memory_mib": found.need_bytes / 2**20,
-        "gflop": sum(stage.flops for stage in found.stages if stage.name in roofline.FIRST) / 1e9,
-        "ttft_ms": found.first_token_ms,
-        "latency_ms": found.answer_ms,
-        "refused": " ".join(found.refusals),
-    }
+    found_out = Cost(
+        tokens=plan.geometry.tower.total,
+        kept=min([step.after for step in plan.steps], default=plan.kept),
+        memory_mib=found.need_bytes / 2**20,
+        gflop=sum(stage.flops for stage in found.stages if stage.name in roofline.FIRST) / 1e9,
+        ttft_ms=found.first_token_ms,
+        latency_ms=found.answer_ms,
+        refused=" ".join(found.refusals),
+    )
+    return asdict(found_out)
 
 
 @left_out
@@ -107,11 +109,7 @@ def ask(task: Task) -> list[float]:
 
 @left_out
 def finish(task: Task) -> dict[str, Any]:
-    """Export, build where this machine can, and ask the engines, or ONNX Runtime on their graphs, all questions.
-
-    Returns:
-        scores, 0..1; where: in words, what answered; own: whether that is what the profile runs, so that its time means something.
-    """
+    """Export, build where this machine can, and ask the engines, or ONNX Runtime on their graphs, all questions: a `Finished`."""
     from exporter.runtime.generate import Generator
     from exporter.runtime.prompt import Prompt
     from exporter.stages import validate
@@ -125,8 +123,8 @@ def finish(task: Task) -> dict[str, Any]:
         with open_runners(work.folder, profile, task.threads) as (runners, graphs, table, where):
             prompt, batch = Prompt.of(work.graphs, graphs), min(validate.BATCH, profile.limits.batch)
             told = validate.answers(Generator(runners, graphs, table), prompt, wanted, batch=batch)
-        scores = [question.score(answer) for answer, question in zip(told, wanted, strict=True)]
-        return {"scores": scores, "where": where, "own": _own(work)}
+        scores = tuple(question.score(answer) for answer, question in zip(told, wanted, strict=True))
+        return asdict(Finished(scores, where, _own(work)))
 
 
 def _exported(job: Job, work: Workspace) -> None:
@@ -161,7 +159,7 @@ def _own(work: Workspace) -> bool:
 
 
 def times(tasks: Sequence[Task], rounds: int) -> list[dict[str, float]]:
-    """Of finished candidates, all opened in this process and timed in turn: the median to the first token, and per token, ms."""
+    """Of finished candidates, all opened in this process and timed in turn: `Timings`."""
     import numpy as np
 
     from exporter.stages import bench
@@ -178,7 +176,8 @@ def times(tasks: Sequence[Task], rounds: int) -> list[dict[str, float]]:
             side |= sides[0]
             variants.append(bench.Variant(str(number), runners, graphs, table))
         found = bench.timings(bench.sample(variants, np.asarray(pixels[0]), prompts, NEW_TOKENS, rounds, side=side))
-    return [{stage: found[v.name][stage].median_ms for stage in ("ttft", "decode")} for v in variants]
+    medians = ({stage: found[v.name][stage].median_ms for stage in ("ttft", "decode")} for v in variants)
+    return [asdict(Timings(**each)) for each in medians]
 
 
 def _limit(threads: int | None) -> None:

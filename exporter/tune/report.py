@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from exporter import __version__
@@ -19,16 +19,10 @@ WINNER = "winner.json"
 def command(result: Result, wanted: Wanted) -> str:
     """The `edgetrim run` that makes the winner, as a line for a shell. Asks for a winner."""
     assert result.winner is not None
-    candidate, job = result.entries[result.winner].candidate, wanted.job
-    size = None if job.image_size is None else "x".join(map(str, job.image_size))
-    given: list[tuple[str, Any]] = [("--reduce", spec) for spec in candidate.reductions]
-    given += [
-        ("--profile", candidate.profile), ("--frames", job.frames if job.frames > 1 else None), ("--image-size", size),
-        ("--clip-model", job.clip), ("--quantizer", job.quantizer), ("--calibration", job.calibration),
-        ("--questions", wanted.asking.path), ("--output", "winner"),
-    ]  # fmt: skip
-    words = ["edgetrim", "run", job.checkpoint, *(str(w) for k, v in given if v is not None for w in (k, v))]
-    return shlex.join(words)
+    candidate = result.entries[result.winner].candidate
+    job = replace(wanted.job, reductions=candidate.reductions, profile=candidate.profile)
+    asked = [] if wanted.asking.path is None else ["--questions", str(wanted.asking.path)]
+    return shlex.join(["edgetrim", "run", *job.words(), *asked, "--output", "winner"])
 
 
 def record(result: Result, wanted: Wanted) -> dict[str, Any]:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from exporter.errors import ExportError
 from exporter.stages.validate import points_lost
 from exporter.tune import halving
 from exporter.tune.budget import Budget
 from exporter.tune.candidates import Candidate, LeftOut
-from exporter.tune.front import chosen, front
+from exporter.tune.found import Cost, Finished, Refused, Scores, Timings, check_count, check_scores
+from exporter.tune.front import front
 from exporter.tune.journal import Journal
+from exporter.tune.survivors import Standing, survivors
 
+T = TypeVar("T")
 Log = Callable[[str], None]
 Basis = Literal["measured", "roofline", "operations"]
 """What the time of an entry is: measured here, a lower bound, or, where neither is known, operations to the first token."""
@@ -26,7 +29,7 @@ UNITS: dict[Basis, str] = {"measured": "ms", "roofline": "ms, roofline", "operat
 
 @dataclass(frozen=True)
 class Tools:
-    """What a search asks; each answers many at once, yields (place, result) as they come, see `measure` for the results.
+    """What a search asks; each answers many at once, yields (place, result) as they come, as JSON of what `found` has.
 
     cost: of candidates. ask: candidates, first and last question. finish: finalists. times: finalists that run here, all in one go.
     """
@@ -169,9 +172,10 @@ class Search:
         return [bare, *(i for i in controls if len(self.entries[i].scores) == len(self.entries[bare].scores))]
 
     def _all(
-        self, rung: str, places: Sequence[int], ask: Callable[[Sequence[Candidate]], Iterable[tuple[int, Any]]]
-    ) -> list[Any]:
-        """What the journal knows, and what it does not."""
+        self, rung: str, places: Sequence[int], ask: Callable[[Sequence[Candidate]], Iterable[tuple[int, Any]]],
+        kind: type[T], check: Callable[[T], None] = lambda value: None,
+    ) -> list[T | Refused]:  # fmt: skip
+        """What the journal knows, and what it does not. kind, check: see `Journal.read`."""
         keys = [f"{rung} {self.entries[i].candidate.key}" for i in places]
         missing = [n for n, key in enumerate(keys) if key not in self.journal.known]
         done = len(keys) - len(missing)
@@ -179,7 +183,11 @@ class Search:
             self.journal.add(keys[missing[place]], value)
             done += 1
             self.log(f"{done} of {len(keys)}: {self.entries[places[missing[place]]].candidate.spec}")
-        return [self.journal.known[key] for key in keys]
+        found: list[T | Refused] = []
+        for key in keys:
+            value = self.journal.read(key, kind, check)
+            found.append(value)
+        return found
 
     def _put(self, place: int, **known: Any) -> None:
         self.entries[place] = replace(self.entries[place], **known)
@@ -187,19 +195,21 @@ class Search:
     def _rung_0(self) -> None:
         """Costs. Rooflines are lower bounds: what is above a budget here is above it."""
         everything = range(len(self.entries))
-        for i, found in zip(everything, self._all("cost", everything, self.tools.cost), strict=True):
-            if "left_out" in found:
-                self._put(i, out=found["left_out"])
+        for i, found in zip(everything, self._all("cost", everything, self.tools.cost, Cost), strict=True):
+            if isinstance(found, Refused):
+                self._put(i, out=found.left_out)
                 continue
-            known = None if found["ttft_ms"] is None else Timed(found["ttft_ms"], found["latency_ms"])
+            known = (
+                None if found.ttft_ms is None or found.latency_ms is None else Timed(found.ttft_ms, found.latency_ms)
+            )
             self._put(
-                i, tokens=found["tokens"], kept=found["kept"], gflop=found["gflop"], memory_mib=found["memory_mib"],
-                roofline=known, out=found["refused"],
+                i, tokens=found.tokens, kept=found.kept, gflop=found.gflop, memory_mib=found.memory_mib, roofline=known,
+                out=found.refused,
             )  # fmt: skip
             over = [
                 b for b in self.budgets if b.name != "quality_drop" and (_figure(self.entries[i], b.name) or 0) > b.most
             ]
-            if over and not found["refused"]:
+            if over and not found.refused:
                 told = _figure(self.entries[i], over[0].name) or 0.0
                 least = "" if over[0].name == "memory" else "at least "
                 self._put(i, out=f"needs {least}{told:.4g} {over[0].kind.unit}, the budget is {over[0].words}")
@@ -208,14 +218,17 @@ class Search:
         places = [*self._beside(profile), *self._in(profile)]
         asked = len(self.entries[places[0]].scores)
         self.log(f"rung {number}: {len(places)} candidates, {rung.questions} questions")
-        told = self._all(
-            f"scores {asked}:{rung.questions}", places, lambda c: self.tools.ask(c, asked, rung.questions)
-        ) if rung.questions > asked else [[] for _ in places]  # fmt: skip
+        told: list[Scores | Refused] = [() for _ in places]
+        if rung.questions > asked:
+            told = self._all(
+                f"scores {asked}:{rung.questions}", places, lambda c: self.tools.ask(c, asked, rung.questions),
+                Scores, lambda scores: check_scores(scores, rung.questions - asked),
+            )  # fmt: skip
         for i, scores in zip(places, told, strict=True):
-            if isinstance(scores, dict):
+            if isinstance(scores, Refused):
                 if self.entries[i].candidate.role == "unreduced":
-                    raise ExportError(f"The unreduced model cannot be asked: {scores['left_out']}")
-                self._put(i, out=scores["left_out"], rung=number)
+                    raise ExportError(f"The unreduced model cannot be asked: {scores.left_out}")
+                self._put(i, out=scores.left_out, rung=number)
                 continue
             self._put(i, scores=(*self.entries[i].scores, *scores), rung=number)
         full = self.entries[places[0]].scores
@@ -230,10 +243,11 @@ class Search:
                 self._put(i, out=f"loses {drop:.1f} points (± {error:.1f}), the budget is {most.words}")
         left = self._in(profile)
         basis, name = self._basis(left), self._time_name
-        points = [
-            (self.entries[i].time(basis, name), self.entries[i].memory_mib, self.entries[i].drop or 0.0) for i in left
+        known = [
+            Standing(self.entries[i].time(basis, name), self.entries[i].memory_mib, self.entries[i].drop or 0.0)
+            for i in left
         ]
-        going = {left[k] for k in chosen(points, rung.survive)}
+        going = {left[k] for k in survivors(known, None if most is None else most.most, rung.survive)}
         for i in left:
             if i not in going:
                 self._put(i, out=f"not among the {rung.survive} of rung {number} that went on")
@@ -250,14 +264,16 @@ class Search:
         places = [i for i in places if not self.entries[i].out]
         self.log(f"rung {number}: {len(places)} exported")
         timed = []
-        for i, found in zip(places, self._all("final", places, self.tools.finish), strict=True):
-            if "left_out" in found:
-                self._put(i, out=found["left_out"], rung=number)
+        finished = self._all(
+            "final", places, self.tools.finish, Finished, lambda found: check_scores(found.scores, self.questions)
+        )
+        for i, found in zip(places, finished, strict=True):
+            if isinstance(found, Refused):
+                self._put(i, out=found.left_out, rung=number)
                 continue
-            scores = tuple(found["scores"])
-            drop, error = points_lost(self._full(self.entries[i].candidate.profile)[: len(scores)], scores)
-            self._put(i, engine=scores, drop=drop, error=error, where=found["where"], rung=number)
-            if found["own"]:
+            drop, error = points_lost(self._full(self.entries[i].candidate.profile), found.scores)
+            self._put(i, engine=found.scores, drop=drop, error=error, where=found.where, rung=number)
+            if found.own:
                 timed.append(i)
         if not timed:
             return
@@ -265,9 +281,11 @@ class Search:
         if key not in self.journal.known:
             self.log(f"timing {len(timed)} in turn")
             self.journal.add(key, list(self.tools.times([self.entries[i].candidate for i in timed])))
-        for i, found in zip(timed, self.journal.known[key], strict=True):
+        times = self.journal.read(key, tuple[Timings, ...], lambda found: check_count(found, len(timed), "times"))
+        assert not isinstance(times, Refused), "a list has no reason"
+        for i, taken in zip(timed, times, strict=True):
             steps = self.answer_tokens[self.entries[i].candidate.profile] - 1
-            self._put(i, measured=Timed(found["ttft"], found["ttft"] + steps * found["decode"]))
+            self._put(i, measured=Timed(taken.ttft, taken.ttft + steps * taken.decode))
 
     def _full(self, profile: str) -> tuple[float, ...]:
         return next(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +16,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import exporter
 from exporter.backends import _cuda, trt
 from exporter.backends._contract import EngineRecord, Range, ShapeProfile
 from exporter.backends._trt_module import version
@@ -113,14 +117,22 @@ def test_decoder_with_two_profiles(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_same_input_gives_same_bytes(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    one, two = decoder(tmp_path / "lm.onnx"), decoder(tmp_path / "elsewhere/lm.onnx")
-    records = [build(graph, PROFILES) for graph in (one, two, two)]
-    if not records[0].details["repeatable"]:
-        pytest.skip("address randomisation cannot be switched off here")
-    assert len({record.sha256 for record in records}) == 1
-    assert build(one, PROFILES, compute_capabilities=[89]).sha256 != records[0].sha256
+def test_an_engine_is_for_the_gpus_that_were_asked_for(tmp_path: Path) -> None:
+    """Kernels for fewer of them, and the same weights."""
+    graph = decoder(tmp_path / "lm.onnx")
+    some, one = build(graph, PROFILES), build(graph, PROFILES, compute_capabilities=[89])
+    assert one.bytes < some.bytes
+    assert one.details["weights_bytes"] == some.details["weights_bytes"]
+
+
+@needs_rtx
+def test_a_worker_whose_asker_is_gone_builds_nothing(tmp_path: Path) -> None:
+    """The asker may die before the worker has come so far as to die with it."""
+    (tmp_path / "request.json").write_text("{}")
+    root = Path(exporter.__file__).parents[1]
+    worker = subprocess.run([sys.executable, *trt.WORKER, str(tmp_path), str(os.getppid())], cwd=root, check=False)
+    assert worker.returncode == -signal.SIGKILL
+    assert [p.name for p in tmp_path.iterdir()] == ["request.json"]
 
 
 @needs_rtx

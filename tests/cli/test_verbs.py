@@ -30,6 +30,10 @@ def test_run(finished: Finished) -> None:
     assert lines[-1] == f"Report: {folder / 'report.html'}"
     made = {p.name for p in folder.iterdir()}
     assert made == {"engines", "evidence", "graphs", "job.json", "manifest.json", "report.html"}
+    told = json.loads((folder / "evidence/layers.json").read_text())["engines"]
+    assert list(told) == ["vision", "reduce", "prefill and decode"]
+    assert any("visionzip" in layer["scopes"] and layer["kind"] == "TopK" for layer in told["reduce"])
+    assert all(layer["ms"] >= 0 for layers in told.values() for layer in layers)
 
 
 def test_a_second_run_keeps_the_graphs(edgetrim: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

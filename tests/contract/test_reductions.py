@@ -86,8 +86,8 @@ SITES = {
         Site(20, 3, (4, 5), IN_LLM_SIGNALS, 5, dim=DIM, llm_dim=DIM),
     ),
     "in_cache": (
-        Site(576, 1, (24, 24), IN_CACHE_SIGNALS, 8, kv_heads=2),
-        Site(20, 3, (4, 5), IN_CACHE_SIGNALS, 5, kv_heads=2),
+        Site(576, 1, (24, 24), IN_CACHE_SIGNALS, 8, llm_dim=DIM, heads=4, kv_heads=2, head_dim=4, qkv_bias=True),
+        Site(20, 3, (4, 5), IN_CACHE_SIGNALS, 5, llm_dim=DIM, heads=4, kv_heads=2, head_dim=4),
     ),
 }
 
@@ -185,8 +185,10 @@ class Once(torch.nn.Module):
         weight = [self.method.weight(layer, signals) for layer in self.method.layers]
         return [*(out.tokens for out in found), *weight, *(out.index for out in found)]
 
-    def cache(self, hidden: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-        """Behind the first layer, and the last if it chooses too: keys, values and choices."""
+    def cache(
+        self, hidden: torch.Tensor, text: torch.Tensor, mask: torch.Tensor, *trained: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Behind the first layer, and the last if it chooses too: keys, values and choices, which trained tensors are none of."""
         assert isinstance(self.method, InCache)
         signals = {n: f(hidden, text, mask) for n, f in MADE_FOR_CACHE.items() if n in self.method.needs}
         keys = MADE_FOR_CACHE["keys"](hidden, text, mask)
@@ -442,7 +444,7 @@ def test_counts_and_indices(method: Reduction, site: Site) -> None:
             assert (size > 0).all()
         elif isinstance(method, InCache):
             given = inputs(method, site, kind, 2)
-            keys, layers = MADE_FOR_CACHE["keys"](*given), cached_layers(method, site)
+            keys, layers = MADE_FOR_CACHE["keys"](*given[:3]), cached_layers(method, site)
             for layer, key, value, index in zip(layers, out[::2], out[1::2], out[2 * len(layers) :], strict=False):
                 kept = method.kept(layer)
                 assert index.shape == ((2, 2, kept) if method.per_head else (2, kept))

@@ -9,12 +9,13 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 
 import exporter.families
 from exporter import _discover, methods
 from exporter.checkpoint import Checkpoint
 from exporter.cost import formulas
-from exporter.cost.count import Load, count
+from exporter.cost.count import Counting, Load, count
 from exporter.cost.work import Work
 from exporter.errors import CheckpointError
 from exporter.families._contract import Request
@@ -180,3 +181,16 @@ def test_a_model_without_a_family_needs_its_weights(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(CheckpointError, match="has no model"):
         count(plan, Load(1, 8, 4), Load(1, 8, 4))
+
+
+def test_what_is_gone_was_there_whatever_has_its_place() -> None:
+    """A product of 8 · 1024 numbers is dropped, and one of many outputs gets its address."""
+    module = torch.nn.ParameterDict({n: torch.empty(*size, device="meta") for n, size in (("up", (8, 1024)), ("down", (1024, 8)), ("same", (8, 8)))})  # fmt: skip
+    counting = Counting(module, _schema.load("cpu_fp32").precision, torch.float32)
+    x = torch.empty(8, 8, device="meta")
+    with torch.no_grad(), counting:
+        wide = x @ module["up"]
+        narrow = wide @ module["down"]
+        del wide
+        outputs = [narrow @ module["same"] for _ in range(64)]
+    assert {counting.peak(out) for out in outputs} == {(8 * 1024 + 8 * 8) * 4}

@@ -14,8 +14,12 @@ from exporter.nn.specs import DecoderShape
 from exporter.plan import make_plan
 from profiles import _schema
 
-VICUNA = DecoderShape(hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, intermediate=11008, vocab=32000)
-LLAMA3 = DecoderShape(hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, intermediate=14336, vocab=128256)
+VICUNA = DecoderShape(
+    hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, intermediate=11008, vocab=32000, windows=(None,) * 32
+)
+LLAMA3 = DecoderShape(
+    hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, intermediate=14336, vocab=128256, windows=(None,) * 32
+)
 A6000, A100 = Rates(768e9, 309.677e12 / 2, 309.7e12), Rates(2039e9, 312e12, 624e12)
 ROWS = [
     (VICUNA, A6000, (16, 16), (28872195506176, 66201524736, 0.22793894699338343, 14813134848),

@@ -74,7 +74,7 @@ def running(root: Path, limit_file_bytes: int | None = None) -> Iterator[Device]
     (root / "sshd_config").write_text(
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {root}/host\nAuthorizedKeysFile {root}/authorized\nPidFile none\n"
         "StrictModes no\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\n"
-        f"MaxStartups 50\nSetEnv PATH={root}/bin:/usr/bin:/bin\n"
+        f"MaxStartups 50\nSetEnv PATH={root}/bin:/usr/bin:/bin EDGETRIM_TEST_DEVICE={root}\n"
     )
 
     command = [SSHD, "-D", "-e", "-f", str(root / "sshd_config")]

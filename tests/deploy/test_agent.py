@@ -107,6 +107,60 @@ def test_a_link_in_the_place_of_a_file_is_not_followed(device: Device, tmp_path:
     assert not (tmp_path / "victim").exists()
 
 
+class Killed(BaseException):
+    pass
+
+
+def test_a_release_that_is_half_removed_is_none(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while it removes: were it still a release, deploying it again would add nothing but what is sent to what is left of it."""
+    old, new = f"{SHA}-{'1' * 8}", f"{SHA}-{'2' * 8}"
+    device.lock("test")
+    for release in (old, new):
+        fake(device.releases / release, {"graphs/x": "1", "engines/y": "1", ".steps.json": "{}"})
+        answer(device, {"op": "switch", "release": release, "why": "test"})
+
+    def killed(path: str, ignore_errors: bool = False) -> None:
+        for left in Path(path).rglob("y"):
+            left.unlink()
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            answer(device, {"op": "clean", "keep": 1})
+    assert [p.name for p in device.releases.iterdir()] == [new]
+    assert answer(device, {"op": "clean", "keep": 1}) == {"removed": []}
+    assert not device.incoming.exists()
+
+
+def test_an_environment_that_is_half_installed_is_made_anew(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip takes a package for installed of which a killed one has written the metadata first."""
+    device.lock("test")
+    tool = device.base / "venv/bin/edgetrim"
+    ran: list[list[str]] = []
+
+    def run(self: Device, command: list[str], fails: bool) -> dict[str, Any]:
+        ran.append(command)
+        tool.parent.mkdir(exist_ok=True)
+        tool.touch(0o755)
+        if fails:
+            raise Killed
+        return {"code": 0, "out": "", "err": ""}
+
+    monkeypatch.setattr(Device, "_run", lambda self, command: run(self, command, "pip" in command))
+    with pytest.raises(Killed):
+        answer(device, {"op": "install"})
+    assert tool.exists()
+    assert agent.edgetrim(device.base) != [str(tool)]
+    left = device.base / "venv/left"
+    left.touch()
+    monkeypatch.setattr(Device, "_run", lambda self, command: run(self, command, False))
+    answer(device, {"op": "install"})
+    assert not left.exists()
+    assert agent.edgetrim(device.base) == [str(tool)]
+    assert ran[0][1:3] == ["-m", "venv"]
+
+
 def fake(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,9 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -21,7 +23,7 @@ from exporter.bundle import DEVICES, MANIFEST, SIGNATURE, Bundle, sha256
 from exporter.cli import main
 from exporter.deploy import deploy
 from exporter.deploy.deploy import Request
-from exporter.deploy.ssh import BOOTSTRAP, Connection, Host
+from exporter.deploy.ssh import BOOTSTRAP, Connection, Host, Lost
 from exporter.errors import EnvironmentMismatch, ExportError, GateError, LatencyError, UsageError, VerificationError
 from tests.deploy.conftest import Device, Proxy, running
 
@@ -350,7 +352,6 @@ else:
 @pytest.fixture
 def stand_in(device: Device) -> Path:
     """An `edgetrim` on the device that only notes its calls; the real one is tested in test_real.py."""
-    import sys
 
     tool = device.home / "app/venv/bin/edgetrim"
     tool.parent.mkdir(parents=True)
@@ -441,6 +442,33 @@ def test_a_command_there_does_not_outlive_the_connection(make: Make, device: Dev
     thread.join()
     pid = int((stand_in / "pid").read_text())
     for _ in range(100):
+        if not Path(f"/proc/{pid}").exists():
+            break
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_command_there_does_not_outlive_an_agent_that_is_killed(make: Make, device: Device, stand_in: Path) -> None:
+    """As the system does when memory runs out: nobody is left to end what it ran."""
+    (stand_in / "venv/bin/edgetrim").write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit\necho $PPID $$ > \''
+        + str(stand_in)
+        + "/pids'\nexec sleep 100\n"
+    )
+
+    def kill() -> None:
+        while not (stand_in / "pids").exists() or "\n" not in (stand_in / "pids").read_text():
+            time.sleep(0.05)
+        os.kill(int((stand_in / "pids").read_text().split()[0]), signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(Lost, match=r"Run the same command again"):
+        deploy.deploy(Bundle.open(make("a", {})), to(device), Request(config=device.config))
+    thread.join()
+    pid = int((stand_in / "pids").read_text().split()[1])
+    for _ in range(50):
         if not Path(f"/proc/{pid}").exists():
             break
         time.sleep(0.1)

@@ -22,7 +22,7 @@ from rich.console import Console
 from safetensors.numpy import save as safetensors
 
 from exporter import baselines, embedded, journal
-from exporter.backends._contract import EngineRecord
+from exporter.backends._contract import EngineRecord, Layer
 from exporter.backends._engine_cache import EngineCache
 from exporter.backends._onnx_file import OnnxFile, external_files
 from exporter.baselines import Baseline, Session, Spread
@@ -36,10 +36,12 @@ from exporter.graphset import GraphSet
 from exporter.job import Job
 from exporter.pipeline import ESTIMATE, refuse_what_does_not_fit
 from exporter.plan import make_plan
-from exporter.report._data import ReportData
+from exporter.report._data import Layers, ReportData
 from exporter.runtime.generate import embedding
 from exporter.runtime.prompt import Prompt
 from exporter.stages import _answers, _recorded, _task
+from exporter.tune import journal as search_journal
+from exporter.tune.found import Cost, Refused
 from exporter.workspace import Workspace
 from graphs import _spec
 from graphs._contract import ReductionError
@@ -185,6 +187,14 @@ def _read_journal(folder: Path) -> None:
     assert (folder / "weights.data").read_bytes() == b"123456"
 
 
+def _read_search(folder: Path) -> None:
+    found = search_journal.Journal(folder / "tune.jsonl", {"checkpoint": "a"})
+    for key in list(found.known):
+        cost = found.read(key, Cost)
+        assert isinstance(cost, Refused) or cost.memory_mib >= 0
+    search_journal.Journal(folder / "tune.jsonl", {"checkpoint": "a"})
+
+
 def _read_baseline(folder: Path) -> None:
     found = baselines.load(folder / "b.json")
     found.path(folder)
@@ -266,7 +276,8 @@ def _small(name: str) -> bytes:
 
 
 TOKENIZER = {"tokenizer_json": _small("tokenizer.json"), "tokenizer__config_json": _small("tokenizer_config.json")}
-REPORT = asdict(ReportData("t", "c", "llava", "cpu", "ort", "fp32", "here", "now", 5, 4, 2, []))
+LAYERS = Layers("ort", 4, {"vision": [Layer("a/b", "Add", ("a",), "float [1]", "CPU", 0.5)]})
+REPORT = asdict(ReportData("t", "c", "llava", "cpu", "ort", "fp32", "here", "now", 5, 4, 2, [], layers=LAYERS))
 CACHED = {"sha256": "0" * 64, "facts": {"build_s": 1.0}}
 RECORD = {
     "schema": deploy.RECORD_SCHEMA,
@@ -281,6 +292,8 @@ VALIDATION = {
     "fidelity": [{"stage": "vision", "cosine": 1.0, "max_abs": 0.1, "agreement": None, "gate": "", "passed": True}],
     "quality": [{"label": "engine", "scores": {"cell": [1.0, 2]}}],
 }  # fmt: skip
+COST = asdict(Cost(64, 32, 900.0, 5.0, 50.0, 60.5, ""))
+SEARCH = [{"made_from": {"checkpoint": "a"}}, {"key": "one", "value": COST}, {"key": "two", "value": {"left_out": "a"}}]
 LATENCY = {
     "executed": "ONNX Runtime", "rounds": 3, "machine": {"processor": "a", "cores": 2, "load": 0.5},
     "variants": {name: {"ttft": {"median_ms": 2.0}} for name in ("engine_reduced", "engine_unreduced")},
@@ -305,6 +318,7 @@ READERS = [
     of_lines("questions", "questions.jsonl", [{"image": "a.png", "question": "How many?", "answer": 2, "metric": "numeric"}], _read_questions, a_png=IMAGE),
     of_lines("journal", ".journal", [{"made_from": ["origin"]}, PART, PART | {"name": "two", "offset": 4, "size": 2}], _read_journal, weights_data=b"123456"),
     of_lines("answers", "answers.jsonl", [{"question": "a", "answer": "b"}], lambda f: _answers.Answers(f / "answers.jsonl")),
+    of_lines("search", "tune.jsonl", SEARCH, _read_search),
     of_json("baseline", "b.json", {"schema": baselines.SCHEMA, **BASELINE}, _read_baseline),
     of_bytes("graph", "a.onnx", _onnx(), _read_onnx, weights_data=b"12345678"),
     of_bytes("graph that is inspected", "a.onnx", _onnx(), _inspect),
@@ -491,7 +505,7 @@ def test_what_was_found_stays_mended(found: str) -> None:
     check(READERS[IDS.index(name)], data)
 
 
-BOUNDED = ("manifest", "job", "engines", "graphs", "estimate", "config", "processor", "shards", "tokenizer's config", "profile", "fleet", "baseline", "device's record", "engine cache")  # fmt: skip
+BOUNDED = ("search", "manifest", "job", "engines", "graphs", "estimate", "config", "processor", "shards", "tokenizer's config", "profile", "fleet", "baseline", "device's record", "engine cache")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BOUNDED)

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from exporter.backends._contract import Layer
 from exporter.report import (
     Answer,
     Curve,
     CurvePoint,
     Fidelity,
     Latency,
+    Layers,
     Overlay,
     Quality,
     Reduction,
@@ -103,7 +105,17 @@ def sample(**changes: Any) -> ReportData:
             Latency("prefill", Timing(349.8, 361.2), Timing(58.7, 61.0), NO_GPU, NO_GPU),
         ],
         "ttft": Latency("ttft", Timing(411.9, 424.0), Timing(124.6, 130.2), NO_GPU, NO_GPU),
+        "answer_tokens": 16,
         "token": Latency("token", Timing(12.9, 13.6), Timing(12.4, 13.0), NO_GPU, NO_GPU),
+        "layers": Layers("ONNX Runtime, CPU", 16, {
+            "vision": [
+                Layer("encoder/layers/0/self_attn/MatMul", "MatMul", ("encoder/layers/0/self_attn",), "float [1, 577, 1024]", "CPU", 4.0),
+                Layer("encoder/layers/1/self_attn/MatMul", "MatMul", ("encoder/layers/1/self_attn",), "float [1, 577, 1024]", "CPU", 3.0),
+                Layer("Transpose", "Transpose", (), "float [1, 577, 1024]", "CPU", 1.0),
+            ],
+            "reduce": [Layer(f"visionzip/{'x' * 200}/TopK", "TopK", ("visionzip",), "int64 [1, 64]", "")],
+            "decode": [],
+        }),
         "curves": [curve(m) for m in SHAPE],
         "full_accuracy": {"cell": 0.982, "count": 0.936, "moved": 0.956},
         "overlays": [
@@ -121,6 +133,7 @@ def sample(**changes: Any) -> ReportData:
         ],
         "geometry": {"image": "384 × 384", "patches": "24 × 24", "frames": "1", "prompt": "16 to 64 text tokens",
                      "positions": "kept tokens keep their ids"},
+        "environment": {"processor": "Some CPU", "power mode": "MAXN_SUPER", "GPU clocks": "306–1020 MHz", "load average": "0.4"},
         "versions": {"edgetrim": "0.1.0", "torch": "2.13.0", "onnx": "1.23.2", "tensorrt_rtx": "1.7.1.116"},
         "notes": ["All numbers in this file are made up: it shows the layout."],
         "command": "edgetrim run demo --reduce visionzip:keep=128 --reduce fastv:layer=2,keep=64 --profile rtx_int4 -o out/",

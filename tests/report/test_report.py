@@ -62,7 +62,7 @@ def empty() -> ReportData:
 
 def test_whole_report(tmp_path: Path) -> None:
     page = check(sample())
-    assert page.seen.count("section") == 9
+    assert page.seen.count("section") == 10
     assert page.seen.count("img") == 3
     assert "576 → 64 tokens (11 % kept, 9.0× fewer), by visionzip, then fastv" in page.text
     path = write(sample(), tmp_path / "evidence" / "report.html")
@@ -119,7 +119,13 @@ def test_missing_numbers_say_why() -> None:
 
 def test_empty_report_pretends_nothing() -> None:
     page = check(empty())
-    for what in ("no questions were put", "no stage was timed", "no stage was compared", "nothing was built"):
+    for what in (
+        "no questions were put",
+        "no stage was timed",
+        "no stage was compared",
+        "nothing was built",
+        "no engine was profiled",
+    ):
         assert f"Not measured: {what}" in page.text
     assert [key.missing for key in headline(empty())] == [False, True, True, True]
 

@@ -54,6 +54,7 @@ REFUSED = {
         for name in ("ldpv2", "llava_stf", "pixelshuffle", "qwen_merger")
     },
     ("qwen2_5_vl", "videoxl"): "must be even for clips",
+    ("qwen2_5_vl", "sva"): "which `side` must divide",
     ("qwen2_5_vl", "hires"): "must divide both sides",
     ("qwen2_5_vl", "tokenpacker"): "must divide both sides",
     ("qwen2_5_vl", "qformer"): "it needs `cls`",

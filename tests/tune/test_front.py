@@ -1,13 +1,12 @@
-"""The front and the choice of survivors, against brute force and by hand."""
+"""The front against brute force, and what is spread over it by hand."""
 
 from __future__ import annotations
 
-import itertools
 import random
 
 import pytest
 
-from exporter.tune.front import chosen, dominates, front, layers, spread
+from exporter.tune.front import dominates, front, layers, spread
 
 
 def brute(points: list[tuple[int, ...]]) -> list[int]:
@@ -41,20 +40,17 @@ def test_layers_peel_one_front_after_another() -> None:
     assert layers([]) == []
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_chosen_takes_no_point_before_one_that_dominates_it(seed: int) -> None:
-    rng = random.Random(seed)
-    points = [(rng.random(), rng.random()) for _ in range(20)]
-    for count in range(21):
-        found = chosen(points, count)
-        assert len(found) == len(set(found)) == count
-        out = set(range(20)) - set(found)
-        assert not any(dominates(points[o], points[i]) for o, i in itertools.product(out, found))
-
-
 def test_spread_takes_the_ends_and_then_the_widest_gap() -> None:
     line = [(0.0, 10.0), (1.0, 9.0), (2.0, 8.0), (5.0, 5.0), (10.0, 0.0)]
     assert spread(line, 1) == [4]  # the best of the last objective
     assert spread(line, 2) == [4, 0]
     assert spread(line, 3) == [4, 0, 3]
     assert spread([(1.0, 1.0)] * 3, 2) == [0, 1]  # equal points: the first ones
+
+
+def test_spread_beside_points_that_are_in_takes_what_is_far_from_them() -> None:
+    line = [(0.0, 10.0), (1.0, 9.0), (2.0, 8.0), (5.0, 5.0), (10.0, 0.0)]
+    assert spread(line, 1, [4]) == [0]
+    assert spread(line, 2, [0, 4]) == [3, 2]
+    assert spread(line, 9, [0, 4]) == [3, 2, 1]  # no more than there are
+    assert spread([], 2) == [] and spread(line, 0, [1]) == []
