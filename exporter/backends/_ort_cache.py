@@ -43,6 +43,12 @@ class Held:
         return found
 
     @property
+    def room(self) -> int:
+        """Tokens that fit behind it."""
+        found: int = self.memory.array.shape[2] - self.length
+        return found
+
+    @property
     def value(self) -> Any:
         """The OrtValue, as long as its memory."""
         return self.memory.value
@@ -54,8 +60,7 @@ class Held:
         make: array → OrtValue of the same memory.
         """
         if isinstance(past, Held):
-            memory, length = past.memory, past.length
-            if memory.used == length and length + tokens <= memory.array.shape[2]:
+            if past.memory.used == past.length and tokens <= past.room:
                 return past
             past = past.array
         batch, heads, length, head_dim = past.shape

@@ -20,7 +20,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,10 +32,11 @@ from exporter.backends import _ort_profile
 from exporter.backends._contract import Array, Backend, EngineRecord, Layer, Log, Runner, ShapeProfile
 from exporter.backends._gather import Gather
 from exporter.backends._onnx_file import OnnxFile, external_files
+from exporter.backends._ort_append import Appending
 from exporter.backends._ort_cache import Held
 from exporter.bundle import sha256
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
-from exporter.flavours._contract import CAPACITY
+from exporter.flavours._contract import LAST
 
 OPTIONS = ("provider", "threads", "accuracy_level")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -131,8 +132,8 @@ class OnnxRuntimeRunner(Runner):
     layers of width 1024 a decode step costs 0.8 of one that passes numpy arrays, because the memory of an `OrtValue`
     returns to ONNX Runtime's arena. On CUDA they are bound, so that results stay on the device.
 
-    Keys and values whose axis the graph calls a capacity (`exporter.flavours`) are `Held`: `grow` binds a past and its present
-    to one memory, and nothing of it is copied or allocated from step to step.
+    A graph that appends to its cache in place (`exporter.flavours.ort`) is run by `Appending`: its keys and values are `Held`, and
+    nothing is copied, allocated or bound from step to step.
     """
 
     def __init__(self, engine: Path, backend: OnnxRuntime, repeats: bool = False, profiled: bool = False) -> None:
@@ -142,6 +143,7 @@ class OnnxRuntimeRunner(Runner):
         self._profile: tempfile.TemporaryDirectory[str] | None = None
         self._bound = backend.provider != "cpu"
         self._session: Any = None
+        self._appending: Appending | None = None
         self._inputs: dict[str, np.dtype[Any]] = {}
         self._outputs: tuple[str, ...] = ()
 
@@ -156,10 +158,12 @@ class OnnxRuntimeRunner(Runner):
             raise
         self._inputs = {i.name: _dtype(i.name, i.type) for i in session.get_inputs()}
         self._outputs = tuple(o.name for o in session.get_outputs())
-        self._axes = {i.name: [str(axis) for axis in i.shape] for i in session.get_inputs()}
-        self._appended = {name for name, axes in self._axes.items() if any(a.startswith(CAPACITY) for a in axes)}
-        self._binding, self._memories = session.io_binding(), dict[str, Any]()
+        self._binding = session.io_binding()
         self._value_type: type[Any] = _ort().OrtValue
+        if LAST in self._inputs:
+            self._require_cpu()
+            self._appending = Appending(session, self._inputs, self._value_type.ortvalue_from_numpy, self.numpy)
+            self._inputs, self._outputs = self._appending.inputs, self._appending.outputs
         self._gather = Gather(PROVIDERS[self._backend.provider], self._backend.provider, self._backend.threads)
         self._session = session
         return self
@@ -171,8 +175,7 @@ class OnnxRuntimeRunner(Runner):
             self._session.end_profiling()  # else it is written when the session goes, into a folder that has gone
             self._profile.cleanup()
             self._profile = None
-        self._session = self._binding = None
-        self._memories = {}
+        self._session = self._binding = self._appending = None
         self._gather.close()
 
     @property
@@ -198,73 +201,15 @@ class OnnxRuntimeRunner(Runner):
         self._loaded()
         if feeds.keys() != self._inputs.keys():
             raise UsageError(self._wrong_names(feeds))
-        with self._told(feeds):
-            found = self._run_bound(feeds) if self._bound else self._run_values(feeds)
-        return dict(zip(self._outputs, found, strict=True))
-
-    def grow(self, feeds: Mapping[str, Any], cache: Mapping[str, str], tokens: int) -> dict[str, Any]:
-        self._loaded()
-        held = {name: cache[name] for name in cache if name in self._appended and name in feeds}
-        if not held or feeds.keys() != self._inputs.keys():
-            return self.run(feeds)
-        with self._told(feeds):
-            make = self._value_type.ortvalue_from_numpy
-            batch, _, length, _ = self.numpy(feeds[next(iter(held))]).shape
-            if tokens > 1 and batch > 1 and length:
-                return self._token_by_token(feeds, cache, tokens)
-            room = {name: Held.with_room(self._past(feeds[name]), tokens, make) for name in held}
-            return self._run_held(feeds, room, held, tokens)
-
-    def _run_held(
-        self, feeds: Mapping[str, Any], room: Mapping[str, Held], cache: Mapping[str, str], tokens: int
-    ) -> dict[str, Any]:
-        """A cache stays bound until another one comes: binding the memory of every layer anew takes longer than all else
-        that is not the model."""
-        binding = self._binding
-        given = {name: self._value(name, value) for name, value in feeds.items() if name not in room}
-        for name, value in given.items():
-            binding.bind_ortvalue_input(name, value)
-        past_of, new = {present: name for name, present in cache.items()}, []
-        for place, name in enumerate(
-            self._outputs
-        ):  # in this order a binding returns them, if all are bound so the first time
-            past = past_of.get(name)
-            if past is None:
-                binding.bind_output(name, self._backend.provider)
-                new.append((place, name))
-            elif self._memories.get(past) is not room[past].value:
-                self._memories[past] = room[past].value
-                binding.bind_ortvalue_input(past, room[past].value)
-                binding.bind_ortvalue_output(name, room[past].value)
-        self._session.run_with_iobinding(binding)
-        found: dict[str, Any] = {name: room[past].grown(tokens) for name, past in past_of.items()}
-        values = binding.get_outputs_as_ortvaluevector()
-        found.update((name, self._value_type(values[place])) for place, name in new)
-        return found
-
-    def _token_by_token(self, feeds: Mapping[str, Any], cache: Mapping[str, str], tokens: int) -> dict[str, Any]:
-        """GroupQueryAttention does not append several tokens to several rows."""
-        new = {name: self.numpy(value) for name, value in feeds.items() if "seq" in self._axes[name]}
-        past = {name: value for name, value in feeds.items() if name not in new}
-        found: dict[str, Any] = {}
-        for i in range(tokens):
-            part = {name: value.take([i], self._axes[name].index("seq")) for name, value in new.items()}
-            found = self.grow({**part, **past}, cache, 1)
-            past = {name: found[cache[name]] for name in past}
-        return found
-
-    def _past(self, value: Any) -> Held | Array:
-        return value if isinstance(value, Held) else self.numpy(value)
-
-    @contextlib.contextmanager
-    def _told(self, feeds: Mapping[str, Any]) -> Iterator[None]:
-        """Errors say which graph it was, and what it was fed."""
         try:
-            yield
+            if self._appending is not None:
+                return self._appending.run(feeds)
+            found = self._run_bound(feeds) if self._bound else self._run_values(feeds)
         except ExportError:
             raise
         except Exception as e:
             raise ExportError(f"{self._engine.name}: {e} (fed: {_shapes(feeds)})") from e
+        return dict(zip(self._outputs, found, strict=True))
 
     def numpy(self, value: Any) -> Array:
         if isinstance(value, Held):
@@ -276,7 +221,7 @@ class OnnxRuntimeRunner(Runner):
 
     def chunk(self, cached: bool) -> int | None:
         """On a CPU attention pays for every score, masked or not: with 2,080 tokens, five chunks take 0.65 of the time of one."""
-        return None if self._bound or self._appended else CHUNK
+        return None if self._bound or self._appending is not None else CHUNK
 
     def gather(self, value: Any, rows: npt.NDArray[np.int64]) -> Any:
         if isinstance(value, Held):
@@ -306,7 +251,6 @@ class OnnxRuntimeRunner(Runner):
             # Nothing may keep a KV cache alive that the caller has let go.
             binding.clear_binding_inputs()
             binding.clear_binding_outputs()
-            self._memories.clear()
 
     def _value(self, name: str, value: Any) -> Any:
         """An OrtValue on the host."""
@@ -326,6 +270,13 @@ class OnnxRuntimeRunner(Runner):
                 return f"{self._engine.name} has no input '{name}'. {nearest(name, self._inputs)}"
         absent = ", ".join(name for name in self._inputs if name not in feeds)
         return f"{self._engine.name}: inputs not fed: {absent}. Fed: {', '.join(feeds) or 'none'}."
+
+    def _require_cpu(self) -> None:
+        if self._bound:
+            raise UsageError(
+                f"{self._engine.name} appends to its cache in place, which is for the CPU. With provider "
+                f"'{self._backend.provider}', run the plain graph: leave `flavour` out of [stack] and export again."
+            )
 
     def _loaded(self) -> None:
         assert self._session is not None, "a runner is a context manager: use it inside `with`"

@@ -137,7 +137,6 @@ class Counting(TorchDispatchMode):
         self._scores: dict[int, StorageWeakRef] = {}
         self._each: dict[int, tuple[StorageWeakRef, float]] = {}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._gone: list[StorageWeakRef] = []  # as long as they are referred to, nothing else is known by their numbers
         self._held: list[dict[int, int]] = []
         self._met: list[StorageWeakRef] = []  # as long as they are here, no address stands for two storages
 
@@ -162,7 +161,6 @@ class Counting(TorchDispatchMode):
                 self._alive[key] = StorageWeakRef(storage), storage.nbytes()
                 self._met.append(self._alive[key][0])
         if flops is not None:
-            self._gone += [ref for ref, _ in self._alive.values() if ref.expired()]
             self._alive = {k: v for k, v in self._alive.items() if not v[0].expired()}
             self._held.append({k: size for k, (_, size) in self._alive.items() if k not in self._scores})
         return out

@@ -11,13 +11,16 @@ if TYPE_CHECKING:
 CAPACITY = "capacity"
 """How the name of an axis begins along which an input may be longer than what it holds."""
 
+LAST, PLACES, LENGTH, TOTAL = "last", "places", "length_", "total_"
+"""Inputs of a graph that appends to its cache in place, see `exporter.flavours.ort`; the latter two before a KV group's name."""
+
 
 class Refused(Exception):
     """A graph is not what the flavour takes; the message says why. The plain graphs are run then."""
 
 
 class Flavour(ABC):
-    """Rewrites graphs, which keep their inputs, outputs and results.
+    """Rewrites graphs. Run by the backend's runner, they take and give what the plain ones do.
 
     The module's docstring says what the pass requires of the plain graphs and what it ensures of the new ones.
     """

@@ -1,8 +1,8 @@
 """ONNX Runtime on a CPU: attention as one operator over a cache that stays where it is.
 
 `com.microsoft.GroupQueryAttention` and `RotaryEmbedding` take the place of every layer's rotation, mask, scores and
-softmax, `SkipSimplifiedLayerNormalization` that of every sum of a residual and its norm. GroupQueryAttention leaves out what lies above the diagonal, and it appends in place where a runner binds a
-layer's past and present to the same memory (`exporter.backends.ort`).
+softmax, `SkipSimplifiedLayerNormalization` that of every sum of a residual and its norm. GroupQueryAttention leaves out what
+lies above the diagonal, and it appends in place where a runner binds a layer's past and present to the same memory.
 
 Requires of the plain graphs
     Float32, and every attention in the form of `exporter.nn.decoder_layer`: rotated in halves, causal by `order` alone. So no
@@ -10,14 +10,25 @@ Requires of the plain graphs
     looks at the cache. No two real tokens of a row have the same `order`.
 
 Ensures
-    The same inputs, outputs and results, but for two things. Cached tokens of a row stand in the order of the prompt with
-    nothing between them: where rows are padded, what lies behind a row's real tokens means nothing, and the next token
-    overwrites it. And `past_key_i`, `past_value_i` may be longer than what they hold: their axis is a *capacity* (it is
-    called so in the graph); what counts is how long `past_order_g` is.
+    The same results. A graph without a past keeps its inputs and outputs. One that goes on from a past leaves to the runner
+    what is the same for all layers and known before it runs: its tokens come in the order of the prompt, padding last, and
+    in place of `order` and `past_order_g` there are
 
-GroupQueryAttention knows tokens by where they stand, so they are sorted: once at the entry of a graph that goes on from a
-past; around every attention where a reduction's nodes want visual tokens in front (a prefill graph of its own). Several
-tokens of several rows behind a past are more than it takes: they have to be run one after another.
+    ============ ====================== =================================================================
+    `last`       int64 [batch, 1]       where the last real token of every row stands, whose logits are wanted
+    `places`     int64 [batch, seq]     all tokens counted, row by row
+    `length_g`   int32 [batch]          real tokens of a row in group g's cache, and the new ones, less one
+    `total_g`    int32 [1]              tokens in the cache of the longest row, and the new ones
+    ============ ====================== =================================================================
+
+    So the shapes of a step are those of the step before, and it has no node that only counts. Cached tokens of a row stand in
+    the order of the prompt with nothing between them: where rows are padded, what lies behind a row's real tokens means
+    nothing, and the next token overwrites it. `past_key_i` and `past_value_i` may be longer than what they hold (their axis is
+    called a *capacity*). `exporter.backends._ort_append` runs such a graph as if it were the plain one.
+
+GroupQueryAttention knows tokens by where they stand, so they are sorted: by the runner; or around every attention where a
+reduction's nodes want visual tokens in front (a prefill graph of its own). Several tokens of several rows behind a past are
+more than it takes: they have to be run one after another.
 """
 
 from __future__ import annotations
@@ -26,10 +37,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from exporter.flavours._contract import CAPACITY, Flavour, Refused
+from exporter.flavours._contract import CAPACITY, LAST, LENGTH, PLACES, TOTAL, Flavour, Refused
 from exporter.flavours._pen import Pen
 from exporter.flavours._plain import Attention, Mask, SkipNorm, attention, skip_norm, static
-from exporter.graphset import PAD
 
 
 class Ort(Flavour):
@@ -51,7 +61,7 @@ class Ort(Flavour):
         if layers[0].past is None:
             _sort_around(graph, pen, layers)
         else:
-            _sort_at_entry(graph, pen, layers)
+            _append(graph, pen, layers)
         for norm in [n for n in map(skip_norm, (n for n in graph if n.op_type == "Pow")) if n is not None]:
             _fuse(norm, pen)
         pen.done()
@@ -68,46 +78,44 @@ def _fuse(norm: SkipNorm, pen: Pen) -> None:
     norm.out.replace_all_uses_with(made[0])
 
 
-def _sort_at_entry(graph: ir.Graph, pen: Pen, layers: Sequence[Attention]) -> None:
-    """Sort what every token brings, and look the last real one up at the end."""
+def _append(graph: ir.Graph, pen: Pen, layers: Sequence[Attention]) -> None:
+    """Attend to a cache that the runner keeps: it sorts the tokens, and counts them."""
     order = layers[0].mask.order
-    if any(a.mask.order is not order for a in layers) or not order.is_graph_input():
+    if any(a.mask.order is not order or a.mask.past is None for a in layers) or not order.is_graph_input():
         raise Refused("tokens change places between layers")
-    _last_real(graph, pen, order)
-    seq = [value for value in graph.inputs if value.shape is not None and "seq" in map(str, value.shape)]
-    moved = {value: ir.Value(name=f"{value.name}_sorted", shape=value.shape, type=value.type) for value in seq}
-    for value, new in moved.items():
-        value.replace_all_uses_with(new)
-    rank = ir.Value(name="rank", shape=order.shape, type=order.type)
-    pen("TopK", [order, pen("Shape", [order], start=1)], [moved[order], rank], axis=1, largest=0)
-    index = pen("Unsqueeze", [rank, pen.ints(-1)])
-    for value, new in moved.items():
-        assert value.shape is not None
-        if value is order:
-            continue
-        if str(value.shape[0]) == "batch":
-            pen("GatherND", [value, index], [new], batch_dims=1)
-        else:  # position ids, [3, batch, seq]
-            by_token = pen("GatherND", [pen("Transpose", [value], perm=[1, 2, 0]), index], batch_dims=1)
-            pen("Transpose", [by_token], [new], perm=[2, 0, 1])
-    frames = _Frames(pen)
+    int64, int32 = (ir.TensorType(kind) for kind in (ir.DataType.INT64, ir.DataType.INT32))
+    last, places = _input(graph, LAST, ["batch", 1], int64), _input(graph, PLACES, ["batch", "seq"], int64)
+    node = _last_token(graph)
+    node.outputs[0].replace_all_uses_with(pen("GatherND", [node.inputs[0], last], batch_dims=1))
+    rotations, groups = _Rotations(pen), dict[ir.Value, tuple[ir.Value, ir.Value]]()
     for a in layers:
-        mask = Mask(moved[order], a.mask.past, a.mask.total, a.mask.node)
-        q, k = frames.rotated(a, a.q, mask), frames.rotated(a, a.k, mask)
-        out = _attend(pen, a, [q, k, _flat(pen, a.v), *(a.past or ()), *frames.lengths(mask)])
+        past, total = a.mask.past, a.mask.total
+        assert past is not None and past.name is not None
+        if past not in groups:
+            group = past.name.removeprefix("past_order_")
+            groups[past] = _input(graph, LENGTH + group, ["batch"], int32), _input(graph, TOTAL + group, [1], int32)
+            for output in [v for v in graph.outputs if v is total or _copies(v, total)]:
+                graph.outputs.remove(output)
+        q, k = (rotations.rotated(a, x, places) for x in (a.q, a.k))
+        out = _attend(pen, a, [q, k, _flat(pen, a.v), *(a.past or ()), *groups[past]])
         a.out.replace_all_uses_with(out)
-        for past in a.past or ():
-            assert past.shape is not None
-            length = str(past.shape[2]).replace("past", CAPACITY)
-            past.shape = ir.Shape([past.shape[0], past.shape[1], length, past.shape[3]])
+        for value in a.past or ():
+            assert value.shape is not None
+            value.shape = ir.Shape([*value.shape[:2], str(value.shape[2]).replace("past", CAPACITY), value.shape[3]])
+
+
+def _input(graph: ir.Graph, name: str, shape: Sequence[int | str], kind: ir.TensorType) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=kind)
+    graph.inputs.append(value)
+    return value
 
 
 def _sort_around(graph: ir.Graph, pen: Pen, layers: Sequence[Attention]) -> None:
     """Sort queries, keys and values for the attention alone, and put its result back."""
-    frames = _Frames(pen)
+    frames, rotations = _Frames(pen), _Rotations(pen)
     for a in layers:
         there, back = frames.permutation(a.mask)
-        q, k = frames.rotated(a, a.q, a.mask), frames.rotated(a, a.k, a.mask)
+        q, k = (rotations.rotated(a, x, frames.places(a.mask)) for x in (a.q, a.k))
         given = [pen("GatherND", [x, there], batch_dims=1) for x in (q, k, _flat(pen, a.v))]
         out = _attend(pen, a, [*given, None, None, *frames.lengths(a.mask)])
         a.out.replace_all_uses_with(pen("GatherND", [out, back], batch_dims=1))
@@ -141,16 +149,12 @@ def _attend(pen: Pen, a: Attention, given: Sequence[ir.Value | None]) -> ir.Valu
     return made[0]
 
 
-def _last_real(graph: ir.Graph, pen: Pen, order: ir.Value) -> None:
-    """The final norm takes the last real token, wherever that is now."""
+def _last_token(graph: ir.Graph) -> ir.Node:
+    """The node in front of the final norm that takes the last token."""
     found = [n for n in graph if n.op_type == "Gather" and n.attributes.get_int("axis", 0) == 1 and _is_last(n)]
     if len(found) != 1:
         raise Refused("it is not clear which node takes the last token")
-    real = pen("Cast", [pen("Less", [order, pen.integer(PAD)])], to=ir.DataType.INT64.value)
-    count = pen("ReduceSum", [real, pen.ints(1)], keepdims=1)
-    last = pen("Max", [pen("Sub", [count, pen.ints(1)]), pen.ints(0)])
-    (node,) = found
-    node.outputs[0].replace_all_uses_with(pen("GatherND", [node.inputs[0], last], batch_dims=1))
+    return found[0]
 
 
 def _is_last(node: ir.Node) -> bool:
@@ -159,7 +163,8 @@ def _is_last(node: ir.Node) -> bool:
 
 
 def _check_cache(graph: ir.Graph, layers: Sequence[Attention]) -> None:
-    """Where cached tokens stand is this flavour's own business."""
+    """Where cached tokens stand is this flavour's own business: nothing else may look at it, and the graph no longer takes
+    and gives it."""
     if layers[0].past is None:
         return
     for a in layers:
@@ -170,48 +175,65 @@ def _check_cache(graph: ir.Graph, layers: Sequence[Attention]) -> None:
                     raise Refused(f"`{node.name}` reads the cache")
         if a.mask.node.graph is not None:
             raise Refused("something else than attention reads the mask")
+    for value in [v for v in graph.inputs if v.name == "order" or (v.name or "").startswith("past_order_")]:
+        if value.consumers() or value.is_graph_output():
+            raise Refused(f"something else than attention reads `{value.name}`")
+        graph.inputs.remove(value)
+    for value in graph.outputs:
+        if value.name != "logits" and not (value.name or "").startswith(("present_key_", "present_value_")):
+            raise Refused(f"it also returns `{value.name}`")
 
 
-class _Frames:
-    """What the layers of a KV group share, drawn once."""
+class _Rotations:
+    """What the layers share of their rotations, drawn once."""
 
     def __init__(self, pen: Pen) -> None:
         self._pen = pen
-        self._lengths: dict[int, tuple[ir.Value, ir.Value]] = {}
-        self._permutations: dict[int, tuple[ir.Value, ir.Value]] = {}
-        self._rotations: dict[int, tuple[ir.Value, ir.Value, ir.Value]] = {}
+        self._tables: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
-    def rotated(self, a: Attention, x: ir.Value, mask: Mask) -> ir.Value:
-        """x [batch, seq, heads, head_dim] → rotated [batch, seq, heads * head_dim]."""
+    def rotated(self, a: Attention, x: ir.Value, places: ir.Value) -> ir.Value:
+        """x [batch, seq, heads, head_dim] → rotated [batch, seq, heads * head_dim].
+
+        places: int64 [batch, seq], a token's row in the table of angles, which has one for each.
+        """
         pen = self._pen
-        if id(a.cos) not in self._rotations:  # every token has a row of its own in the table of angles
+        if a.cos not in self._tables:
             rows = pen.ints(-1, static(a.cos, 3))
+            self._tables[a.cos] = pen("Reshape", [a.cos, rows]), pen("Reshape", [a.sin, rows])
+        return pen("RotaryEmbedding", [_flat(pen, x), places, *self._tables[a.cos]], contrib=True)
+
+
+class _Frames:
+    """What the layers of a KV group share in a graph without a past, drawn once."""
+
+    def __init__(self, pen: Pen) -> None:
+        self._pen = pen
+        self._places: dict[ir.Value, ir.Value] = {}
+        self._lengths: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._permutations: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+
+    def places(self, mask: Mask) -> ir.Value:
+        """int64 [batch, seq], counting all tokens."""
+        pen = self._pen
+        if mask.order not in self._places:
             numbers = pen("Range", [pen.integer(0), pen("Size", [mask.order]), pen.integer(1)])
-            places = pen("Reshape", [numbers, pen("Shape", [mask.order])])
-            self._rotations[id(a.cos)] = places, pen("Reshape", [a.cos, rows]), pen("Reshape", [a.sin, rows])
-        return pen("RotaryEmbedding", [_flat(pen, x), *self._rotations[id(a.cos)]], contrib=True)
+            self._places[mask.order] = pen("Reshape", [numbers, pen("Shape", [mask.order])])
+        return self._places[mask.order]
 
     def lengths(self, mask: Mask) -> tuple[ir.Value, ir.Value]:
         """int32 [batch], tokens of every row less one; int32 [1], tokens of all there may be."""
         pen = self._pen
-        if id(mask.order) + id(mask.past) not in self._lengths:
-            seq = pen("Cast", [pen("Shape", [mask.order], start=1)], to=ir.DataType.INT32.value)
-            new = pen(
-                "Cast", [pen("Sub", [pen("Shape", [mask.order], start=1), pen.ints(1)])], to=ir.DataType.INT32.value
-            )
-            if mask.past is None:
-                found = pen("Expand", [new, pen("Shape", [mask.order], start=0, end=1)]), seq
-            else:
-                real = pen("Cast", [pen("Less", [mask.past, pen.integer(PAD)])], to=ir.DataType.INT32.value)
-                total = pen("Cast", [pen("Shape", [mask.total], start=1)], to=ir.DataType.INT32.value)
-                found = pen("Add", [pen("ReduceSum", [real, pen.ints(1)], keepdims=0), new]), total
-            self._lengths[id(mask.order) + id(mask.past)] = found
-        return self._lengths[id(mask.order) + id(mask.past)]
+        if mask.order not in self._lengths:
+            seq = pen("Shape", [mask.order], start=1)
+            less = pen("Cast", [pen("Sub", [seq, pen.ints(1)])], to=ir.DataType.INT32.value)
+            each = pen("Expand", [less, pen("Shape", [mask.order], start=0, end=1)])
+            self._lengths[mask.order] = each, pen("Cast", [seq], to=ir.DataType.INT32.value)
+        return self._lengths[mask.order]
 
     def permutation(self, mask: Mask) -> tuple[ir.Value, ir.Value]:
         """Indices for GatherND into the order of the prompt, padding last, and back."""
         pen = self._pen
-        if id(mask.order) not in self._permutations:
+        if mask.order not in self._permutations:
             seq = pen("Shape", [mask.order], start=1)
             found, values = [], mask.order
             for _ in range(2):
@@ -219,8 +241,8 @@ class _Frames:
                 pen("TopK", [values, seq], [ir.Value(name=None), rank], axis=1, largest=0)
                 found.append(pen("Unsqueeze", [rank, pen.ints(-1)]))
                 values = rank
-            self._permutations[id(mask.order)] = found[0], found[1]
-        return self._permutations[id(mask.order)]
+            self._permutations[mask.order] = found[0], found[1]
+        return self._permutations[mask.order]
 
 
 def _flat(pen: Pen, x: ir.Value) -> ir.Value:

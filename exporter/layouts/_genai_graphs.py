@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from exporter.flavours._contract import CAPACITY
+from exporter.flavours._contract import CAPACITY, LAST, LENGTH, PLACES, TOTAL
 from exporter.flavours._pen import Pen
 from exporter.graphset import GraphSet, VisualLayout
 
@@ -182,12 +182,11 @@ def decoder(graphs: GraphSet, folder: Path) -> ir.Model:
         if axes == 1
         else pen("Concat", [pen("Unsqueeze", [v, pen.ints(0)]) for v in here[1 : 1 + axes]], axis=0)
     )
-    ours = {
-        "inputs_embeds": pen("Cast", [_slice(embeds, 0, width, pen)], to=kind),
-        "position_ids": positions,
-        "order": here[0],
-        "past_order_0": _past_order(mask, places, pen),
-    }
+    ours = {"inputs_embeds": pen("Cast", [_slice(embeds, 0, width, pen)], to=kind), "position_ids": positions}
+    if LAST in old:
+        ours |= _counted(mask, places, pen)
+    else:
+        ours |= {"order": here[0], "past_order_0": _past_order(mask, places, pen)}
     if graphs.reaches:
         ours["reach"] = here[-1]
     for name, value in ours.items():
@@ -219,6 +218,21 @@ def _past_order(mask: ir.Value, places: ir.Value, pen: Pen) -> ir.Value:
     length = pen("Sub", [pen("Shape", [mask], start=1, end=2), pen("Shape", [places], start=1, end=2)])
     counted = pen("Range", [pen.integer(0), pen("Squeeze", [length]), pen.integer(1)])
     return pen("Expand", [counted, pen("Concat", [pen("Shape", [mask], start=0, end=1), length], axis=0)])
+
+
+def _counted(mask: ir.Value, places: ir.Value, pen: Pen) -> dict[str, ir.Value]:
+    """What a graph that appends to its cache in place wants to know (`exporter.flavours.ort`). genai's tokens come in the order of the
+    prompt, and none is padding."""
+    batch, seq = (pen("Shape", [places], start=axis, end=axis + 1) for axis in (0, 1))
+    one, total = pen.ints(1), pen("Shape", [mask], start=1, end=2)
+    numbers = pen("Range", [pen.integer(0), pen("Size", [places]), pen.integer(1)])
+    less = pen("Cast", [pen("Sub", [total, one])], to=ir.DataType.INT32)
+    return {
+        LAST: pen("Expand", [pen("Sub", [seq, one]), pen("Concat", [batch, one], axis=0)]),
+        PLACES: pen("Reshape", [numbers, pen("Shape", [places])]),
+        f"{LENGTH}0": pen("Expand", [less, batch]),
+        f"{TOTAL}0": pen("Cast", [total], to=ir.DataType.INT32),
+    }
 
 
 def _append(graph: ir.Graph, other: ir.Graph, given: dict[str | None, ir.Value]) -> dict[str, ir.Value]:

@@ -14,7 +14,8 @@ There is no place for
     the question: the vision model is given nothing else than images;
     sizes of merged tokens: the cache holds keys and values only;
     engines that are not ONNX Runtime's.
-Batches are one prompt (or its beams): genai pads on the right, these graphs answer behind the last token.
+One prompt at a time: genai pads batches on the right, where these graphs answer, and gives its embedding model one row for all
+beams.
 """
 
 from __future__ import annotations

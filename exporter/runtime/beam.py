@@ -151,6 +151,6 @@ def _top(values: Floats, count: int) -> Ints:
 def _log_softmax(logits: Logits) -> Floats:
     best = logits.max(axis=-1, keepdims=True)
     total: npt.NDArray[Any] = np.exp(logits - best).sum(axis=-1, keepdims=True)
-    refuse_nan(total)
+    refuse_nan(total.ravel())
     found: Floats = logits - best - np.log(total)
     return found

@@ -35,6 +35,12 @@ class Cache:
         positions = np.where(real, self.next_position[:, None] + count, 0)
         return positions, np.where(real, self.next_order[:, None] + count, PAD)
 
+    def next(self, active: npt.NDArray[np.bool_] | None = None) -> tuple[Ints, Ints]:
+        """Position ids and order of one new token per row, both int64 [batch, 1]. active: [batch], False where it is padding."""
+        if active is None:
+            return self.next_position[:, None], self.next_order[:, None]
+        return self.places(active[:, None])
+
     def rows(self, rows: Ints, gather: Callable[[Any, Ints], Any]) -> Cache:
         """A cache of its own with rows of this one, int64 [n], in any order and each as often as named.
 
@@ -51,6 +57,6 @@ class Cache:
         wanted = None if of.wanted is None else of.wanted[rows]
         return replace(of, row=gather(of.row, rows), kept=gather(of.kept, rows), wanted=wanted, cuts=list(of.cuts))
 
-    def advance(self, new: Ints) -> None:
-        """new: [batch], real tokens that every row has now run."""
+    def advance(self, new: Ints | int) -> None:
+        """new: [batch], real tokens that every row has now run, or how many each has."""
         self.next_position, self.next_order = self.next_position + new, self.next_order + new

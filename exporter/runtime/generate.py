@@ -320,15 +320,15 @@ class Generator:
         tokens = Tokens(np.concatenate([seen, words], axis=1), places.position_ids, places.order, size, places.reach)
         first, *rest = self._parts(tokens)
         batch = len(input_ids)
-        past = {
+        past: dict[str, Any] = {
             name: np.empty((batch, *(size or 0 for size in shape)), runner.inputs[name])
             for name, (_, shape) in self.graphs.cache().items()
             if name in runner.inputs
         }
         feeds = {**self._feeds(runner, first), **visual.signals, **past}
         found = runner.grow(feeds, self._present, first.order.shape[1])
-        cache = Cache({}, places.next_position, places.next_order, [[] for _ in range(batch)])
-        self._keep(cache, found, runner)
+        grown = {name: self._hand(found[present], runner, self._decode) for name, present in self._present.items()}
+        cache = Cache(grown, places.next_position, places.next_order, [[] for _ in range(batch)])
         if self._shrinking is not None:
             cache.shrunk = self._shrinking.begin(found, runner)
         logits = _logits(runner, found)
@@ -347,9 +347,8 @@ class Generator:
         """
         if self._shrinking is not None and cache.shrunk is not None:
             self._shrinking.cut(cache.shrunk, cache.past, active)
-        real = np.ones((len(tokens), 1), np.bool_) if active is None else active[:, None]
-        logits = self._run(cache, self._words(tokens[:, None], *cache.places(real)))
-        cache.advance(real.sum(axis=1))
+        logits = self._run(cache, self._words(tokens[:, None], *cache.next(active)))
+        cache.advance(1 if active is None else active.astype(np.int64))
         return logits
 
     def rows(self, cache: Cache, rows: Ints) -> Cache:
@@ -394,21 +393,23 @@ class Generator:
         if isinstance(sampler, Beams):
             return self._search(logits, cache, max_new_tokens, on_token, sampler, timings, begin)
         tokens: list[list[int]] = [[] for _ in cache.pending]
-        active, eos = np.ones(len(tokens), np.bool_), np.asarray(self.graphs.text.eos, np.int64)
+        live, eos = list(range(len(tokens))), set(self.graphs.text.eos)
         picked = pick(sampler, logits)
         timings.ttft_ms = _ms(begin)
         for left in range(max_new_tokens - 1, -1, -1):
-            for row in np.flatnonzero(active).tolist():
-                tokens[row].append(int(picked[row]))
+            said = picked.tolist()
+            for row in live:
+                tokens[row].append(said[row])
                 if on_token is not None:
-                    on_token(row, tokens[row][-1])
-            active &= (picked[:, None] != eos).all(axis=1)
-            if not left or not active.any():
+                    on_token(row, said[row])
+            live = [row for row in live if said[row] not in eos]
+            if not left or not live:
                 break
             mark = time.perf_counter()
-            picked = pick(sampler, self.step(cache, picked, None if active.all() else active))
+            active = None if len(live) == len(tokens) else np.isin(np.arange(len(tokens)), live)
+            picked = pick(sampler, self.step(cache, picked, active))
             timings.decode_ms.append(_ms(mark))
-        cache.pending = [[row[-1]] if live else [] for row, live in zip(tokens, active, strict=True)]
+        cache.pending = [[said[-1]] if row in live else [] for row, said in enumerate(tokens)]
         return tokens
 
     def _search(
@@ -454,14 +455,14 @@ class Generator:
         """The decode graph; puts what it returns into the cache."""
         runner = self._decode
         found = runner.grow({**self._feeds(runner, tokens), **cache.past}, self._present, tokens.order.shape[1])
-        self._keep(cache, found, runner)
+        cache.past = {name: found[present] for name, present in self._present.items()}
         if self._shrinking is not None and cache.shrunk is not None:
             self._shrinking.ran(cache.shrunk, found)
         return _logits(runner, found)
 
     def _feeds(self, runner: Runner, tokens: Tokens) -> dict[str, Any]:
-        most, last = self.graphs.text.longest, int(tokens.position_ids.max(initial=0)) + 1
-        if most and last > most:
+        most = self.graphs.text.longest
+        if most and (last := int(tokens.position_ids.max(initial=0)) + 1) > most:
             raise UsageError(
                 f"The conversation comes to {last} tokens; this model has positions for {most}. Ask for less."
             )
@@ -471,9 +472,6 @@ class Generator:
         if tokens.reach is not None:
             feeds["reach"] = tokens.reach
         return {name: self._as(runner, name, value) for name, value in feeds.items()}
-
-    def _keep(self, cache: Cache, found: Mapping[str, Any], runner: Runner) -> None:
-        cache.past = {name: self._hand(found[present], runner, self._decode) for name, present in self._present.items()}
 
     def _hand(self, value: Any, giver: Runner, taker: Runner) -> Any:
         """A device value for another runner: as it is between runners of one kind, else by way of the host."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -60,13 +61,13 @@ def pick(sampler: Sampler, logits: Logits) -> Ints:
     """The sampler's tokens, int64 [batch]. Raises ExportError: a logit that was picked is NaN."""
     picked = sampler(logits)
     # argmax stops at the first NaN, so looking at the chosen logit is enough.
-    refuse_nan(logits[np.arange(len(picked)), picked])
+    refuse_nan(logits[row, token] for row, token in enumerate(picked.tolist()))
     return picked
 
 
-def refuse_nan(chosen: npt.NDArray[np.floating]) -> None:
+def refuse_nan(chosen: Iterable[float]) -> None:
     """Raise ExportError if a chosen logit or score is NaN."""
-    if np.isnan(chosen).any():
+    if any(map(math.isnan, chosen)):
         raise ExportError(
             "The language model returned NaN. In FP16 that is mostly an overflow: compare with an FP32 export."
         )

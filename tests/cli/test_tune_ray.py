@@ -52,12 +52,3 @@ def test_ray_finds_what_one_process_finds(
     # With a budget of memory the one that answers best wins: times have no say in it.
     assert found["ray"]["winner"]["reductions"] == found["one"]["winner"]["reductions"]
     assert sorted(p.name for p in (tmp_path / "ray").iterdir()) == ["tune.html", "tune.jsonl", "winner.json"]
-
-
-def test_a_cluster_that_is_not_there(
-    edgetrim: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    said = edgetrim(*ARGUMENTS, "--budget", "memory=100000", "-o", tmp_path / "out", "--ray", "127.0.0.1:1")
-    assert said.code == 5 and "There is no Ray cluster at 127.0.0.1:1" in said.err
-    assert "Traceback" not in said.err and not (tmp_path / "out").exists()

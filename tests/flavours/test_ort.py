@@ -280,3 +280,65 @@ def test_memory_grows_by_blocks_and_is_copied_for_the_second() -> None:
 def test_padding_is_far_from_any_place() -> None:
     """Sorting puts it last."""
     assert np.iinfo(np.int32).max == PAD
+
+
+def test_a_step_binds_nothing(exported: Any, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a block, all memory stays bound."""
+    monkeypatch.setattr(_ort_cache, "BLOCK", 256)
+    case = exported("llava", ("fastv:layer=1,keep=3",))
+    generator = opened(case.folder, case.graphs)
+    q = case.question()
+    cache = generator.prefill(generator.reduce(generator.vision(q.pixels)), [q.prompt]).cache
+    runner: Any = generator._decode
+    binding, bound = runner._appending._binding, list[str]()
+    for name in dir(binding):
+        if name.startswith("bind_"):
+            real = getattr(binding, name)
+            monkeypatch.setattr(binding, name, lambda *args, real=real: (bound.append(args[0]), real(*args)))
+    counts = []
+    for token in range(21, 26):
+        generator.step(cache, np.array([token]))
+        counts.append(len(bound))
+    layers, groups = case.graphs.text.layers, 2
+    assert counts == [4 * layers + 2 * groups + 5] * 5, "caches in and out, lengths, four inputs and the logits; once"
+
+
+def test_it_is_fed_as_the_plain_graph(exported: Any) -> None:
+    """And says what is wrong with its feeds, rather than casting or broadcasting them."""
+    case = exported("llava", ())
+    graphs = case.graphs
+    backend = OnnxRuntime(threads=1)
+    with (
+        backend.runner(case.folder / graphs.files["decode"]) as ours,
+        backend.runner(case.folder / case.plain().files["decode"]) as plain,
+    ):
+        assert dict(ours.inputs) == dict(plain.inputs)
+        assert set(ours.outputs) == set(plain.outputs)
+        random, text = np.random.default_rng(0), graphs.text
+        cache = (2, text.kv_heads, 0, text.head_dim)
+        feeds = {
+            name: np.zeros(cache, np.float32) for name in ours.inputs if name.startswith(("past_key", "past_value"))
+        }
+        feeds |= {
+            "inputs_embeds": random.standard_normal((2, 3, text.hidden)).astype(np.float32), "past_order_0": np.zeros((2, 0), np.int64),
+            "position_ids": np.array([[2, 0, 1], [1, 0, 0]]), "order": np.array([[2, 0, 1], [PAD, PAD, 0]]),
+        }  # fmt: skip
+        found, expected = ours.run(feeds), plain.run(feeds)
+        close(ours.numpy(found["present_key_0"])[0], plain.numpy(expected["present_key_0"])[0][:, [1, 2, 0]])
+        assert ours.numpy(found["present_order_0"]).tolist() == [[0, 1, 2], [0, PAD, PAD]]
+        first = ours.numpy(found["logits"])
+        kept = first.copy()
+        assert np.isfinite(ours.run({**feeds, "inputs_embeds": feeds["inputs_embeds"] * 2})["logits"]).all()
+        assert np.array_equal(first, kept), "a later run wrote into an earlier result"
+        with pytest.raises(UsageError, match="'position_ids' is int32, expected int64"):
+            ours.run({**feeds, "position_ids": np.zeros((2, 3), np.int32)})
+        with pytest.raises(UsageError, match=r"'position_ids' has shape \[1, 3\], expected \[2, 3\]"):
+            ours.run({**feeds, "position_ids": np.zeros((1, 3), np.int64)})
+
+
+def test_it_is_for_the_cpu(exported: Any) -> None:
+    case = exported("llava", ())
+    runner = OnnxRuntime(threads=1).runner(case.folder / case.graphs.files["decode"])
+    runner._bound = True
+    with pytest.raises(UsageError, match="leave `flavour` out"):
+        runner.__enter__()
