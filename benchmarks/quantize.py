@@ -23,9 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import exporter.quantize
 from benchmarks import _common
-from exporter import _discover, device
+from exporter import device
 from exporter.engines import open_runners
 from exporter.job import EMBEDDED, Job
 from exporter.plan import Plan
@@ -38,6 +37,7 @@ from exporter.stages._processor import prompt_of
 from exporter.stages._reference import reference
 from exporter.stages.export import export
 from exporter.workspace import Workspace
+from profiles._schema import quantizers
 
 BLOCKS = (64, 32)
 """128 divides no matrix of this model."""
@@ -106,7 +106,7 @@ def of_reduction(specs: str, questions: Sequence[_task.Question], threads: int) 
     exact = Generator(*reference(plan))
     expected = first_logits(exact, prompt, questions)
     found = [score(specs, "fp32", 0, expected, expected, truth, questions)]
-    for name in _discover.names(exporter.quantize):
+    for name in quantizers():
         for block in BLOCKS:
             _common.say(f"{specs or 'unreduced'}: {name}, blocks of {block}")
             with ExitStack() as stack:

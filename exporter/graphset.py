@@ -194,7 +194,7 @@ class GraphSet:
 
     family: str
     compute: Literal["fp32", "fp16"]
-    weights: Literal["none", "int4", "int8"]
+    weights: Literal["none", "int4", "int8", "fp8"]
     files: dict[str, str]
     """role → file name, relative to the folder. All of `ROLES`, but question only where it is needed."""
     reductions: list[dict[str, Any]]

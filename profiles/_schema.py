@@ -73,7 +73,7 @@ class Stack:
 @dataclass(frozen=True)
 class Precision:
     """compute: type of activations and of weights left unquantised. weights: "int4" quantises the language model's in blocks, "int8"
-    by output channel.
+    and "fp8" by output channel.
 
     blocks: weights that share a scale, in order of preference; the first that divides a matrix's input axis is taken.
     quantizer: a name from exporter/quantize, which chooses the integers. error_max: a matrix whose output would change by more than
@@ -83,7 +83,7 @@ class Precision:
     """
 
     compute: Literal["fp32", "fp16"]
-    weights: Literal["none", "int4", "int8"]
+    weights: Literal["none", "int4", "int8", "fp8"]
     blocks: tuple[int, ...] = ()
     quantizer: str = "rtn"
     error_max: float | None = field(default=None, metadata={"low": 0.0, "high": 1.0})
@@ -230,9 +230,15 @@ def load(name_or_path: str | Path) -> Profile:
     return _read(FOLDER / f"{text}.toml")
 
 
+def quantizers() -> list[str]:
+    """Names of those that choose INT4 weights; the others are called like the type that they make."""
+    types = get_args(get_type_hints(Precision)["weights"])
+    return [name for name in _discover.names(exporter.quantize) if name not in types]
+
+
 def with_quantizer(profile: Profile, name: str) -> Profile:
     """The profile with another quantiser. Raises UsageError: there is no such one, or nothing to quantise."""
-    known = _discover.names(exporter.quantize)
+    known = quantizers()
     if name not in known:
         raise UsageError(f"Unknown quantizer '{name}'. {nearest(name, known)}")
     if profile.precision.weights != "int4":
@@ -386,9 +392,14 @@ def _check(profile: Profile, file: str) -> None:
             raise fail(f'[stack] {key} must be a version such as "10.3"; found "{text}".')
     if (precision.weights == "int4") != bool(precision.blocks):
         raise fail('[precision] `blocks` goes with weights = "int4", and only with it; [128, 64, 32] is usual.')
-    quantizers = _discover.names(exporter.quantize)
-    if precision.quantizer not in quantizers:
-        raise fail(f"[precision] unknown quantizer '{precision.quantizer}'. {nearest(precision.quantizer, quantizers)}")
+    if precision.quantizer not in quantizers():
+        raise fail(
+            f"[precision] unknown quantizer '{precision.quantizer}'. {nearest(precision.quantizer, quantizers())}"
+        )
+    if precision.weights == "fp8" and (precision.compute != "fp16" or min(stack.compute_capabilities, default=0) < 89):
+        raise fail(
+            '[precision] weights = "fp8" goes with compute = "fp16" and GPUs from SM 8.9 on, `compute_capabilities` 89.'
+        )
     if precision.weights != "int4" and (precision.quantizer != "rtn" or precision.error_max is not None):
         raise fail('[precision] `quantizer` and `error_max` go with weights = "int4".')
     if precision.islands != "none" and precision.compute != "fp16":

@@ -223,10 +223,9 @@ class QuantizerType(click.ParamType[str]):
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        import exporter.quantize
-        from exporter import _discover
+        from profiles import _schema
 
-        return [CompletionItem(n) for n in _discover.names(exporter.quantize) if n.startswith(incomplete)]
+        return [CompletionItem(n) for n in _schema.quantizers() if n.startswith(incomplete)]
 
 
 def quantizer_options(function: F) -> F:

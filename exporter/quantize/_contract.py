@@ -15,13 +15,19 @@ BLOCKS = (128, 64, 32)
 
 @dataclass(frozen=True)
 class Form:
-    """How a matrix [in, out] is stored: bits of an integer (4 or 8); block: rows that share a scale; whether there is an `offset`
-    (see `Quantized`), and an `order`."""
+    """How a matrix [in, out] is stored: bits of a number (4 or 8); block: rows that share a scale; whether there is an `offset`
+    (see `Quantized`), and an `order`; floats: whether the numbers are FP8 (E4M3), not integers."""
 
     bits: int
     block: int
     offset: bool = False
     order: bool = False
+    floats: bool = False
+
+    @property
+    def numbers(self) -> str:
+        """What they are called: "int4", "int8" or "fp8"."""
+        return f"{'fp' if self.floats else 'int'}{self.bits}"
 
     def record(self) -> dict[str, Any]:
         """As data, without what is not there."""
@@ -35,7 +41,7 @@ class Quantized:
     Attributes:
         form: its bits and block, and which of the rest there is.
         q: the integers in memory as ONNX has them, row by row; uint8 [in * out / 2], two values per byte and the first in the
-            low half, or int8 [in * out].
+            low half, or int8 [in * out]; of FP8 the bytes.
         scale: float32 [in / block, out], positive.
         offset: float32 [in / block, out]; what is left of zero points, which TensorRT refuses: block * scale * (centre - zero).
         order: int64 [in], the input channel that each row belongs to.
@@ -52,7 +58,7 @@ class Quantized:
         return len(self.scale) * self.form.block, self.scale.shape[1]
 
     def integers(self) -> Tensor:
-        """int8 [in, out]."""
+        """int8 [in, out]; not of FP8."""
         if self.form.bits == 8:
             return self.q.view(self.shape)
         pairs = torch.stack([self.q & 0xF, self.q >> 4], 1).view(torch.int8).reshape(self.shape)
@@ -60,7 +66,8 @@ class Quantized:
 
     def dequantized(self) -> Tensor:
         """The float32 weight [in, out] that this stands for."""
-        blocks = self.integers().to(torch.float32).view(-1, self.form.block, self.shape[1])
+        numbers = self.q.view(torch.float8_e4m3fn).view(self.shape) if self.form.floats else self.integers()
+        blocks = numbers.to(torch.float32).view(-1, self.form.block, self.shape[1])
         value = blocks * self.scale.unsqueeze(1)
         if self.offset is not None:
             value = value + (self.offset / self.form.block).unsqueeze(1)
@@ -188,12 +195,17 @@ class Seen:
 
 
 class Quantizer(ABC):
-    """A way of choosing the integers of a matrix. `summary`: in words. calibrated: whether it looks at activations; gram: at
-    their products too, see `Seen`."""
+    """A way of choosing the numbers of a matrix: INT4, or where its file is called like another type, that one. `summary`: in words.
+    calibrated: whether it looks at activations; gram: at their products too, see `Seen`."""
 
     summary: ClassVar[str]
     calibrated: ClassVar[bool] = True
     gram: ClassVar[bool] = False
+
+    def form(self, inputs: int, blocks: Sequence[int]) -> Form | None:
+        """Of a matrix with so many rows; None: it cannot be. blocks: that the profile takes, the preferred ones first."""
+        block = block_size(inputs, blocks)
+        return None if block is None else Form(4, block)
 
     def scale(self, weights: Sequence[Tensor], seen: Seen, block: int) -> Tensor | None:
         """[in], what to multiply the rows of these matrices with, which all read the same, and to divide what they read by,

@@ -71,17 +71,4 @@ def _nearest(blocks: Tensor, importance: Tensor | None = None, clips: Sequence[f
     return best, rounded(best).to(torch.int8)
 
 
-def columns(weight: Tensor) -> Quantized:
-    """INT8 with a scale per output channel, which clips nothing: weight [in, out], any float dtype."""
-    by_output = weight.t()
-    q = torch.empty(by_output.shape, dtype=torch.int8)
-    scales = torch.empty(len(by_output))
-    for start in range(0, len(by_output), CHANNELS):
-        channels = by_output[start : start + CHANNELS].float()
-        scale = channels.abs().amax(1, keepdim=True).clamp_min(1e-8) / 127
-        q[start : start + CHANNELS] = (channels / scale).round_().clamp_(-127, 127).to(torch.int8)
-        scales[start : start + CHANNELS] = scale[:, 0]
-    return Quantized.of(q.t(), scales[None], 8)
-
-
 QUANTIZER = Rtn()

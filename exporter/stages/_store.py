@@ -13,11 +13,12 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+import exporter.quantize
+from exporter import _discover
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.journal import DataFile, Journal, Part
-from exporter.quantize import rtn
-from exporter.quantize._contract import Form, Quantized, block_size
+from exporter.quantize._contract import Form, Quantized, Quantizer
 from exporter.stages._split import blocks_of_columns, split_matmuls
 from exporter.stages._trace import symbolic
 from exporter.weights import FileSource, Source
@@ -133,10 +134,10 @@ class WeightFile:
         form = _form(self.notes.get(name, {}))
         if form is None:
             return self._bytes(name).float()
-        kind = torch.uint8 if form.bits == 4 else torch.int8
+        kind = torch.int8 if form.numbers == "int8" else torch.uint8
         scale = self._bytes(f"{name}.scale").float()
         return Quantized(
-            form, self._bytes(f"{name}.int{form.bits}", kind).view(-1), scale.view(-1, scale.shape[-1])
+            form, self._bytes(f"{name}.{form.numbers}", kind).view(-1), scale.view(-1, scale.shape[-1])
         ).dequantized()
 
     def _bytes(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -153,10 +154,7 @@ class WeightFile:
             return None
         if isinstance(source, FileSource):
             return None
-        if self.precision.weights == "int8":
-            return Form(8, source.shape[0])
-        block = block_size(source.shape[0], self.precision.blocks)
-        return None if block is None else Form(4, block)
+        return rounding(self.precision).form(source.shape[0], self.precision.blocks)
 
     def _chosen(self, value: ir.Value, source: Source) -> Form | None:
         return self.quantizable(source) if _is_matrix(value) else None
@@ -203,7 +201,7 @@ class WeightFile:
         """DequantizeLinear in front of the MatMuls that read it; what an offset and an order stand for, at their inputs."""
         assert form is not None
         name = value.name or ""
-        inputs = [self._initializer(model, f"{name}.{suffix}") for suffix in (f"int{form.bits}", "scale")]
+        inputs = [self._initializer(model, f"{name}.{suffix}") for suffix in (form.numbers, "scale")]
         dtype = self._kind
         out = ir.Value(name=f"{name}.dequantized", shape=ir.Shape(shape), type=ir.TensorType(dtype))
         per_column = form.block == shape[0] and form.bits == 8
@@ -237,7 +235,8 @@ class WeightFile:
     def _quantized(self, name: str, source: Source, form: Form) -> Iterator[memoryview]:
         tensor = source.read(self.checkpoint)
         check_range(name, tensor, self.dtype)  # what is dequantised has to fit, not only the scale
-        yield from self._laid_out(rtn.columns(tensor) if form.bits == 8 else rtn.quantize(tensor, form.block))
+        assert self.precision is not None
+        yield from self._laid_out(rounding(self.precision).quantize(tensor, form.block))
 
     def _laid_out(self, found: Quantized) -> Iterator[memoryview]:
         """The integers, and, aligned as well, what goes with them."""
@@ -257,7 +256,7 @@ class WeightFile:
             return
         inputs, outputs = shape
         scales = (outputs,) if form.bits == 8 and form.block == inputs else (inputs // form.block, outputs)
-        end = self._tensor(f"{name}.int{form.bits}", part.offset, shape, INTEGERS[form.bits])
+        end = self._tensor(f"{name}.{form.numbers}", part.offset, shape, NUMBERS[form.numbers])
         end = self._tensor(f"{name}.scale", end, scales, self._kind)
         if form.offset:
             end = self._tensor(f"{name}.offset", end, scales, self._kind)
@@ -280,7 +279,14 @@ class WeightFile:
 
 SMALLEST = 2.0**-24
 """Of a scale: in float16 anything smaller is zero, which TensorRT refuses. So are weights that it is the scale of, or nearly."""
-INTEGERS = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+NUMBERS = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
+
+
+def rounding(precision: Precision) -> Quantizer:
+    """What quantises a matrix that nothing was learnt about."""
+    name = "rtn" if precision.weights == "int4" else precision.weights
+    found: Quantizer = _discover.load(exporter.quantize, "quantizer", name).QUANTIZER
+    return found
 
 
 def _form(note: Mapping[str, Any]) -> Form | None:

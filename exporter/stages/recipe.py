@@ -7,14 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 from exporter.backends._onnx_file import external_files
+from exporter.cost.roofline import BUILD_PEAK
 from exporter.graphset import GraphSet
 from exporter.stages.build import built_from, shape_profiles
 from exporter.workspace import Workspace
 from profiles._schema import Profile
 
 RECIPE, PAGE = "recipe.json", "BUILD.md"
-PEAK = {"none": 3.5, "int8": 5.0, "int4": 5.0}
-"""Most memory that a build takes, over the bytes of the weights (TensorRT-RTX 1.7, decoders of 24 layers: 3 to 3.5; INT4: 5; INT8 was not measured)."""
 
 
 def write(work: Workspace, graphs: GraphSet, profile: Profile) -> None:
@@ -38,7 +37,7 @@ def collect(work: Workspace, graphs: GraphSet, profile: Profile) -> dict[str, An
                 "engine": f"engines/{path.stem}.engine",
                 "graph_bytes": size,
                 "build_peak_mib": round(
-                    PEAK[graphs.weights if "decode" in roles or "prefill" in roles else "none"] * size / 2**20
+                    BUILD_PEAK[graphs.weights if "decode" in roles or "prefill" in roles else "none"] * size / 2**20
                 ),
                 "optimization_profiles": shapes,
             }

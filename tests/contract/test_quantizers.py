@@ -14,9 +14,10 @@ from exporter import _discover
 from exporter.packings._contract import Packing
 from exporter.quantize import rtn
 from exporter.quantize._contract import Form, Quantizer, Seen
+from profiles._schema import quantizers
 
 
-@pytest.mark.parametrize("name", _discover.names(exporter.quantize))
+@pytest.mark.parametrize("name", quantizers())
 @pytest.mark.parametrize("block", [16, 64])
 def test_a_quantizer_gives_the_layout_and_little_error(name: str, block: int) -> None:
     found: Quantizer = _discover.load(exporter.quantize, "quantizer", name).QUANTIZER
@@ -33,6 +34,19 @@ def test_a_quantizer_gives_the_layout_and_little_error(name: str, block: int) ->
     assert made.q.numel() == 128 * 10 // 2
     plain = rtn.quantize(weight, block, clips=(7.0,)).dequantized()
     assert seen.energy(made.dequantized() - weight) <= 1.05 * seen.energy(plain - weight)
+
+
+@pytest.mark.parametrize("name", sorted({*_discover.names(exporter.quantize)} - {*quantizers()}))
+def test_what_makes_another_type_takes_any_matrix(name: str) -> None:
+    found: Quantizer = _discover.load(exporter.quantize, "quantizer", name).QUANTIZER
+    form = found.form(50, ())
+    assert found.summary
+    assert form is not None
+    assert form.numbers == name
+    weight = torch.randn(50, 10, generator=torch.manual_seed(0))
+    made = found.quantize(weight, form.block)
+    assert (made.form, made.shape) == (form, weight.shape)
+    assert (made.dequantized() - weight).abs().max() < weight.abs().max() / 2 ** (form.bits - 4)
 
 
 @pytest.mark.parametrize("name", _discover.names(exporter.packings))
