@@ -25,6 +25,8 @@ from exporter.workspace import SCRATCH, write_bytes
 JOURNAL = ".journal"
 CHUNK = 1 << 20
 """Bytes read at a time."""
+WAITING = 8
+"""Pieces that are made before the first of them is on its way to the disk, which takes now and then as long as several of them."""
 
 
 @dataclass(frozen=True)
@@ -173,15 +175,15 @@ class DataFile:
         self._file.truncate()
         self._file.seek(offset)
         digest, size = hashlib.sha256(), 0
-        pending: Future[None] | None = None
-        with ThreadPoolExecutor(1) as writer:  # the next piece is made meanwhile
+        pending: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(1) as writer:  # the next pieces are made meanwhile
             for piece in pieces:
-                if pending is not None:
-                    pending.result()
-                pending = writer.submit(self._put, piece, digest)
+                if len(pending) == WAITING:
+                    pending.popleft().result()
+                pending.append(writer.submit(self._put, piece, digest))
                 size += piece.nbytes
-            if pending is not None:
-                pending.result()
+            for one in pending:
+                one.result()
         self._file.flush()
         return Part(self.path.name, name, offset, size, digest.hexdigest())
 
