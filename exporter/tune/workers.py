@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from exporter.errors import EnvironmentMismatch, ExportError
+
+PATIENCE_S = 10.0
+"""Seconds that a cluster has to answer; Ray itself tries for minutes."""
 
 
 class Workers(Protocol):
@@ -30,6 +34,7 @@ def on_ray(address: str | None) -> Iterator[Workers]:
     Raises:
         EnvironmentMismatch: Ray is not installed, or there is no cluster.
     """
+    _require_answer(address)
     try:
         import ray
     except ImportError as e:
@@ -39,9 +44,7 @@ def on_ray(address: str | None) -> Iterator[Workers]:
         try:
             ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
         except (ConnectionError, RuntimeError, ValueError) as e:
-            raise EnvironmentMismatch(
-                f"There is no Ray cluster at {address or 'this machine'} ({e}). Start one with `ray start --head`."
-            ) from e
+            raise _no_cluster(address, e) from e
 
     def call(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         remote = ray.remote(num_cpus=1)(function)
@@ -61,3 +64,20 @@ def on_ray(address: str | None) -> Iterator[Workers]:
     finally:
         if mine:
             ray.shutdown()
+
+
+def _require_answer(address: str | None) -> None:
+    """Raises EnvironmentMismatch: nobody answers at "host:port" or "ray://host:port". Other addresses ("auto") name no port."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon:
+        return
+    try:
+        with socket.create_connection((host, int(port)), PATIENCE_S):
+            pass
+    except (OSError, ValueError, OverflowError) as e:
+        raise _no_cluster(address, e) from e
+
+
+def _no_cluster(address: str | None, why: Exception) -> EnvironmentMismatch:
+    where = address or "this machine"
+    return EnvironmentMismatch(f"There is no Ray cluster at {where} ({why}). Start one with `ray start --head`.")

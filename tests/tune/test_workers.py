@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,18 @@ from exporter.tune.workers import here, on_ray
 
 SPECS = ("visionzip:keep=32", "random:keep=16", "fastv:keep=999")
 TASKS = [measure.Task(Job(EMBEDDED, (spec,), "cpu_fp32"), measure.Asking(None, 4), 0, 8) for spec in SPECS]
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "127.0.0.1:port{}"])
+def test_an_address_where_nobody_answers(form: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # bound, and nobody listens
+        address = form.format(free.getsockname()[1])
+        with (
+            pytest.raises(EnvironmentMismatch, match=f"no Ray cluster at {address}.*ray start --head"),
+            on_ray(address),
+        ):
+            pass
 
 
 def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
