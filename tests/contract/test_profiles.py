@@ -83,7 +83,7 @@ def test_no_block_is_larger_than_the_memory(profile: _schema.Profile) -> None:
 
 
 def test_four_bits_are_not_held_to_more_than_full_precision() -> None:
-    by_weights: dict[str, list[_schema.Gates]] = {"none": [], "int8": [], "int4": []}
+    by_weights: dict[str, list[_schema.Gates]] = {"none": [], "fp8": [], "int8": [], "int4": []}
     for name in NAMES:
         loaded = _schema.load(name)
         by_weights[loaded.precision.weights].append(loaded.gates)

@@ -116,7 +116,7 @@ def test_two_engines_where_one_would_fit() -> None:
 
 @pytest.mark.parametrize(
     ("weights", "hint"),
-    [(8, "Take INT4 weights, a smaller model or a larger device."), (5, "Keep fewer visual tokens, or lower `text`, ")],
+    [(8, "Take INT4 weights, a smaller model or a larger device."), (6, "Keep fewer visual tokens, or lower `text`, ")],
 )
 def test_what_to_do_depends_on_what_is_large(weights: int, hint: str) -> None:
     engine = replace(WORK.engines[1], weight_bytes=weights * 2**30, activation_bytes=2 * 2**30)

@@ -82,7 +82,8 @@ def test_int4_stays_int4_in_the_engine(tmp_path: Path) -> None:
             run_export(Job(str(tmp_path / folder), (), profile), work)
             sizes[name] = next(r.bytes for r in run_build(work) if "decode" in r.roles)
     values = 4 * (512 * (64 + 2 * 32) + 64 * 512 + 3 * 512 * 1024)
-    # Kernels for zero points and scattered channels lie in the engine too, as seen: the engine grows by 2.7 MB, its graph by 0.8.
-    for name, block, least in (("int4", 128, 0.85), ("published", 32, 0.6)):
+    # Kernels for zero points and scattered channels lie in the engine too, as seen, for each optimization profile: the engine grows
+    # by 3.4 MB, its graph by 0.8.
+    for name, block, least in (("int4", 128, 0.85), ("published", 32, 0.5)):
         saved = 2 * values - values / 2 - 2 * values / block
         assert least * saved < sizes["fp16"] - sizes[name] < 1.1 * saved
