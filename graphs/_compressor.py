@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from graphs._contract import OF_PROMPT, Reduction, ReductionError, Signals, Site, Tier, by_frame
+from graphs._pool import bilinear, pool
 from graphs._torch import torch
 
 if TYPE_CHECKING:
@@ -119,6 +120,27 @@ def raster(site: Site) -> tuple[int, int]:
     if site.grid is None:
         raise ReductionError("it needs the whole raster of every frame: nothing may act before it")
     return site.grid
+
+
+class Stretched:
+    """Beside `Compressor`: the features are stretched to a raster of the model's own first, `grid`, rows and columns, bilinear."""
+
+    grid: tuple[int, ...] | None
+
+    def wanted(self, site: Site) -> tuple[int, ...]:
+        """`grid`; by default 24 × 24 of the 27 × 27 that SigLIP gives at 384 pixels, and else what the tower gives."""
+        return self.grid or ((24, 24) if raster(site) == (27, 27) else raster(site))
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Rows and columns, once fitted."""
+        assert self.grid is not None
+        rows, columns = self.grid
+        return rows, columns
+
+    def stretched(self, x: Tensor, site: Site) -> Tensor:
+        """x [..., tokens, dim] → [..., rows * columns, dim]."""
+        return x if self.lengths == raster(site) else pool(bilinear(raster(site), self.lengths), x)
 
 
 def divided(site: Site, side: int, knob: str) -> tuple[int, int]:

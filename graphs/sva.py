@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, ClassVar
 from graphs._compressor import (
     PerFrameCompressor,
     Shapes,
+    Stretched,
     attention,
     cells,
     layer_norm,
@@ -40,11 +41,9 @@ from graphs._compressor import (
     linear_shapes,
     mlp,
     norm_shapes,
-    raster,
     stacked,
 )
 from graphs._contract import ReductionError, Signals, Site
-from graphs._pool import bilinear, pool
 from graphs._torch import torch
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ SAMPLER = "vision_sampler_0.layers"
 
 
 @dataclass(frozen=True)
-class Sva(PerFrameCompressor):
+class Sva(Stretched, PerFrameCompressor):
     """LongVU's projector, of one tower."""
 
     paper: ClassVar[str] = "Shen et al. 2024, arXiv:2410.17434"
@@ -70,7 +69,7 @@ class Sva(PerFrameCompressor):
     row_ends: bool = True
 
     def fitted(self, site: Site) -> Sva:
-        grid = self.grid or ((24, 24) if raster(site) == (27, 27) else raster(site))
+        grid = self.wanted(site)
         if len(grid) != 2 or min(grid) < 1 or self.side < 1 or any(length % self.side for length in grid):
             raise ReductionError(
                 f"`grid` takes rows+columns, which `side` must divide; found {'+'.join(map(str, grid))} and {self.side}"
@@ -81,13 +80,8 @@ class Sva(PerFrameCompressor):
             )
         return replace(self, grid=grid)
 
-    @property
-    def _grid(self) -> tuple[int, int]:
-        assert self.grid is not None
-        return self.grid[0], self.grid[1]
-
     def shape(self, site: Site) -> tuple[int, int] | int:
-        rows, cols = (length // self.side for length in self._grid)
+        rows, cols = (length // self.side for length in self.lengths)
         return rows * (cols + 1) if self.row_ends else (rows, cols)
 
     def trained(self, site: Site) -> Shapes:
@@ -132,18 +126,16 @@ class Sva(PerFrameCompressor):
         return None
 
     def compress(self, signals: Signals, site: Site) -> Tensor:
-        x = signals["hidden"]
-        if self._grid != raster(site):
-            x = pool(bilinear(raster(site), self._grid), x)
+        x = self.stretched(signals["hidden"], site)
         x = layer_norm(signals, "mm_projector_aux_0.3", mlp(signals, "mm_projector_aux_0.0", "mm_projector_aux_0.2", x))
-        own = cells(x, self._grid, self.side)
+        own = cells(x, self.lengths, self.side)
         context = x.mean(1, keepdim=True).expand(-1, own.shape[1], -1)
         query = torch.zeros_like(context) + signals["vision_query"]
         for n in range(self.depth):
             query = query + _aggregated(signals, f"{SAMPLER}.{n}", query, context, own)
         x = mlp(signals, "mm_projector.0", "mm_projector.2", query)
         if self.row_ends:
-            rows = x.unflatten(1, (self._grid[0] // self.side, -1))
+            rows = x.unflatten(1, (self.lengths[0] // self.side, -1))
             ends = torch.zeros_like(rows[:, :, :1]) + signals["image_newline"]
             x = torch.cat([rows, ends], 2).flatten(1, 2)
         return x

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, ClassVar
 from graphs._compressor import (
     Compressor,
     Shapes,
+    Stretched,
     attention,
     cells,
     compressed,
@@ -40,12 +41,10 @@ from graphs._compressor import (
     linear_shapes,
     mlp,
     norm_shapes,
-    raster,
     stacked,
     to_clip,
 )
 from graphs._contract import ReductionError, Signals, Site
-from graphs._pool import bilinear, pool
 from graphs._torch import torch
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class VideoXL(Compressor):
+class VideoXL(Stretched, Compressor):
     """Video-XL-Pro's and Video-XL-2's encoder and projector."""
 
     paper: ClassVar[str] = "Liu et al. 2025, arXiv:2503.18478"
@@ -68,7 +67,7 @@ class VideoXL(Compressor):
     grid: tuple[int, ...] | None = None
 
     def fitted(self, site: Site) -> VideoXL:
-        found = self.grid or ((24, 24) if raster(site) == (27, 27) else raster(site))
+        found = self.wanted(site)
         if len(found) != 2 or min(found) < 1 or (site.frames > 1 and any(side % 2 for side in found)):
             raise ReductionError(
                 f"`grid` takes rows+columns, which must be even for clips, as 2 × 2 tokens of one become one; found "
@@ -76,13 +75,8 @@ class VideoXL(Compressor):
             )
         return replace(self, grid=found)
 
-    @property
-    def _grid(self) -> tuple[int, int]:
-        assert self.grid is not None
-        return self.grid[0], self.grid[1]
-
     def after(self, site: Site) -> Site:
-        rows, cols = self._grid
+        rows, cols = self.lengths
         shape = (rows // 2, cols // 2) if site.frames > 1 else (rows, cols)
         return compressed(site, shape, -(-site.frames // FOUR))
 
@@ -107,9 +101,7 @@ class VideoXL(Compressor):
         }
 
     def forward(self, signals: Signals, site: Site) -> Tensor:
-        x, dim, fours = signals["hidden"], site.dim, self.after(site).frames
-        if self._grid != raster(site):
-            x = pool(bilinear(raster(site), self._grid), x)
+        x, dim, fours = self.stretched(signals["hidden"], site), site.dim, self.after(site).frames
         if site.frames < FOUR * fours:
             x = torch.cat([x, x[:, -1:].expand(-1, FOUR * fours - site.frames, -1, -1)], 1)
         x = x.unflatten(1, (fours, FOUR)).flatten(0, 1)
@@ -118,10 +110,10 @@ class VideoXL(Compressor):
         for spatial, temporal, halving in zip(SPATIAL, TEMPORAL, HALVING, strict=True):
             x = _attend_in_space(signals, f"sae.encoder.{spatial}", x)
             x = _attend_in_time(signals, f"sae.encoder.{temporal}", x)
-            x = _halve(signals, f"sae.encoder.{halving}.conv", x, self._grid)
+            x = _halve(signals, f"sae.encoder.{halving}.conv", x, self.lengths)
         x = mlp(signals, "mm_projector.0", "mm_projector.2", x.squeeze(1))
         if site.frames > 1:
-            x = cells(x, self._grid, 2).mean(2)
+            x = cells(x, self.lengths, 2).mean(2)
         out: Tensor = x.unflatten(0, (-1, fours))
         return out
 
