@@ -67,7 +67,8 @@ class Job:
         from exporter import methods
         from exporter.checkpoint import Checkpoint
         from exporter.families._contract import Request
-        from exporter.plan import Unfit, check_weights, make_plan
+        from exporter.plan import Unfit, make_plan
+        from exporter.trained import check_weights
 
         folder = folder_of(self.checkpoint, weights)
         profile = self.loaded_profile()

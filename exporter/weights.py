@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.nn.layers import Linear, PackedLinear, RMSNorm
-from exporter.plan import Plan, trained_tensors
+from exporter.plan import Plan
+from exporter.trained import trained_tensors
 
 if TYPE_CHECKING:
     from exporter.nn.specs import DecoderShape

@@ -28,13 +28,14 @@ from exporter.journal import DataFile, Journal
 from exporter.nn.cache import Int8
 from exporter.nn.clip_text import ClipText
 from exporter.nn.reduce import Reduce
-from exporter.plan import Plan, Step, trained_tensors
+from exporter.plan import Plan, Step
 from exporter.runtime.question import InstructionTokenizer, QuestionTokenizer
 from exporter.stages._draw import DTYPES as TORCH
 from exporter.stages._draw import Shape, draw
 from exporter.stages._llm import buckets, draw_llm
 from exporter.stages._processor import write_processor
 from exporter.stages._store import WeightFile, as_bytes, slices, to_dtype
+from exporter.trained import trained_tensors
 from exporter.transfer import Transfer
 from exporter.weights import Source, elsewhere, fill, sources, text_embeddings, trained
 from graphs._contract import INSTRUCTION_TOKENS

@@ -68,7 +68,8 @@ from transformers import (
 from exporter.checkpoint import INSTRUCTION_FOLDER, Checkpoint
 from exporter.families._contract import Request
 from exporter.graphset import GraphSet
-from exporter.plan import Plan, Step, check_weights, make_plan
+from exporter.plan import Plan, Step, make_plan
+from exporter.trained import check_weights
 from profiles import _schema
 from tests.families import mobilevlm_like, timm_like
 
