@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.backends import _engine_cache, _plugins, _trt_layers, _trt_module
-from exporter.backends._contract import Array, Layer, Runner
+from exporter.backends._contract import PAST, PRESENT, Array, Layer, Runner
 from exporter.backends._cuda import CudaError
 from exporter.backends._device_memory import Device, DeviceArray
 from exporter.backends._engine_cache import EngineCache
@@ -122,10 +122,12 @@ class TensorRtRunner(Runner):
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         return self._run(feeds)
 
-    def grow(self, feeds: Mapping[str, Any], cache: Mapping[str, str], tokens: int) -> dict[str, Any]:
+    def grow(self, feeds: Mapping[str, Any], past: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
         """The engine writes the whole new cache: on the device, into memory that an earlier one has let go. Caches get memory
         for as many tokens as the engine was built for, so that none is too small for the next step."""
-        return self._run(feeds, {present: past for past, present in cache.items() if past in feeds})
+        continues = {PRESENT + name[len(PAST) :]: name for name in past}
+        found = self._run({**feeds, **past}, continues)
+        return found, {PAST + name[len(PRESENT) :]: found.pop(name) for name in list(found) if name.startswith(PRESENT)}
 
     def numpy(self, value: Any) -> Array:
         if not isinstance(value, DeviceArray):
