@@ -48,6 +48,7 @@ class Appending:
         self.outputs = ("logits", *self._cache.values(), *(PRESENT + name[len(PAST) :] for name in self._groups))
         self._memory: Memory | None = None
         self._row: int | None = None
+        self._known: tuple[tuple[int, int], dict[str, tuple[int, ...]]] = (0, 0), {}
         self._shape = 0, 0
         self._new: dict[str, Array] = {}
 
@@ -55,7 +56,8 @@ class Appending:
         """As `Runner.grow`. feeds: as many as `new`, on the host."""
         order = self._checked("order", feeds["order"])
         batch, seq = order.shape
-        given = {name: self._checked(name, feeds[name], self._sizes(name, batch, seq)) for name in self._axes}
+        shapes = self._shapes(batch, seq)
+        given = {name: self._checked(name, feeds[name], shape) for name, shape in shapes.items()}
         if not isinstance(past, Grown):
             past = {name: self._checked(name, value) for name, value in past.items()}
         before = Grown.of(past, seq)
@@ -66,10 +68,10 @@ class Appending:
             rank, real = order.argsort(axis=1, kind="stable"), (order < PAD).sum(axis=1)
             order = np.take_along_axis(order, rank, axis=1)
             given = {name: _sorted(value, rank, self._axes[name].index("seq")) for name, value in given.items()}
-        first = {name: before.length(name) for name in self._groups}
-        for name, length in first.items():
-            before.memory.arrays[name][:, length : length + seq] = order
-        if batch == 1 or (seq == 1 and all(first.values())):
+        for name in self._groups:
+            first = before.length(name)
+            before.memory.arrays[name][:, first : first + seq] = order
+        if batch == 1 or (seq == 1 and all(map(before.length, self._groups))):
             logits = self._run(given, before, real, seq, None)
         else:
             logits = np.concatenate([self._run(given, before, real, seq, row) for row in range(batch)])
@@ -94,7 +96,7 @@ class Appending:
         if seq > 1:
             np.maximum(real - 1, 0, out=new[LAST][:, 0])
         for name, group in self._groups.items():
-            np.add(counts[name], seq - 1, out=new[LENGTH + group], casting="same_kind")
+            new[LENGTH + group][...] = counts[name] + (seq - 1)
             new[TOTAL + group][0] = before.length(name) + seq
         self._session.run_with_iobinding(self._binding)
         found: Array = new["logits"].copy()
@@ -120,7 +122,7 @@ class Appending:
     def _lay_out(self, batch: int, seq: int) -> None:
         """Bind memory for so many rows and tokens."""
         self._shape = 0, 0
-        new = {name: np.empty(self._sizes(name, batch, seq), self.new[name]) for name in self._axes}
+        new = {name: np.empty(shape, self.new[name]) for name, shape in self._shapes(batch, seq).items()}
         new[PLACES], new[LAST] = np.arange(batch * seq).reshape(batch, seq), np.zeros((batch, 1), np.int64)
         if self._has_room:
             new[ROOM] = np.zeros(4, np.int64)
@@ -132,10 +134,13 @@ class Appending:
         self._binding.bind_ortvalue_output("logits", self._make(new["logits"]))
         self._new, self._shape = new, (batch, seq)
 
-    def _sizes(self, name: str, batch: int, seq: int) -> tuple[int, ...]:
-        """The shape of an input that is not the cache."""
-        sizes = {"batch": batch, "seq": seq}
-        return tuple(sizes.get(axis, axis) for axis in self._axes[name])
+    def _shapes(self, batch: int, seq: int) -> dict[str, tuple[int, ...]]:
+        """Those of the inputs that are neither the cache nor counts."""
+        if self._known[0] != (batch, seq):
+            sizes = {"batch": batch, "seq": seq}
+            shapes = {name: tuple(sizes.get(axis, axis) for axis in axes) for name, axes in self._axes.items()}
+            self._known = (batch, seq), shapes
+        return self._known[1]
 
     def _checked(self, name: str, value: Any, shape: tuple[int, ...] | None = None) -> Array:
         """A value on the host, as the graph takes it; a mistake would otherwise be cast, or broadcast."""

@@ -20,7 +20,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -205,8 +205,10 @@ class OnnxRuntimeRunner(Runner):
             new = {name: feeds[name] for name in self._appending.new}
             found, grown = self.grow(new, {name: value for name, value in feeds.items() if name not in new})
             return found | {PRESENT + name[len(PAST) :]: value for name, value in grown.items()}
-        with self._told(feeds):
+        try:
             values = self._run_bound(feeds) if self._bound else self._run_values(feeds)
+        except Exception as e:
+            raise self._failed(e, feeds) from e
         return dict(zip(self._outputs, values, strict=True))
 
     def grow(self, feeds: Mapping[str, Any], past: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
@@ -217,8 +219,10 @@ class OnnxRuntimeRunner(Runner):
             not isinstance(past, Grown) and feeds.keys() | past.keys() != self._inputs.keys()
         ):
             raise UsageError(self._wrong_names({**feeds, **past}))
-        with self._told(feeds):
+        try:
             return self._appending.grow(feeds, past)
+        except Exception as e:
+            raise self._failed(e, feeds) from e
 
     def numpy(self, value: Any) -> Array:
         if isinstance(value, self._value_type):
@@ -235,16 +239,6 @@ class OnnxRuntimeRunner(Runner):
 
     def rows(self, past: Mapping[str, Any], rows: npt.NDArray[np.int64]) -> Mapping[str, Any]:
         return past.rows(rows) if isinstance(past, Grown) else super().rows(past, rows)
-
-    @contextlib.contextmanager
-    def _told(self, feeds: Mapping[str, Any]) -> Iterator[None]:
-        """What ONNX Runtime says, with what it was fed."""
-        try:
-            yield
-        except ExportError:
-            raise
-        except Exception as e:
-            raise ExportError(f"{self._engine.name}: {e} (fed: {_shapes(feeds)})") from e
 
     def _run_values(self, feeds: Mapping[str, Any]) -> Sequence[Any]:
         values = {name: self._value(name, value) for name, value in feeds.items()}
@@ -281,6 +275,11 @@ class OnnxRuntimeRunner(Runner):
         if array.dtype != self._inputs[name]:
             raise UsageError(f"{self._engine.name}: input '{name}' is {array.dtype}, expected {self._inputs[name]}.")
         return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+    def _failed(self, error: Exception, feeds: Mapping[str, Any]) -> ExportError:
+        if isinstance(error, ExportError):
+            return error
+        return ExportError(f"{self._engine.name}: {error} (fed: {_shapes(feeds)})")
 
     def _wrong_names(self, feeds: Mapping[str, Any]) -> str:
         for name in feeds:

@@ -470,7 +470,8 @@ class Generator:
             feeds["size"] = tokens.size
         if tokens.reach is not None:
             feeds["reach"] = tokens.reach
-        return {name: self._as(runner, name, value) for name, value in feeds.items()}
+        kinds = runner.inputs
+        return {n: v if v.dtype == kinds.get(n) else self._as(runner, n, v) for n, v in feeds.items()}
 
     def _hand(self, value: Any, giver: Runner, taker: Runner) -> Any:
         """A device value for another runner: as it is between runners of one kind, else by way of the host."""
