@@ -63,9 +63,9 @@ def build_modules(plan: Plan) -> Modules:
         question = None if plan.clip is None else ClipText(text_spec(plan.clip))
         projector = None if plan.compressed else plan.family.projector(plan.checkpoint, plan.geometry)
         reduce = Reduce(plan.before_llm, projector, (*plan.for_reduce, *plan.side), plan.sized, plan.fixed)
-        prefill = decode = plan.family.language_model(plan)
+        prefill = decode = plan.family.language_model(plan.checkpoint, plan.inside)
         if plan.separate_prefill:
-            prefill = plan.family.language_model(plan, prunes=True)
+            prefill = plan.family.language_model(plan.checkpoint, plan.inside, prunes=True)
     if plan.profile.precision.kv == "int8":
         for module in (prefill, decode):
             module.int8 = Int8(module.layout)
