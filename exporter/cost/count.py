@@ -22,9 +22,10 @@ from torch.utils.flop_counter import flop_registry
 
 from exporter.cost.work import Engine, Operator, Stage, Work
 from exporter.plan import Plan
+from exporter.stages._describe import reduce_inputs
 from exporter.stages._llm import Inputs, call_llm, llm_inputs
+from exporter.stages._modules import DTYPES, Modules, build_modules
 from exporter.stages._store import rounding
-from exporter.stages.export import DTYPES, Modules, build_modules, reduce_inputs
 from profiles._schema import Precision
 
 

@@ -27,9 +27,10 @@ from exporter.quantize import nvfp4
 from exporter.runtime.generate import Generator
 from exporter.stages import _task
 from exporter.stages._lookup import spell_out
+from exporter.stages._modules import load_reference
 from exporter.stages._processor import prompt_of
 from exporter.stages._reference import reference
-from exporter.stages.export import export, load_reference
+from exporter.stages.export import export
 from exporter.stages.validate import cosine
 from exporter.workspace import Workspace
 from profiles import _schema
