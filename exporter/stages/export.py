@@ -33,6 +33,7 @@ from exporter.stages._describe import describe, reduce_inputs, reduce_outputs
 from exporter.stages._draw import DTYPES as TORCH
 from exporter.stages._draw import Shape, draw
 from exporter.stages._llm import buckets, draw_llm
+from exporter.stages._lookup import apply as lookup
 from exporter.stages._modules import DTYPES, build_modules, origins
 from exporter.stages._processor import write_processor
 from exporter.stages._store import WeightFile, as_bytes, slices, to_dtype
@@ -139,6 +140,7 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: 
     if quantize is not None or islands:
         record = _precision_record(plan, weight_files["llm"].notes, len(calibration), islands)
         (folder / PRECISION).write_text(json.dumps(record, indent=1) + "\n")
+    graphs = replace(graphs, lookup=lookup(folder, files.values()))
     if target.plugins:
         graphs = replace(graphs, plugged=plug(target.plugins, folder, files.values(), log))
     graphs.save(folder)

@@ -37,16 +37,16 @@ def test_a_quantizer_gives_the_layout_and_little_error(name: str, block: int) ->
 
 
 @pytest.mark.parametrize("name", sorted({*_discover.names(exporter.quantize)} - {*quantizers()}))
-def test_what_makes_another_type_takes_any_matrix(name: str) -> None:
+def test_what_makes_another_type_says_which(name: str) -> None:
     found: Quantizer = _discover.load(exporter.quantize, "quantizer", name).QUANTIZER
-    form = found.form(50, ())
+    form = found.form(48, ())
     assert found.summary
     assert form is not None
-    assert form.numbers == name
-    weight = torch.randn(50, 10, generator=torch.manual_seed(0))
+    assert name.endswith(form.numbers)
+    weight = torch.randn(48, 10, generator=torch.manual_seed(0))
     made = found.quantize(weight, form.block)
     assert (made.form, made.shape) == (form, weight.shape)
-    assert (made.dequantized() - weight).abs().max() < weight.abs().max() / 2 ** (form.bits - 4)
+    assert (made.dequantized() - weight).abs().max() < weight.abs().max() / 2 ** (form.bits / 2)
 
 
 @pytest.mark.parametrize("name", _discover.names(exporter.packings))
