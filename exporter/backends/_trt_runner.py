@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.backends import _engine_cache, _plugins, _trt_layers, _trt_module
-from exporter.backends._contract import Array, Layer, Runner
+from exporter.backends._contract import PAST, PRESENT, Array, Layer, Runner
 from exporter.backends._cuda import CudaError
 from exporter.backends._device_memory import Device, DeviceArray
 from exporter.backends._engine_cache import EngineCache
@@ -125,28 +125,30 @@ class TensorRtRunner(Runner):
         with self._working():
             return self._start(feeds, {}, repeats=True)
 
-    def grow(self, feeds: Mapping[str, Any], cache: Mapping[str, str], tokens: int) -> dict[str, Any]:
+    def grow(
+        self, feeds: Mapping[str, Any], past: Mapping[str, Any], tokens: int
+    ) -> tuple[dict[str, Any], Mapping[str, Any]]:
         """The engine writes the whole new cache: on the device, into memory that an earlier one has let go. Caches get memory
         for as many tokens as the engine was built for, so that none is too small for the next step.
 
         What is new in it goes into the free slots of the cache that was fed. A cache without room for it, or one whose free slots
         another output would tell, is shown as long as it is."""
         self._loaded()
-        grown = {past: present for past, present in cache.items() if past in feeds}
-        lengths = {past: feeds[past].shape[place.axis] for past, place in self._places.items() if past in grown}
-        if any(length + tokens > self._places[past].most for past, length in lengths.items()):
+        presents = {name: PRESENT + name[len(PAST) :] for name in past}
+        lengths = {name: past[name].shape[place.axis] for name, place in self._places.items() if name in past}
+        if any(length + tokens > self._places[name].most for name, length in lengths.items()):
             lengths = {}
         with self._working():
-            shown = {past: self._with_room(past, feeds[past], tokens) for past, length in lengths.items() if length}
-            values = {past: slots.shown for past, slots in shown.items()}
-            found = self._start({**feeds, **values}, grown, repeats=bool(shown) and tokens == 1)
-            for past in lengths:
-                present = found[grown[past]]
-                if past in shown:
-                    found[grown[past]] = shown[past].appended(self._device, present, tokens)
+            shown = {name: self._with_room(name, past[name], tokens) for name, length in lengths.items() if length}
+            values = {name: slots.shown for name, slots in shown.items()}
+            found = self._start({**feeds, **past, **values}, presents, repeats=bool(shown) and tokens == 1)
+            grown = {PAST + name[len(PRESENT) :]: found.pop(name) for name in list(found) if name.startswith(PRESENT)}
+            for name in lengths:
+                if name in shown:
+                    grown[name] = shown[name].appended(self._device, grown[name], tokens)
                 else:
-                    found[grown[past]] = self._with_room(past, present, 1)
-        return found
+                    grown[name] = self._with_room(name, grown[name], 1)
+        return found, grown
 
     def _with_room(self, name: str, value: Any, tokens: int) -> Slots:
         """A cache's tensor with free slots for so many more tokens."""
