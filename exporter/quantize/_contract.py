@@ -32,6 +32,11 @@ class Form:
         return f"{'fp' if self.floats else 'int'}{self.bits}"
 
     @property
+    def largest(self) -> float:
+        """The largest magnitude of a number."""
+        return {"int4": 8.0, "int8": 128.0, "fp8": 448.0, "fp4": 6.0}[self.numbers]
+
+    @property
     def nested(self) -> bool:
         """Whether the scales are FP8 (E4M3) themselves, under one float32 scale of the whole matrix, as NVFP4 has it."""
         return self.floats and self.bits == 4
@@ -71,6 +76,11 @@ class Quantized:
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.scale) * self.form.block, self.scale.shape[1]
+
+    @property
+    def largest(self) -> Tensor:
+        """[in / block, out], what a block may be dequantised to at most."""
+        return self.scale * (self.form.largest * self.whole)
 
     def integers(self) -> Tensor:
         """int8 [in, out]; not of floats."""

@@ -120,7 +120,7 @@ class WeightFile:
             value, note = make()
             if isinstance(value, Quantized):
                 note = value.form.record() | note
-                check_range(name, value.scale * 2 ** (value.form.bits - 1), self.dtype)
+                check_range(name, value.largest, self.dtype)
                 part = self._part(name, self._laid_out(value), note)
             else:
                 part = self._part(name, [as_bytes(to_dtype(name, value.contiguous(), self.dtype))], note)
@@ -249,10 +249,10 @@ class WeightFile:
             yield as_bytes(to_dtype(name, rows, self.dtype))
 
     def _quantized(self, name: str, source: Source, form: Form) -> Iterator[memoryview]:
-        tensor = source.read(self.checkpoint)
-        check_range(name, tensor, self.dtype)  # what is dequantised has to fit, not only the scale
         assert self.precision is not None
-        yield from self._laid_out(rounding(self.precision).quantize(tensor, form.block))
+        found = rounding(self.precision).quantize(source.read(self.checkpoint), form.block)
+        check_range(name, found.largest, self.dtype)
+        yield from self._laid_out(found)
 
     def _laid_out(self, found: Quantized) -> Iterator[memoryview]:
         """The integers, and, aligned as well, what goes with them."""
