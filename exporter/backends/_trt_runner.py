@@ -126,32 +126,21 @@ class TensorRtRunner(Runner):
             return self._start(feeds, {}, repeats=True)
 
     def grow(self, feeds: Mapping[str, Any], cache: Mapping[str, str], tokens: int) -> dict[str, Any]:
-        """The engine writes the whole new cache: on the device, into memory that an earlier one has let go. Caches get memory
-        for as many tokens as the engine was built for, so that none is too small for the next step.
+        """The engine writes the whole new cache; what is new in it goes into free slots of the one that was fed (`_slots`). Caches get
+        memory for as many tokens as the engine was built for, so that none is too small for the next step.
 
-        What is new in it goes into the free slots of the cache that was fed. A cache without room for it, or one whose free slots
-        another output would tell, is shown as long as it is."""
+        Where another output would tell the free slots, a cache is shown as long as it is."""
         self._loaded()
         grown = {past: present for past, present in cache.items() if past in feeds}
-        lengths = {past: feeds[past].shape[place.axis] for past, place in self._places.items() if past in grown}
-        if any(length + tokens > self._places[past].most for past, length in lengths.items()):
-            lengths = {}
+        given = {past: self._given(past, feeds[past]) for past in self._places.keys() & grown.keys()}
+        shown = {past: value.shown if isinstance(value, Slots) else value for past, value in given.items()}
+        steps = tokens == 1 and any(isinstance(value, Slots) for value in given.values())
         with self._working():
-            shown = {past: self._with_room(past, feeds[past], tokens) for past, length in lengths.items() if length}
-            values = {past: slots.shown for past, slots in shown.items()}
-            found = self._start({**feeds, **values}, grown, repeats=bool(shown) and tokens == 1)
-            for past in lengths:
-                present = found[grown[past]]
-                if past in shown:
-                    found[grown[past]] = shown[past].appended(self._device, present, tokens)
-                else:
-                    found[grown[past]] = self._with_room(past, present, 1)
+            found = self._start({**feeds, **shown}, grown, repeats=steps)
+            for past, value in given.items():
+                present = found.pop(grown[past])  # when it is let go, the next one may have its memory
+                found[grown[past]] = Slots.of(self._device, self._places[past], value, present, tokens)
         return found
-
-    def _with_room(self, name: str, value: Any, tokens: int) -> Slots:
-        """A cache's tensor with free slots for so many more tokens."""
-        value = value if isinstance(value, Slots) else self._given(name, value)
-        return Slots.with_room(self._device, self._places[name], value, tokens)
 
     def numpy(self, value: Any) -> Array:
         if not isinstance(value, DeviceArray | Slots):
@@ -197,7 +186,7 @@ class TensorRtRunner(Runner):
         """Ask for a run. grown: input → the output that continues it. repeats: whether these shapes come again."""
         if feeds.keys() != self._inputs.keys():
             raise UsageError(self._wrong_names(feeds))
-        given = {name: self._given(name, feeds[name]) for name in self._inputs}
+        given = {name: self._dense(self._given(name, feeds[name])) for name in self._inputs}
         self._shape({name: value.shape for name, value in given.items()})
         room = {present: self._room(self._found[present], past) for past, present in grown.items()}
         take = self._device.pool.array
@@ -210,13 +199,14 @@ class TensorRtRunner(Runner):
         axes = zip(self._shapes[past], present, self._longest[past], strict=True)
         return tuple(now if now == before else max(now, longest) for before, now, longest in axes)
 
-    def _given(self, name: str, value: Any) -> DeviceArray:
+    def _dense(self, value: DeviceArray | Slots) -> DeviceArray:
+        return value.dense(self._device) if isinstance(value, Slots) else value
+
+    def _given(self, name: str, value: Any) -> DeviceArray | Slots:
         wanted = self._inputs[name]
         if value.dtype != wanted:
             raise UsageError(f"{self._path.name}: input '{name}' is {value.dtype}, expected {wanted}.")
-        if isinstance(value, Slots):
-            return value.dense(self._device)
-        return value if isinstance(value, DeviceArray) else self._device.to_device(value)
+        return value if isinstance(value, DeviceArray | Slots) else self._device.to_device(value)
 
     def _shape(self, shapes: Shapes) -> None:
         """Tell the context the shapes, if they are other ones than last time; find those of the outputs."""
@@ -376,9 +366,9 @@ class TensorRtRunner(Runner):
             if "inputs_embeds" in bounds.high and all(0 not in bounds.high[name] for name in pasts)
         ]
         self._step = max(spans, default=0)  # most tokens behind a cache
-        self._recordable = self._step > 0 or "inputs_embeds" not in self._inputs  # prompts differ in length
+        self._recordable = bool(pasts) or "inputs_embeds" not in self._inputs  # prompts differ in length
         ends = {"logits", *("present" + name[4:] for name in pasts)}
-        if self._step and ends == self._outputs.keys():
+        if pasts and ends == self._outputs.keys():
             axes = {name: self._axis(name) for name in pasts}
             self._places = {n: Place.of(n, a, self._longest[n][a]) for n, a in axes.items() if a is not None}
         self._profile, self._shapes = 0, {}

@@ -113,7 +113,7 @@ def test_a_cache_takes_two_sets_of_buffers(
         for _ in range(2):
             model.reply(model.generate(PIXELS[:1], [LONG], 12).cache, [[20, 21]], 4)
         held = [size for size in taken if size == size_class(each)]
-        assert sum(held) == trt.BACKEND.holds([each] * 2 * graphs.text.layers)
+        assert sum(held) <= trt.BACKEND.holds([each] * 2 * graphs.text.layers)
 
 
 def test_a_run_that_repeats_is_replayed(driver: ctypes.CDLL, tmp_path: Path) -> None:
