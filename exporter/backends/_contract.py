@@ -15,6 +15,9 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Log = Callable[[str], None]
 
+PAST, PRESENT = "past", "present"
+"""How the names of a cache's inputs begin, and those of the outputs that go on from them."""
+
 
 @dataclass(frozen=True)
 class Range:
@@ -95,15 +98,23 @@ class Runner(ABC):
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run once. Feeds that are no input of the engine are an error."""
 
-    def grow(self, feeds: Mapping[str, Any], cache: Mapping[str, str], tokens: int) -> dict[str, Any]:
-        """Run a language model, which appends to its cache.
+    def grow(
+        self, feeds: Mapping[str, Any], past: Mapping[str, Any], tokens: int
+    ) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        """Run a language model behind what is cached, and append to it.
 
         Args:
-            cache: input → the output that goes on from it, along the axis of tokens. A runner may append in the input's own
-                memory: it owns that memory, and what it returns stands for it. Values fed before stay what they were.
-            tokens: how many every row of these outputs gets.
+            feeds: inputs that are not the cache.
+            past: the cache's, by name: what this returned last, or other values of any kind. A runner may append in memory of
+                what it returned: to whom holds that, it stays what it was.
+            tokens: how many new ones every row gets, padding counted.
+        Returns:
+            The other outputs, and `past` of the next run. Its values may be made when they are asked for: handed on as a whole,
+            a cache need not cost anything per layer.
         """
-        return self.run(feeds)
+        found = self.run({**feeds, **past})
+        grown = {PAST + name[len(PRESENT) :]: found.pop(name) for name in list(found) if name.startswith(PRESENT)}
+        return found, grown
 
     @abstractmethod
     def numpy(self, value: Any) -> Array:
@@ -138,6 +149,10 @@ class Runner(ABC):
     def gather(self, value: Any, rows: npt.NDArray[np.int64]) -> Any:
         """Rows of a value along its first axis, in any order and each as often as named, to be fed again. rows: [n]"""
         return self.numpy(value)[rows]
+
+    def rows(self, past: Mapping[str, Any], rows: npt.NDArray[np.int64]) -> Mapping[str, Any]:
+        """Rows of a cache, see `grow` and `gather`: one of its own."""
+        return {name: self.gather(value, rows) for name, value in past.items()}
 
 
 class Backend(ABC):

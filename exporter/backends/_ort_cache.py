@@ -2,80 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from exporter.backends._contract import Array
+from exporter.graphset import PAD
 
 BLOCK = 256
 """Tokens. A cache is copied once per block, when it outgrows its memory."""
 
+Ints = npt.NDArray[np.int64]
 
-@dataclass
-class _Memory:
-    array: Array
-    """[batch, heads, capacity, head_dim]"""
-    value: Any
-    """An OrtValue of the same memory."""
+
+@dataclass(eq=False)
+class Memory:
+    """What a conversation's cache lies in, all layers of it. The same tokens are appended everywhere, so one number says how full
+    it is."""
+
+    arrays: dict[str, Array]
+    """Past input → keys or values [batch, heads, capacity, head_dim], or `order` [batch, capacity]."""
+    begin: dict[str, int]
+    """Past input → tokens that were there when it was allocated."""
+    room: int
+    """Tokens that fit behind those."""
     used: int = 0
-    """Tokens that somebody has written."""
-
-
-@dataclass(slots=True, eq=False)
-class Held:
-    """The first `length` tokens in a memory: what a runner gives for a key or value that it appends to in place.
-
-    Whoever goes on from the newest one appends to its memory; whoever goes on from an older one, as when two conversations
-    begin alike, gets a copy. So a `Held` never changes.
-    """
-
-    memory: _Memory
-    length: int
-
-    @property
-    def array(self) -> Array:
-        """[batch, heads, length, head_dim], not copied."""
-        found: Array = self.memory.array[:, :, : self.length]
-        return found
-
-    @property
-    def room(self) -> int:
-        """Tokens that fit behind it."""
-        found: int = self.memory.array.shape[2] - self.length
-        return found
-
-    @property
-    def value(self) -> Any:
-        """The OrtValue, as long as its memory."""
-        return self.memory.value
+    """Tokens that somebody has written there."""
 
     @classmethod
-    def with_room(cls, past: Held | Array, tokens: int, make: Callable[[Array], Any]) -> Held:
-        """`past` in a memory with room for so many more tokens: its own if that is free behind it, else a new one.
+    def of(cls, past: Mapping[str, Array], tokens: int) -> Memory:
+        """A copy of a cache, keys and values [batch, heads, length, head_dim] and orders [batch, length], with room for so many
+        more tokens."""
+        room = -(-tokens // BLOCK) * BLOCK
+        memory = cls({}, {}, room)
+        for name, value in past.items():
+            at = _axis(value)
+            memory.begin[name] = value.shape[at]
+            array = np.empty((*value.shape[:at], value.shape[at] + room, *value.shape[at + 1 :]), value.dtype)
+            _first(array, value.shape[at])[...] = value
+            memory.arrays[name] = array
+        return memory
 
-        make: array → OrtValue of the same memory.
-        """
-        if isinstance(past, Held):
-            if past.memory.used == past.length and tokens <= past.room:
+
+class Grown(Mapping[str, Array]):
+    """A cache: what was in a memory when it was allocated, and the first `tokens` behind that.
+
+    Whoever goes on from the newest one appends to its memory; whoever goes on from an older one, as when two conversations
+    begin alike, gets a copy. So it never changes. Arrays are made when they are asked for, and not copied.
+    """
+
+    __slots__ = ("memory", "real", "tokens")
+
+    def __init__(self, memory: Memory, tokens: int, real: Mapping[str, Ints]) -> None:
+        """real: of every `order`, the tokens of each row that are no padding, int64 [batch]."""
+        self.memory, self.tokens, self.real = memory, tokens, real
+
+    @classmethod
+    def of(cls, past: Mapping[str, Array], tokens: int) -> Grown:
+        """`past` in a memory with room for so many more tokens: its own if that is free behind it, else a new one."""
+        if isinstance(past, Grown):
+            if past.tokens == past.memory.used and tokens <= past.memory.room - past.tokens:
                 return past
-            past = past.array
-        batch, heads, length, head_dim = past.shape
-        array = np.empty((batch, heads, -(-(length + tokens) // BLOCK) * BLOCK, head_dim), past.dtype)
-        array[:, :, :length] = past
-        return cls(_Memory(array, make(array), length), length)
+            return cls(Memory.of(past, tokens), 0, past.real)
+        real = {name: (value < PAD).sum(axis=1) for name, value in past.items() if value.ndim == 2}
+        return cls(Memory.of(past, tokens), 0, real)
 
-    def grown(self, tokens: int) -> Held:
-        """With the tokens that a run has appended."""
-        self.memory.used = self.length + tokens
-        return Held(self.memory, self.memory.used)
-
-    def rows(self, rows: npt.NDArray[np.int64], make: Callable[[Array], Any]) -> Held:
+    def rows(self, rows: Ints) -> Grown:
         """A copy of some rows, int64 [n], in any order and each as often as named."""
-        array = np.empty((len(rows), *self.memory.array.shape[1:]), self.memory.array.dtype)
-        for new, row in enumerate(rows.tolist()):
-            array[new, :, : self.length] = self.memory.array[row, :, : self.length]
-        return Held(_Memory(array, make(array), self.length), self.length)
+        memory = Memory({}, {name: self.length(name) for name in self}, self.memory.room - self.tokens)
+        for name, old in self.memory.arrays.items():
+            array = memory.arrays[name] = np.empty((len(rows), *old.shape[1:]), old.dtype)
+            for new, row in enumerate(rows.tolist()):
+                end = memory.begin[name]
+                _first(array[new : new + 1], end)[...] = _first(old[row : row + 1], end)
+        return Grown(memory, 0, {name: real[rows] for name, real in self.real.items()})
+
+    def grown(self, tokens: int, real: Array) -> Grown:
+        """With the tokens that a run has appended. real: [batch], how many of them are no padding."""
+        self.memory.used = self.tokens + tokens
+        return Grown(self.memory, self.memory.used, {name: before + real for name, before in self.real.items()})
+
+    def length(self, name: str) -> int:
+        return self.memory.begin[name] + self.tokens
+
+    def __getitem__(self, name: str) -> Array:
+        return _first(self.memory.arrays[name], self.length(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.memory.arrays)
+
+    def __len__(self) -> int:
+        return len(self.memory.arrays)
+
+
+def _axis(value: Array) -> int:
+    """That of tokens."""
+    return 1 if value.ndim == 2 else 2
+
+
+def _first(array: Array, tokens: int) -> Array:
+    """Not copied."""
+    found: Array = array[:, :tokens] if array.ndim == 2 else array[:, :, :tokens]
+    return found

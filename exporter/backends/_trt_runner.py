@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.backends import _engine_cache, _plugins, _trt_layers, _trt_module
-from exporter.backends._contract import Array, Layer, Runner
+from exporter.backends._contract import PAST, PRESENT, Array, Layer, Runner
 from exporter.backends._cuda import CudaError
 from exporter.backends._device_memory import Device, DeviceArray
 from exporter.backends._engine_cache import EngineCache
@@ -125,22 +125,25 @@ class TensorRtRunner(Runner):
         with self._working():
             return self._start(feeds, {}, repeats=True)
 
-    def grow(self, feeds: Mapping[str, Any], cache: Mapping[str, str], tokens: int) -> dict[str, Any]:
+    def grow(
+        self, feeds: Mapping[str, Any], past: Mapping[str, Any], tokens: int
+    ) -> tuple[dict[str, Any], Mapping[str, Any]]:
         """The engine writes the whole new cache; what is new in it goes into free slots of the one that was fed (`_slots`). Caches get
         memory for as many tokens as the engine was built for, so that none is too small for the next step.
 
         Where another output would tell the free slots, a cache is shown as long as it is."""
         self._loaded()
-        grown = {past: present for past, present in cache.items() if past in feeds}
-        given = {past: self._given(past, feeds[past]) for past in self._places.keys() & grown.keys()}
-        shown = {past: value.shown if isinstance(value, Slots) else value for past, value in given.items()}
+        presents = {name: PRESENT + name[len(PAST) :] for name in past}
+        given = {name: self._given(name, past[name]) for name in self._places if name in past}
+        shown = {name: value.shown if isinstance(value, Slots) else value for name, value in given.items()}
         steps = tokens == 1 and any(isinstance(value, Slots) for value in given.values())
         with self._working():
-            found = self._start({**feeds, **shown}, grown, repeats=steps)
-            for past, value in given.items():
-                present = found.pop(grown[past])  # when it is let go, the next one may have its memory
-                found[grown[past]] = Slots.of(self._device, self._places[past], value, present, tokens)
-        return found
+            found = self._start({**feeds, **past, **shown}, presents, repeats=steps)
+            grown = {PAST + name[len(PRESENT) :]: found.pop(name) for name in list(found) if name.startswith(PRESENT)}
+            for name, value in given.items():
+                present = grown.pop(name)  # when it is let go, the next one may have its memory
+                grown[name] = Slots.of(self._device, self._places[name], value, present, tokens)
+        return found, grown
 
     def numpy(self, value: Any) -> Array:
         if not isinstance(value, DeviceArray | Slots):

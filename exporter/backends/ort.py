@@ -29,11 +29,11 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.backends import _ort_profile
-from exporter.backends._contract import Array, Backend, EngineRecord, Layer, Log, Runner, ShapeProfile
+from exporter.backends._contract import PAST, PRESENT, Array, Backend, EngineRecord, Layer, Log, Runner, ShapeProfile
 from exporter.backends._gather import Gather
 from exporter.backends._onnx_file import OnnxFile, external_files
 from exporter.backends._ort_append import Appending
-from exporter.backends._ort_cache import Held
+from exporter.backends._ort_cache import Grown
 from exporter.bundle import sha256
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
 from exporter.flavours._contract import LAST
@@ -132,8 +132,8 @@ class OnnxRuntimeRunner(Runner):
     layers of width 1024 a decode step costs 0.8 of one that passes numpy arrays, because the memory of an `OrtValue`
     returns to ONNX Runtime's arena. On CUDA they are bound, so that results stay on the device.
 
-    A graph that appends to its cache in place (`exporter.flavours.ort`) is run by `Appending`: its keys and values are `Held`, and
-    nothing is copied, allocated or bound from step to step.
+    A graph that appends to its cache in place (`exporter.flavours.ort`) is run by `Appending`: its cache is a `Grown`, and nothing
+    is copied, allocated or bound from step to step.
     """
 
     def __init__(self, engine: Path, backend: OnnxRuntime, repeats: bool = False, profiled: bool = False) -> None:
@@ -201,19 +201,33 @@ class OnnxRuntimeRunner(Runner):
         self._loaded()
         if feeds.keys() != self._inputs.keys():
             raise UsageError(self._wrong_names(feeds))
+        if self._appending is not None:
+            new = {name: feeds[name] for name in self._appending.new}
+            past = {name: value for name, value in feeds.items() if name not in new}
+            found, grown = self.grow(new, past, feeds["order"].shape[1])
+            return found | {PRESENT + name[len(PAST) :]: value for name, value in grown.items()}
         try:
-            if self._appending is not None:
-                return self._appending.run(feeds)
-            found = self._run_bound(feeds) if self._bound else self._run_values(feeds)
-        except ExportError:
-            raise
+            values = self._run_bound(feeds) if self._bound else self._run_values(feeds)
         except Exception as e:
-            raise ExportError(f"{self._engine.name}: {e} (fed: {_shapes(feeds)})") from e
-        return dict(zip(self._outputs, found, strict=True))
+            raise self._failed(e, feeds) from e
+        return dict(zip(self._outputs, values, strict=True))
+
+    def grow(
+        self, feeds: Mapping[str, Any], past: Mapping[str, Any], tokens: int
+    ) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        self._loaded()
+        if self._appending is None:
+            return super().grow(feeds, past, tokens)
+        if feeds.keys() != self._appending.new.keys() or (
+            not isinstance(past, Grown) and feeds.keys() | past.keys() != self._inputs.keys()
+        ):
+            raise UsageError(self._wrong_names({**feeds, **past}))
+        try:
+            return self._appending.grow(feeds, past)
+        except Exception as e:
+            raise self._failed(e, feeds) from e
 
     def numpy(self, value: Any) -> Array:
-        if isinstance(value, Held):
-            return value.array
         if isinstance(value, self._value_type):
             host: Array = value.numpy()
             return host
@@ -224,9 +238,10 @@ class OnnxRuntimeRunner(Runner):
         return None if self._bound or self._appending is not None else CHUNK
 
     def gather(self, value: Any, rows: npt.NDArray[np.int64]) -> Any:
-        if isinstance(value, Held):
-            return value.rows(rows, self._value_type.ortvalue_from_numpy)
         return self._gather(value, rows) if isinstance(value, self._value_type) else value[rows]
+
+    def rows(self, past: Mapping[str, Any], rows: npt.NDArray[np.int64]) -> Mapping[str, Any]:
+        return past.rows(rows) if isinstance(past, Grown) else super().rows(past, rows)
 
     def _run_values(self, feeds: Mapping[str, Any]) -> Sequence[Any]:
         values = {name: self._value(name, value) for name, value in feeds.items()}
@@ -263,6 +278,11 @@ class OnnxRuntimeRunner(Runner):
         if array.dtype != self._inputs[name]:
             raise UsageError(f"{self._engine.name}: input '{name}' is {array.dtype}, expected {self._inputs[name]}.")
         return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+    def _failed(self, error: Exception, feeds: Mapping[str, Any]) -> ExportError:
+        if isinstance(error, ExportError):
+            return error
+        return ExportError(f"{self._engine.name}: {error} (fed: {_shapes(feeds)})")
 
     def _wrong_names(self, feeds: Mapping[str, Any]) -> str:
         for name in feeds:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 CAPACITY = "capacity"
 """How the name of an axis begins along which an input may be longer than what it holds."""
 
-LAST, PLACES, LENGTH, TOTAL = "last", "places", "length_", "total_"
+LAST, PLACES, ROOM, LENGTH, TOTAL = "last", "places", "room", "length_", "total_"
 """Inputs of a graph that appends to its cache in place, see `exporter.flavours.ort`; the latter two before a KV group's name."""
 
 

@@ -1,7 +1,6 @@
 """ONNX Runtime on a CPU: attention as one operator over a cache that stays where it is.
 
-`com.microsoft.GroupQueryAttention` and `RotaryEmbedding` take the place of every layer's rotation, mask, scores and
-softmax, `SkipSimplifiedLayerNormalization` that of every sum of a residual and its norm. GroupQueryAttention leaves out what
+`com.microsoft.GroupQueryAttention` takes the place of every layer's rotation, mask, scores and softmax, `SkipSimplifiedLayerNormalization` that of every sum of a residual and its norm. GroupQueryAttention leaves out what
 lies above the diagonal, and it appends in place where a runner binds a layer's past and present to the same memory.
 
 Requires of the plain graphs
@@ -17,6 +16,7 @@ Ensures
     ============ ====================== =================================================================
     `last`       int64 [batch, 1]       where the last real token of every row stands, whose logits are wanted
     `places`     int64 [batch, seq]     all tokens counted, row by row
+    `room`       int64 [4]              [0, 0, n, 0]: at least `total_g` less the tokens of all rows; see below
     `length_g`   int32 [batch]          real tokens of a row in group g's cache, and the new ones, less one
     `total_g`    int32 [1]              tokens in the cache of the longest row, and the new ones
     ============ ====================== =================================================================
@@ -27,8 +27,15 @@ Ensures
     called a *capacity*). `exporter.backends._ort_append` runs such a graph as if it were the plain one.
 
 GroupQueryAttention knows tokens by where they stand, so they are sorted: by the runner; or around every attention where a
-reduction's nodes want visual tokens in front (a prefill graph of its own). Several tokens of several rows behind a past are
-more than it takes: they have to be run one after another.
+reduction's nodes want visual tokens in front (a prefill graph of its own). Several tokens of several rows are more than it takes
+behind a past: rows have to be run one after another.
+
+It rotates, too, and is given projected queries, keys and values as the one matrix makes them. Its kernel asks for a table of as
+many rows as there are tokens in all, and takes a token's row from `position_ids`; of a first prompt it looks at the first of those
+only, and goes on from there, for every row of a batch (`group_query_attention.cc`, ONNX Runtime 1.31). So the table is that of this run's
+tokens in the order in which they come, whatever their positions are, with `room` behind it for the kernel's check, and
+`position_ids` are `places`. That is exact as long as a first prompt is one row, or one token behind a past. Heads whose size is no multiple
+of 16 it does not rotate: `RotaryEmbedding` does, and there is no `room`.
 """
 
 from __future__ import annotations
@@ -37,9 +44,12 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from exporter.flavours._contract import CAPACITY, LAST, LENGTH, PLACES, TOTAL, Flavour, Refused
+from exporter.flavours._contract import CAPACITY, LAST, LENGTH, PLACES, ROOM, TOTAL, Flavour, Refused
 from exporter.flavours._pen import Pen
 from exporter.flavours._plain import Attention, Mask, SkipNorm, attention, skip_norm, static
+
+ROTATED = 16
+"""GroupQueryAttention rotates heads of multiples of this size."""
 
 
 class Ort(Flavour):
@@ -87,7 +97,9 @@ def _append(graph: ir.Graph, pen: Pen, layers: Sequence[Attention]) -> None:
     last, places = _input(graph, LAST, ["batch", 1], int64), _input(graph, PLACES, ["batch", "seq"], int64)
     node = _last_token(graph)
     node.outputs[0].replace_all_uses_with(pen("GatherND", [node.inputs[0], last], batch_dims=1))
-    rotations, groups = _Rotations(pen), dict[ir.Value, tuple[ir.Value, ir.Value]]()
+    tables, groups = _Tables(pen), dict[ir.Value, tuple[ir.Value, ir.Value]]()
+    inside = all(static(a.q, 3) % ROTATED == 0 for a in layers)
+    room = _input(graph, ROOM, [4], int64) if inside else None
     for a in layers:
         past, total = a.mask.past, a.mask.total
         assert past is not None and past.name is not None
@@ -96,8 +108,11 @@ def _append(graph: ir.Graph, pen: Pen, layers: Sequence[Attention]) -> None:
             groups[past] = _input(graph, LENGTH + group, ["batch"], int32), _input(graph, TOTAL + group, [1], int32)
             for output in [v for v in graph.outputs if v is total or _copies(v, total)]:
                 graph.outputs.remove(output)
-        q, k = (rotations.rotated(a, x, places) for x in (a.q, a.k))
-        out = _attend(pen, a, [q, k, _flat(pen, a.v), *(a.past or ()), *groups[past]])
+        before = [*(a.past or ()), *groups[past]]
+        if room is None:
+            out = _attend(pen, a, [*tables.rotated(a, places), _flat(pen, a.v), *before])
+        else:
+            out = _attend(pen, a, [*_projected(pen, a), *before, *tables.longer(a, room), places], do_rotary=1)
         a.out.replace_all_uses_with(out)
         for value in a.past or ():
             assert value.shape is not None
@@ -112,11 +127,11 @@ def _input(graph: ir.Graph, name: str, shape: Sequence[int | str], kind: ir.Tens
 
 def _sort_around(graph: ir.Graph, pen: Pen, layers: Sequence[Attention]) -> None:
     """Sort queries, keys and values for the attention alone, and put its result back."""
-    frames, rotations = _Frames(pen), _Rotations(pen)
+    frames, tables = _Frames(pen), _Tables(pen)
     for a in layers:
         there, back = frames.permutation(a.mask)
-        q, k = (rotations.rotated(a, x, frames.places(a.mask)) for x in (a.q, a.k))
-        given = [pen("GatherND", [x, there], batch_dims=1) for x in (q, k, _flat(pen, a.v))]
+        rotated = tables.rotated(a, frames.places(a.mask))
+        given = [pen("GatherND", [x, there], batch_dims=1) for x in (*rotated, _flat(pen, a.v))]
         out = _attend(pen, a, [*given, None, None, *frames.lengths(a.mask)])
         a.out.replace_all_uses_with(pen("GatherND", [out, back], batch_dims=1))
     for mask in {id(a.mask.order): a.mask for a in layers}.values():
@@ -130,12 +145,12 @@ def _sort_around(graph: ir.Graph, pen: Pen, layers: Sequence[Attention]) -> None
         graph.outputs[found[0]] = ranked
 
 
-def _attend(pen: Pen, a: Attention, given: Sequence[ir.Value | None]) -> ir.Value:
+def _attend(pen: Pen, a: Attention, given: Sequence[ir.Value | None], do_rotary: int = 0) -> ir.Value:
     """GroupQueryAttention in place of one layer's. Where its present is the graph's, it takes the name over."""
     made = [ir.Value(name=None, type=a.out.type) for _ in range(3)]
     node = pen.node(
         "GroupQueryAttention", given, made, contrib=True, num_heads=static(a.q, 2), kv_num_heads=static(a.k, 2),
-        scale=a.scale,
+        scale=a.scale, do_rotary=do_rotary,
     )  # fmt: skip
     for old, new in zip(a.present, made[1:], strict=True):
         graph = node.graph
@@ -184,23 +199,33 @@ def _check_cache(graph: ir.Graph, layers: Sequence[Attention]) -> None:
             raise Refused(f"it also returns `{value.name}`")
 
 
-class _Rotations:
-    """What the layers share of their rotations, drawn once."""
+class _Tables:
+    """The angles of a run's tokens, which layers share, drawn once: cos and sin [tokens, head_dim / 2], a row for each."""
 
     def __init__(self, pen: Pen) -> None:
         self._pen = pen
         self._tables: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._longer: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
-    def rotated(self, a: Attention, x: ir.Value, places: ir.Value) -> ir.Value:
-        """x [batch, seq, heads, head_dim] → rotated [batch, seq, heads * head_dim].
-
-        places: int64 [batch, seq], a token's row in the table of angles, which has one for each.
-        """
+    def of(self, a: Attention) -> tuple[ir.Value, ir.Value]:
         pen = self._pen
         if a.cos not in self._tables:
             rows = pen.ints(-1, static(a.cos, 3))
             self._tables[a.cos] = pen("Reshape", [a.cos, rows]), pen("Reshape", [a.sin, rows])
-        return pen("RotaryEmbedding", [_flat(pen, x), places, *self._tables[a.cos]], contrib=True)
+        return self._tables[a.cos]
+
+    def longer(self, a: Attention, room: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The same with rows behind that nobody reads. room: int64 [4]."""
+        if a.cos not in self._longer:
+            cos, sin = self.of(a)
+            self._longer[a.cos] = self._pen("Pad", [cos, room]), self._pen("Pad", [sin, room])
+        return self._longer[a.cos]
+
+    def rotated(self, a: Attention, places: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Queries and keys [batch, seq, heads * head_dim], rotated. places: int64 [batch, seq], a token's row."""
+        pen = self._pen
+        q, k = (pen("RotaryEmbedding", [_flat(pen, x), places, *self.of(a)], contrib=True) for x in (a.q, a.k))
+        return q, k
 
 
 class _Frames:
@@ -243,6 +268,16 @@ class _Frames:
                 values = rank
             self._permutations[mask.order] = found[0], found[1]
         return self._permutations[mask.order]
+
+
+def _projected(pen: Pen, a: Attention) -> tuple[ir.Value | None, ...]:
+    """Queries, keys and values before the rotation: behind one another, with nothing for the other two, where they were made
+    so and nothing, such as a norm, came between."""
+    q, k, v = (_flat(pen, x) for x in (a.q, a.k, a.v))
+    split = q.producer()
+    if split is not None and split.op_type == "Split" and tuple(split.outputs) == (q, k, v):
+        return split.inputs[0], None, None
+    return q, k, v
 
 
 def _flat(pen: Pen, x: ir.Value) -> ir.Value:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from exporter.flavours._contract import CAPACITY, LAST, LENGTH, PLACES, TOTAL
+from exporter.flavours._contract import CAPACITY, LAST, LENGTH, PLACES, ROOM, TOTAL
 from exporter.flavours._pen import Pen
 from exporter.graphset import GraphSet, VisualLayout
 
@@ -184,7 +184,7 @@ def decoder(graphs: GraphSet, folder: Path) -> ir.Model:
     )
     ours = {"inputs_embeds": pen("Cast", [_slice(embeds, 0, width, pen)], to=kind), "position_ids": positions}
     if LAST in old:
-        ours |= _counted(mask, places, pen)
+        ours |= {name: value for name, value in _counted(mask, places, pen).items() if name in old}
     else:
         ours |= {"order": here[0], "past_order_0": _past_order(mask, places, pen)}
     if graphs.reaches:
@@ -227,7 +227,9 @@ def _counted(mask: ir.Value, places: ir.Value, pen: Pen) -> dict[str, ir.Value]:
     one, total = pen.ints(1), pen("Shape", [mask], start=1, end=2)
     numbers = pen("Range", [pen.integer(0), pen("Size", [places]), pen.integer(1)])
     less = pen("Cast", [pen("Sub", [total, one])], to=ir.DataType.INT32)
+    none, room = pen.ints(0), pen("Sub", [total, pen("Reshape", [pen("Size", [places]), one])])
     return {
+        ROOM: pen("Concat", [none, none, room, none], axis=0),
         LAST: pen("Expand", [pen("Sub", [seq, one]), pen("Concat", [batch, one], axis=0)]),
         PLACES: pen("Reshape", [numbers, pen("Shape", [places])]),
         f"{LENGTH}0": pen("Expand", [less, batch]),

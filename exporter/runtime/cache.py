@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from exporter.backends._contract import Runner
 from exporter.graphset import PAD
 from exporter.runtime.sequence import Ints
 from exporter.runtime.shrink import Shrunk
@@ -18,8 +19,8 @@ from exporter.runtime.shrink import Shrunk
 class Cache:
     """Everything a conversation has so far. `Generator.step` and `extend` change it in place."""
 
-    past: dict[str, Any]
-    """The decode graph's `past_*` inputs: device values."""
+    past: Mapping[str, Any]
+    """The decode graph's `past_*` inputs, as its runner gave them."""
     next_position: Ints
     """[batch]"""
     next_order: Ints
@@ -41,21 +42,19 @@ class Cache:
             return self.next_position[:, None], self.next_order[:, None]
         return self.places(active[:, None])
 
-    def rows(self, rows: Ints, gather: Callable[[Any, Ints], Any]) -> Cache:
-        """A cache of its own with rows of this one, int64 [n], in any order and each as often as named.
-
-        gather: takes a device value and the rows, see `Runner.gather`.
-        """
-        past = {name: gather(value, rows) for name, value in self.past.items()}
+    def rows(self, rows: Ints, runner: Runner) -> Cache:
+        """A cache of its own with rows of this one, int64 [n], in any order and each as often as named. runner: the decode graph's."""
         pending = [list(self.pending[row]) for row in rows.tolist()]
-        return Cache(past, self.next_position[rows], self.next_order[rows], pending, self._shrunk(rows, gather))
+        past, shrunk = runner.rows(self.past, rows), self._shrunk(rows, runner)
+        return Cache(past, self.next_position[rows], self.next_order[rows], pending, shrunk)
 
-    def _shrunk(self, rows: Ints, gather: Callable[[Any, Ints], Any]) -> Shrunk | None:
+    def _shrunk(self, rows: Ints, runner: Runner) -> Shrunk | None:
         of = self.shrunk
         if of is None:
             return None
         wanted = None if of.wanted is None else of.wanted[rows]
-        return replace(of, row=gather(of.row, rows), kept=gather(of.kept, rows), wanted=wanted, cuts=list(of.cuts))
+        row, kept = (runner.gather(value, rows) for value in (of.row, of.kept))
+        return replace(of, row=row, kept=kept, wanted=wanted, cuts=list(of.cuts))
 
     def advance(self, new: Ints | int) -> None:
         """new: [batch], real tokens that every row has now run, or how many each has."""

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from exporter.backends._contract import Array, Runner
+from exporter.backends._contract import PAST, PRESENT, Array, Runner
 from exporter.errors import UsageError, VerificationError
 from exporter.graphset import GraphSet
 from exporter.runtime.beam import Beams, search
@@ -124,13 +124,13 @@ class Generator:
         self._chunk_cached = chunk or self._decode.chunk(cached=True)
         self._shrinking = Shrinking(runners, graphs, self._hand) if graphs.buckets else None
         self._signals = [name for name in self._reduce.inputs if name not in graphs.side]
-        self._present = {name: "present" + name[4:] for name in self._decode.inputs if name.startswith("past_")}
+        presents = [PRESENT + name[len(PAST) :] for name in self._decode.inputs if name.startswith(PAST)]
         _check(self._vision, "vision", [*self._signals, *graphs.for_prefill])
         _check(self._reduce, "reduce", ["visual_embeds", "index"])
         if self._question is not None:
             _check(self._question, "question", ["aligned_text"])
         for role, runner in (("prefill", self._prefill), ("decode", self._decode)):
-            _check(runner, role, ["logits", *self._present.values()])
+            _check(runner, role, ["logits", *presents])
 
     @property
     def batch(self) -> int | None:
@@ -325,9 +325,9 @@ class Generator:
             for name, (_, shape) in self.graphs.cache().items()
             if name in runner.inputs
         }
-        feeds = {**self._feeds(runner, first), **visual.signals, **past}
-        found = runner.grow(feeds, self._present, first.order.shape[1])
-        grown = {name: self._hand(found[present], runner, self._decode) for name, present in self._present.items()}
+        found, grown = runner.grow({**self._feeds(runner, first), **visual.signals}, past, first.order.shape[1])
+        if type(runner) is not type(self._decode):
+            grown = {name: self._hand(value, runner, self._decode) for name, value in grown.items()}
         cache = Cache(grown, places.next_position, places.next_order, [[] for _ in range(batch)])
         if self._shrinking is not None:
             cache.shrunk = self._shrinking.begin(found, runner)
@@ -346,14 +346,14 @@ class Generator:
             active: [batch]; rows that are False have ended: what they are fed is never attended to.
         """
         if self._shrinking is not None and cache.shrunk is not None:
-            self._shrinking.cut(cache.shrunk, cache.past, active)
+            cache.past = self._shrinking.cut(cache.shrunk, cache.past, active)
         logits = self._run(cache, self._words(tokens[:, None], *cache.next(active)))
         cache.advance(1 if active is None else active.astype(np.int64))
         return logits
 
     def rows(self, cache: Cache, rows: Ints) -> Cache:
         """A cache of its own with rows of another, int64 [n], in any order and each as often as named."""
-        return cache.rows(rows, self._decode.gather)
+        return cache.rows(rows, self._decode)
 
     def extend(self, cache: Cache, input_ids: Prompts) -> Logits:
         """Run more text, such as the next turn of a conversation.
@@ -454,8 +454,7 @@ class Generator:
     def _run(self, cache: Cache, tokens: Tokens) -> Logits:
         """The decode graph; puts what it returns into the cache."""
         runner = self._decode
-        found = runner.grow({**self._feeds(runner, tokens), **cache.past}, self._present, tokens.order.shape[1])
-        cache.past = {name: found[present] for name, present in self._present.items()}
+        found, cache.past = runner.grow(self._feeds(runner, tokens), cache.past, tokens.order.shape[1])
         if self._shrinking is not None and cache.shrunk is not None:
             self._shrinking.ran(cache.shrunk, found)
         return _logits(runner, found)
@@ -471,7 +470,8 @@ class Generator:
             feeds["size"] = tokens.size
         if tokens.reach is not None:
             feeds["reach"] = tokens.reach
-        return {name: self._as(runner, name, value) for name, value in feeds.items()}
+        kinds = runner.inputs
+        return {n: v if v.dtype == kinds.get(n) else self._as(runner, n, v) for n, v in feeds.items()}
 
     def _hand(self, value: Any, giver: Runner, taker: Runner) -> Any:
         """A device value for another runner: as it is between runners of one kind, else by way of the host."""

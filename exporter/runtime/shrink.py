@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from exporter.backends._contract import Runner
+from exporter.backends._contract import PAST, PRESENT, Runner
 from exporter.graphset import GraphSet, bucket_role
 from exporter.runtime.sequence import Ints
 
@@ -56,20 +56,22 @@ class Shrinking:
         self._look(shrunk, found, self._decode)
         shrunk.answered += 1
 
-    def cut(self, shrunk: Shrunk, past: dict[str, Any], active: npt.NDArray[np.bool_] | None) -> None:
-        """Cut `past` if it is time to, in place. active: [batch], rows that have not ended; None is all."""
+    def cut(self, shrunk: Shrunk, past: Mapping[str, Any], active: npt.NDArray[np.bool_] | None) -> Mapping[str, Any]:
+        """`past`, cut if it is time to. active: [batch], rows that have not ended; None is all."""
         for runner, (step, keep) in list(zip(self._runners, self._graphs.buckets, strict=True))[len(shrunk.cuts) :]:
             if shrunk.wanted is None:
                 due = shrunk.answered >= step
             else:
                 due = bool((shrunk.wanted[slice(None) if active is None else active] <= keep).all())
             if not due:
-                return
+                break
             feeds = {"attention_row": shrunk.row, "kept": shrunk.kept, **past}
             found = runner.run({n: self._hand(feeds[n], self._decode, runner) for n in runner.inputs})
             shrunk.kept = self._hand(found.pop("kept_now"), runner, self._decode)
-            past |= {"past" + n[7:]: self._hand(value, runner, self._decode) for n, value in found.items()}
+            cut = {PAST + n[len(PRESENT) :]: self._hand(value, runner, self._decode) for n, value in found.items()}
+            past = {**past, **cut}
             shrunk.cuts.append((shrunk.answered, keep))
+        return past
 
     def _look(self, shrunk: Shrunk, found: Mapping[str, Any], runner: Runner) -> None:
         shrunk.row = self._hand(found["attention_row"], runner, self._decode)

@@ -48,7 +48,8 @@ class TorchRunner(Runner):
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         tensors = {
-            k: v if isinstance(v, Tensor) else torch.from_numpy(np.ascontiguousarray(v)) for k, v in feeds.items()
+            k: v if isinstance(v, Tensor) else torch.from_numpy(np.require(v, requirements=("C", "W")))
+            for k, v in feeds.items()
         }
         with torch.inference_mode():
             return dict(zip(self._outputs, self._call(tensors), strict=True))

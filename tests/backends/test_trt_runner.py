@@ -137,7 +137,7 @@ def test_a_run_that_repeats_is_replayed(driver: ctypes.CDLL, tmp_path: Path) -> 
 def test_a_cache_is_not_recorded(driver: ctypes.CDLL, tmp_path: Path) -> None:
     with on_fake(cache(tmp_path / "g.onnx"), [GROWS]) as runner:
         for _ in range(4):
-            runner.grow({"new": numbers(0), "past": EMPTY}, {"past": "present"}, 3)
+            runner.grow({"new": numbers(0)}, {"past": EMPTY}, 3)
         assert not fake_trt.Engine.opened[-1].context.recorded
 
 

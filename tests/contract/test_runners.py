@@ -75,9 +75,10 @@ def test_a_cache_grows_from_device_value_to_device_value(opens: Open, tmp_path: 
         whole = np.empty((2, 0, 4), np.float32)
         for step in range(9):
             new = random.standard_normal((2, 1 + step % 3, 4)).astype(np.float32)
-            found = runner.grow({"past": past, "new": new}, {"past": "present"}, new.shape[1])
+            found, grown = runner.grow({"new": new}, {"past": past}, new.shape[1])
+            assert (found.keys(), grown.keys()) == ({"logits"}, {"past"})
             whole = np.concatenate([whole, new], axis=1)
-            past = found["present"]
+            past = grown["past"]
             assert not isinstance(past, np.ndarray), "it came to the host"
             held.append((past, whole))
         for value, wanted in held:
@@ -101,6 +102,8 @@ def test_rows_in_any_order_and_often(opens: Open, tmp_path: Path) -> None:
         assert np.array_equal(runner.numpy(runner.gather(found, rows)), new[rows])
         assert np.array_equal(runner.numpy(found), new)
         assert np.array_equal(runner.numpy(runner.gather(new, rows)), new[rows])
+        of_a_cache = runner.rows({"past": found}, rows)
+        assert np.array_equal(runner.numpy(of_a_cache["past"]), new[rows])
 
 
 def test_wrong_feeds_are_told(opens: Open, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from exporter.backends import _ort_cache
-from exporter.backends._ort_cache import Held
+from exporter.backends._ort_cache import Grown
 from exporter.backends.ort import OnnxRuntime
 from exporter.errors import UsageError
 from exporter.families._contract import Request
@@ -98,11 +98,12 @@ def test_every_layer_is_one_operator(exported: Any, family: str, reductions: tup
     for role in ("prefill", "decode"):
         assert case.graphs.files[role].endswith(".ort.onnx")
         found = operators(case.folder / case.graphs.files[role])
-        assert (found["GroupQueryAttention"], found["RotaryEmbedding"]) == (layers, 2 * layers)
+        apart = role == "prefill" and case.graphs.prefill_apart
+        assert (found["GroupQueryAttention"], found["RotaryEmbedding"]) == (layers, 2 * layers * apart)
         plain = ir.load(case.folder / case.plain().files[role])
         assert set(plain.opset_imports) == {""}, "the graph of record stays plain"
     decode = operators(case.folder / case.graphs.files["decode"])
-    assert decode["Softmax"] == 0
+    assert decode["Softmax"] == decode["Split"] == 0
     assert decode["SkipSimplifiedLayerNormalization"] == 2 * layers - 1, "all but the first norm and the last token's"
 
 
@@ -136,7 +137,7 @@ def test_logits_and_kept_tokens_are_the_plain_graphs(
 
 
 def test_rows_that_have_ended_and_further_turns(exported: Any, opened: Open) -> None:
-    """What an ended row is fed leaves no trace; turns of several tokens, of two rows, are appended token by token."""
+    """What an ended row is fed leaves no trace; turns of several tokens, of two rows, are appended row by row."""
     case = exported("llava", ())
     asked = [case.question(0), case.question(1, (14, 15))]
     pixels, prompts = np.concatenate([q.pixels for q in asked]), [q.prompt for q in asked]
@@ -164,14 +165,12 @@ def test_keys_and_values_stay_where_they_are(exported: Any, opened: Open) -> Non
     moves = Counter[str]()
     for _ in range(64):
         generator.step(cache, np.array([21]))
-        now = {n: v.memory.array.ctypes.data for n, v in cache.past.items() if isinstance(v, Held)}
-        assert len(now) == 2 * case.graphs.text.layers
-        full = {n for n, v in cache.past.items() if isinstance(v, Held) and v.length % 32 == 1}
-        moved = {n for n in now if seen and now[n] != seen[n]}
-        assert moved <= full
-        moves.update(moved)
+        now = {n: v.ctypes.data for n, v in cache.past.items()}
+        assert len(now) == 2 * case.graphs.text.layers + 2
+        moves.update(n for n in now if seen and now[n] != seen[n])
         seen = now
     assert set(moves.values()) == {2}, "64 tokens are two blocks"
+    assert len(moves) == len(seen)
 
 
 def test_two_conversations_that_begin_alike(exported: Any, opened: Open) -> None:
@@ -182,7 +181,7 @@ def test_two_conversations_that_begin_alike(exported: Any, opened: Open) -> None
     begun = generator.prefill(generator.reduce(generator.vision(q.pixels)), [q.prompt]).cache
 
     def go_on(*tokens: int) -> Any:
-        cache = replace(begun, past=dict(begun.past))
+        cache = replace(begun)
         for token in tokens:
             logits = generator.step(cache, np.array([token]))
         return cache, logits
@@ -262,19 +261,23 @@ def test_a_flavour_belongs_to_a_backend(tmp_path: Path) -> None:
 
 
 def test_memory_grows_by_blocks_and_is_copied_for_the_second() -> None:
-    def make(array: Any) -> Any:
-        return array
-
-    past = np.arange(2 * 3 * 4, dtype=np.float32).reshape(1, 2, 3, 4)
-    held = Held.with_room(past, 1, make)
-    assert held.value.shape == (1, 2, 32, 4)
-    assert np.array_equal(held.array, past)
-    grown = held.grown(1)
-    assert Held.with_room(grown, 28, make) is grown
-    assert Held.with_room(grown, 29, make).value.shape[2] == 64
-    fork = Held.with_room(held, 1, make)
-    assert fork.memory is not held.memory
-    assert np.array_equal(fork.array, past)
+    keys = np.arange(2 * 3 * 4, dtype=np.float32).reshape(1, 2, 3, 4)
+    past = {"past_key_0": keys, "past_order_0": np.array([[0, 1, PAD]])}
+    begun = Grown.of(past, 1)
+    assert [array.shape for array in begun.memory.arrays.values()] == [(1, 2, 3 + 32, 4), (1, 3 + 32)]
+    assert all(np.array_equal(begun[name], past[name]) for name in past)
+    assert begun.real["past_order_0"].tolist() == [2]
+    one = np.array([1])
+    grown = begun.grown(1, one)
+    assert {name: value.shape for name, value in grown.items()} == {"past_key_0": (1, 2, 4, 4), "past_order_0": (1, 4)}
+    assert grown.real["past_order_0"].tolist() == [3]
+    assert Grown.of(grown, 31) is grown
+    assert Grown.of(grown, 32).memory.arrays["past_key_0"].shape[2] == 4 + 32
+    assert Grown.of(grown, 33).memory.arrays["past_key_0"].shape[2] == 4 + 64
+    fork = Grown.of(begun, 1)
+    assert fork.memory is not begun.memory
+    assert np.array_equal(fork["past_key_0"], keys)
+    assert fork.real["past_order_0"].tolist() == [2]
 
 
 def test_padding_is_far_from_any_place() -> None:
@@ -300,7 +303,7 @@ def test_a_step_binds_nothing(exported: Any, opened: Open, monkeypatch: pytest.M
         generator.step(cache, np.array([token]))
         counts.append(len(bound))
     layers, groups = case.graphs.text.layers, 2
-    assert counts == [4 * layers + 2 * groups + 5] * 5, "caches in and out, lengths, four inputs and the logits; once"
+    assert counts == [4 * layers + 2 * groups + 6] * 5, "caches in and out, lengths, five inputs and the logits; once"
 
 
 def test_it_is_fed_as_the_plain_graph(exported: Any) -> None:
