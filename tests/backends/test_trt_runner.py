@@ -351,7 +351,8 @@ def test_a_real_engine(tmp_path: Path, strip: bool) -> None:
             assert np.array_equal(runner.numpy(found["present"]), numbers(seed))
             np.testing.assert_allclose(runner.numpy(found["logits"]), numbers(seed) @ weight, atol=1e-2)
             del found
-        assert any(graph is not None for graph in runner._recorded.values()), "nothing was recorded"
+        by_itself = hasattr(runner._trt, "CudaGraphStrategy")  # TensorRT-RTX records what it runs
+        assert by_itself or any(graph is not None for graph in runner._recorded.values()), "nothing was recorded"
         assert runner.layers()
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
+from ctypes.util import find_library
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,7 +164,7 @@ def test_something_else_is_refused(trt: Any, tmp_path: Path) -> None:
     with pytest.raises(EnvironmentMismatch, match=r"none\.so is no library of these plugins(.|\n)*cmake -S"):
         _plugins.load(trt, str(tmp_path / "none.so"))
     with pytest.raises(EnvironmentMismatch, match="is no library of these plugins"):
-        _plugins.load(trt, ctypes.util.find_library("m") or "libm.so.6")  # type: ignore[attr-defined]
+        _plugins.load(trt, find_library("m") or "libm.so.6")
 
 
 def test_the_header_and_its_mirror_agree() -> None:
