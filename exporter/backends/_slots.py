@@ -45,8 +45,8 @@ class Place:
         return cls(axis, most, PAD if name.startswith("past_order_") else 0)
 
     def capacity(self, tokens: int) -> int:
-        """Slots for so many tokens."""
-        return max(tokens, min(self.most, -(-tokens // STEPS) * STEPS))
+        """Slots for so many tokens, and free ones as long as an engine takes them."""
+        return max(tokens, min(self.most, (tokens // STEPS + 1) * STEPS))
 
     def resized(self, shape: Shape, tokens: int) -> Shape:
         return (*shape[: self.axis], tokens, *shape[self.axis + 1 :])
@@ -78,31 +78,19 @@ class Slots:
         return self.memory.array
 
     @classmethod
-    def with_room(cls, device: Device, place: Place, past: Slots | DeviceArray, tokens: int) -> Slots:
-        """`past` with free slots for so many more tokens: in its own memory if they are there and free, else in a new one."""
-        if isinstance(past, Slots):
-            if past.memory.used == past.length and past.length + tokens <= past.shown.shape[place.axis]:
-                return past
-            source, length = past.shown, past.length
+    def of(cls, device: Device, place: Place, past: Slots | DeviceArray, present: DeviceArray, tokens: int) -> Slots:
+        """`past`, and behind it the last `tokens` of what an engine returned that was shown it: in the memory of `past` if there
+        are free slots, else in a new one."""
+        length = past.shape[place.axis]
+        if isinstance(past, Slots) and past.memory.used == length and length + tokens <= past.shown.shape[place.axis]:
+            memory = past.memory
         else:
-            source, length = past, past.shape[place.axis]
-        capacity = place.capacity(length + tokens)
-        shape, room = (place.resized(source.shape, n) for n in (capacity, max(capacity, place.most)))
-        array = device.pool.array(shape, source.dtype, room)
-        if place.free:
-            device.write(array, np.full(shape, place.free, source.dtype))
-        else:
-            device.cuda.clear(array.address, array.nbytes)
-        copy_tokens(device, place.axis, source, 0, array, 0, length)
-        return cls(place, _Memory(array, length), length)
-
-    def appended(self, device: Device, present: DeviceArray, tokens: int) -> Slots:
-        """With the last `tokens` of what an engine returned, which was shown this one."""
-        copy_tokens(
-            device, self.place.axis, present, present.shape[self.place.axis] - tokens, self.shown, self.length, tokens
-        )
-        self.memory.used = self.length + tokens
-        return Slots(self.place, self.memory, self.memory.used)
+            memory = _Memory(_free(device, place, present, length + tokens), length)
+            shown = past.shown if isinstance(past, Slots) else past
+            copy_tokens(device, place.axis, shown, 0, memory.array, 0, length)
+        copy_tokens(device, place.axis, present, present.shape[place.axis] - tokens, memory.array, length, tokens)
+        memory.used = length + tokens
+        return cls(place, memory, memory.used)
 
     def dense(self, device: Device) -> DeviceArray:
         """A copy without free slots."""
@@ -119,6 +107,18 @@ class Slots:
         """A copy of some rows of the first axis, int64 [n]."""
         room = self.place.resized((len(rows), *self.shown.shape[1:]), self.place.most)
         return Slots(self.place, _Memory(device.rows(self.shown, rows, room), self.length), self.length)
+
+
+def _free(device: Device, place: Place, like: DeviceArray, tokens: int) -> DeviceArray:
+    """Slots for so many tokens, all free."""
+    capacity = place.capacity(tokens)
+    shape, room = (place.resized(like.shape, n) for n in (capacity, max(capacity, place.most)))
+    array = device.pool.array(shape, like.dtype, room)
+    if place.free:
+        device.write(array, np.full(shape, place.free, like.dtype))
+    else:
+        device.cuda.clear(array.address, array.nbytes)
+    return array
 
 
 def copy_tokens(

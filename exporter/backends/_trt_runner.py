@@ -128,32 +128,22 @@ class TensorRtRunner(Runner):
     def grow(
         self, feeds: Mapping[str, Any], past: Mapping[str, Any], tokens: int
     ) -> tuple[dict[str, Any], Mapping[str, Any]]:
-        """The engine writes the whole new cache: on the device, into memory that an earlier one has let go. Caches get memory
-        for as many tokens as the engine was built for, so that none is too small for the next step.
+        """The engine writes the whole new cache; what is new in it goes into free slots of the one that was fed (`_slots`). Caches get
+        memory for as many tokens as the engine was built for, so that none is too small for the next step.
 
-        What is new in it goes into the free slots of the cache that was fed. A cache without room for it, or one whose free slots
-        another output would tell, is shown as long as it is."""
+        Where another output would tell the free slots, a cache is shown as long as it is."""
         self._loaded()
         presents = {name: PRESENT + name[len(PAST) :] for name in past}
-        lengths = {name: past[name].shape[place.axis] for name, place in self._places.items() if name in past}
-        if any(length + tokens > self._places[name].most for name, length in lengths.items()):
-            lengths = {}
+        given = {name: self._given(name, past[name]) for name in self._places if name in past}
+        shown = {name: value.shown if isinstance(value, Slots) else value for name, value in given.items()}
+        steps = tokens == 1 and any(isinstance(value, Slots) for value in given.values())
         with self._working():
-            shown = {name: self._with_room(name, past[name], tokens) for name, length in lengths.items() if length}
-            values = {name: slots.shown for name, slots in shown.items()}
-            found = self._start({**feeds, **past, **values}, presents, repeats=bool(shown) and tokens == 1)
+            found = self._start({**feeds, **past, **shown}, presents, repeats=steps)
             grown = {PAST + name[len(PRESENT) :]: found.pop(name) for name in list(found) if name.startswith(PRESENT)}
-            for name in lengths:
-                if name in shown:
-                    grown[name] = shown[name].appended(self._device, grown[name], tokens)
-                else:
-                    grown[name] = self._with_room(name, grown[name], 1)
+            for name, value in given.items():
+                present = grown.pop(name)  # when it is let go, the next one may have its memory
+                grown[name] = Slots.of(self._device, self._places[name], value, present, tokens)
         return found, grown
-
-    def _with_room(self, name: str, value: Any, tokens: int) -> Slots:
-        """A cache's tensor with free slots for so many more tokens."""
-        value = value if isinstance(value, Slots) else self._given(name, value)
-        return Slots.with_room(self._device, self._places[name], value, tokens)
 
     def numpy(self, value: Any) -> Array:
         if not isinstance(value, DeviceArray | Slots):
@@ -199,7 +189,7 @@ class TensorRtRunner(Runner):
         """Ask for a run. grown: input → the output that continues it. repeats: whether these shapes come again."""
         if feeds.keys() != self._inputs.keys():
             raise UsageError(self._wrong_names(feeds))
-        given = {name: self._given(name, feeds[name]) for name in self._inputs}
+        given = {name: self._dense(self._given(name, feeds[name])) for name in self._inputs}
         self._shape({name: value.shape for name, value in given.items()})
         room = {present: self._room(self._found[present], past) for past, present in grown.items()}
         take = self._device.pool.array
@@ -212,13 +202,14 @@ class TensorRtRunner(Runner):
         axes = zip(self._shapes[past], present, self._longest[past], strict=True)
         return tuple(now if now == before else max(now, longest) for before, now, longest in axes)
 
-    def _given(self, name: str, value: Any) -> DeviceArray:
+    def _dense(self, value: DeviceArray | Slots) -> DeviceArray:
+        return value.dense(self._device) if isinstance(value, Slots) else value
+
+    def _given(self, name: str, value: Any) -> DeviceArray | Slots:
         wanted = self._inputs[name]
         if value.dtype != wanted:
             raise UsageError(f"{self._path.name}: input '{name}' is {value.dtype}, expected {wanted}.")
-        if isinstance(value, Slots):
-            return value.dense(self._device)
-        return value if isinstance(value, DeviceArray) else self._device.to_device(value)
+        return value if isinstance(value, DeviceArray | Slots) else self._device.to_device(value)
 
     def _shape(self, shapes: Shapes) -> None:
         """Tell the context the shapes, if they are other ones than last time; find those of the outputs."""
@@ -378,9 +369,9 @@ class TensorRtRunner(Runner):
             if "inputs_embeds" in bounds.high and all(0 not in bounds.high[name] for name in pasts)
         ]
         self._step = max(spans, default=0)  # most tokens behind a cache
-        self._recordable = self._step > 0 or "inputs_embeds" not in self._inputs  # prompts differ in length
+        self._recordable = bool(pasts) or "inputs_embeds" not in self._inputs  # prompts differ in length
         ends = {"logits", *("present" + name[4:] for name in pasts)}
-        if self._step and ends == self._outputs.keys():
+        if pasts and ends == self._outputs.keys():
             axes = {name: self._axis(name) for name in pasts}
             self._places = {n: Place.of(n, a, self._longest[n][a]) for n, a in axes.items() if a is not None}
         self._profile, self._shapes = 0, {}
