@@ -41,8 +41,8 @@ def speed(specs: Sequence[str], model: Model, rounds: int, threads: int, load: _
     import torch
 
     from exporter.stages._llm import draw_llm
+    from exporter.stages._modules import build_modules, origins
     from exporter.stages._store import WeightFile
-    from exporter.stages.export import build_modules, origins
 
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="edgetrim-") as temporary, ExitStack() as stack:

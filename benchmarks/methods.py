@@ -156,8 +156,10 @@ def selection(name: str, folder: Path) -> tuple[str, Path, int] | None:
     else:
         assert isinstance(step.method, BeforeLLM)
         from exporter.nn.reduce import Reduce
+        from exporter.stages._describe import reduce_outputs, side_inputs
         from exporter.stages._draw import DTYPES, draw
-        from exporter.stages.export import build_modules, draw_vision, reduce_outputs, side_inputs
+        from exporter.stages._modules import build_modules
+        from exporter.stages.export import draw_vision
 
         vision = draw_vision(fit.plan, build_modules(fit.plan).vision, torch.float32)
         inputs: dict[str, Any] = {}

@@ -26,8 +26,9 @@ from exporter.job import Job
 from exporter.nn.reduce import Reduce
 from exporter.plan import Plan
 from exporter.runtime.generate import Generator, Visual, embedding
+from exporter.stages._modules import Modules, build_modules, load_reference
 from exporter.stages._reference import reference
-from exporter.stages.export import Modules, build_modules, draw_reduce, draw_vision, load_reference
+from exporter.stages.export import draw_reduce, draw_vision
 
 ORT, EAGER, HF, GENAI = (
     "EdgeTrim, ONNX Runtime",

@@ -6,6 +6,8 @@ The engine is ONNX Runtime on the exported graphs. Against PyTorch in FP32 with 
 what is said first (nats), how often the same answer is best, perplexity of the right answer's first token, and right answers.
 Questions are on held-out digits, calibration is on digits that training has seen.
 
+`--types` measures what types of weights cost instead, each in the profile of one GPU that has it, on the graphs in FP16.
+
 `--kv` measures an INT8 cache instead, with float weights: prompts are run in chunks, so that all but the first read what those before
 have left there. A prefill graph of its own runs whole and reads no cache, so reductions inside the language model are left out.
 """
@@ -41,6 +43,7 @@ from profiles._schema import quantizers
 
 BLOCKS = (64, 32)
 """128 divides no matrix of this model."""
+TYPES = ("rtx_5090_fp16", "rtx_5090_fp8", "rtx_5090_nvfp4", "rtx_5090_int4")
 CHUNK = 8
 """Tokens of a prompt at once, where the cache is measured."""
 REDUCTIONS = (
@@ -69,7 +72,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--per-kind", type=int, default=200, help="questions of each kind")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--kv", action="store_true", help="an INT8 cache instead of INT4 weights")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--kv", action="store_const", dest="what", const="kv_int8", help="an INT8 cache instead of INT4")
+    what.add_argument("--types", action="store_const", dest="what", const="types", help="types of weights instead")
     parser.add_argument("--results", type=Path, default=_common.RESULTS, help="folder of the JSON record")
     args = parser.parse_args()
     _common.quiet()
@@ -78,14 +83,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     questions = _task.embedded(1, args.per_kind)
     scores: list[Score] = []
-    measure = of_cache if args.kv else of_reduction
+    precision = args.what or "int4"
+    measure = {"int4": of_reduction, "kv_int8": of_cache, "types": of_types}[precision]
     for specs in REDUCTIONS:
         scores += measure(specs, questions, args.threads)
     entry = {
         "benchmark": "quantize",
         "command": f"python -m benchmarks.quantize --per-kind {args.per_kind} --threads {args.threads}"
-        + " --kv" * args.kv,
-        "precision": "kv_int8" if args.kv else "int4",
+        + {"int4": "", "kv_int8": " --kv", "types": " --types"}[precision],
+        "precision": precision,
         "machine": device.machine(),
         "versions": device.versions(),
         "questions": len(questions),
@@ -114,6 +120,24 @@ def of_reduction(specs: str, questions: Sequence[_task.Question], threads: int) 
                 generator = engine(plan, name, block, folder, threads, stack)
                 logits = first_logits(generator, prompt, questions)
                 found.append(score(specs, name, block, expected, logits, truth, questions))
+    return found
+
+
+def of_types(specs: str, questions: Sequence[_task.Question], threads: int) -> list[Score]:
+    """FP32 first, then every profile of `TYPES`, rounded to nearest."""
+    plans = {name: Job(EMBEDDED, tuple(filter(None, [specs])), name).plan() for name in TYPES}
+    plan = plans[TYPES[0]]
+    prompt = prompt_of(plan)
+    truth = [prompt.tokenizer.encode(q.answer, add_special_tokens=False).ids[0] for q in questions]
+    _common.say(f"{specs or 'unreduced'}: fp32")
+    expected = first_logits(Generator(*reference(plan)), prompt, questions)
+    found = [score(specs, "fp32", 0, expected, expected, truth, questions)]
+    for name, plan in plans.items():
+        _common.say(f"{specs or 'unreduced'}: {name}")
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            logits = first_logits(exported(plan, folder, threads, stack), prompt, questions)
+            found.append(score(specs, name, 0, expected, logits, truth, questions))
     return found
 
 

@@ -41,7 +41,7 @@ def open_runners(
     from exporter.stages.build import backend_for, built_from
 
     graphs = GraphSet.load(folder / "graphs")
-    files = {file: folder / "graphs" / file for file in graphs.roles()}
+    files = {file: folder / "graphs" / graphs.lookup.get(file, file) for file in graphs.roles()}
     backend, what = backend_for(profile), ""
     if not backend.runs_graphs:
         engines = runnable_engines(folder, graphs, profile)

@@ -194,7 +194,7 @@ class GraphSet:
 
     family: str
     compute: Literal["fp32", "fp16"]
-    weights: Literal["none", "int4", "int8", "fp8"]
+    weights: Literal["none", "int4", "int8", "fp8", "nvfp4"]
     files: dict[str, str]
     """role → file name, relative to the folder. All of `ROLES`, but question only where it is needed."""
     reductions: list[dict[str, Any]]
@@ -222,6 +222,8 @@ class GraphSet:
     """Those of `signals` that `prefill` takes, and not `reduce`."""
     plugged: dict[str, str] = field(default_factory=dict)
     """Graph file → the one that has plugins for full TensorRT in the place of some subgraphs. Everything else runs the first."""
+    lookup: dict[str, str] = field(default_factory=dict)
+    """Graph file with FP4 → the same for runtimes without that type, which looks its weights up in a table."""
     embedding: str = "embedding.npy"
     """File of the token embedding table [vocab, hidden], float16 or float32, memory-mapped."""
 
@@ -286,7 +288,7 @@ class GraphSet:
 
     def _check(self) -> None:
         """What no single entry can tell. Raises ValueError."""
-        for name in [*self.files.values(), *self.plugged.values(), self.embedding]:
+        for name in [*self.files.values(), *self.plugged.values(), *self.lookup.values(), self.embedding]:
             if Path(name).name != name or "\\" in name or "\0" in name:
                 raise ValueError(f"it names a file outside the folder: {name!r}")
         if missing := [role for role in ROLES if role not in self.files and role != "question"]:

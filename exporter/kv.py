@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from graphs._contract import InCache, InLLM, Probing, Skipping, Summarizing
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What happens inside a language model.
+
+    visual: visual tokens that enter. in_llm, in_cache: (name, fitted method). trained: name of a method → its own tensors' shapes.
+    """
+
+    visual: int = 0
+    in_llm: Sequence[tuple[str, InLLM]] = ()
+    in_cache: Sequence[tuple[str, InCache]] = ()
+    trained: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+
+    def layout(self, layers: int) -> KvLayout:
+        """Of a decoder of `layers` layers."""
+        return KvLayout.of(layers, self.visual, [m for _, m in self.in_llm], [m for _, m in self.in_cache])
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from exporter.bundle import MANIFEST, SCHEMA, SIGNATURE, Bundle, contents
 from exporter.engines import open_runners, runnable_engines
 from exporter.errors import EnvironmentMismatch, ExportError, GateError, UsageError
 from exporter.graphset import GraphSet
-from exporter.job import JOB, Job
+from exporter.job import JOB, Job, folder_of
 from exporter.stages._inputs import calibration_for, questions_for, synthetic
 from exporter.workspace import Workspace
 
@@ -23,12 +23,18 @@ if TYPE_CHECKING:
     from exporter.backends._contract import EngineRecord
 
 Log = Callable[[str], None]
+Stage = Callable[[str], AbstractContextManager[Log]]
 ESTIMATE = "evidence/estimate.json"
 """What export foresaw; only of profiles that know their device's memory."""
 
 
 def silent(text: str) -> None:
     """The default log."""
+
+
+def unseen(title: str) -> AbstractContextManager[Log]:
+    """The default context around a stage."""
+    return nullcontext(silent)
 
 
 def run_export(job: Job, work: Workspace, log: Log = silent, warn: Log = silent) -> GraphSet:
@@ -340,9 +346,22 @@ def exported(work: Workspace, job: Job) -> bool:
         return False
 
 
+def why_recorded(job: Job) -> str | None:
+    """None, or why PyTorch cannot be compared with here, so that what it gave at export has to do."""
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        return "PyTorch is not installed here"
+    try:
+        folder_of(job.checkpoint)
+    except ExportError as e:
+        return str(e)
+    return None
+
+
 def run(
     job: Job, work: Workspace, questions: Path | None = None, per_kind: int = 200, rounds: int = 9, threads: int | None = None,
-    stage: Callable[[str], Any] | None = None, warn: Log = silent,
+    stage: Stage = unseen, warn: Log = silent,
 ) -> Bundle:  # fmt: skip
     """All stages. What is already on disk for the same job is kept.
 
@@ -352,28 +371,65 @@ def run(
     Raises:
         GateError: after the bundle with its evidence is written.
     """
-    from contextlib import nullcontext
-
-    around = stage or (lambda title: nullcontext(silent))
     if not exported(work, job):
-        with around("export") as log:
+        with stage("export") as log:
             run_export(job, work, log, warn)
     check_graphs(work, warn)
+    try:
+        _build_once(work, stage)
+    except EnvironmentMismatch as e:
+        warn(str(e))
+    return _judge(work, None, questions, per_kind, rounds, threads, stage)
+
+
+def finish(
+    work: Workspace, questions: Path | None = None, per_kind: int = 200, rounds: int = 9, threads: int | None = None,
+    stage: Stage = unseen, warn: Log = silent,
+) -> Bundle:  # fmt: skip
+    """All stages behind export, of graphs that came from elsewhere: a device needs neither PyTorch nor the checkpoint. Engines that
+    are there already are kept.
+
+    Args:
+        stage, warn: as in `run`.
+    Raises:
+        EnvironmentMismatch: the engines cannot be built here. VerificationError: the bundle was changed. UsageError: questions, but no PyTorch
+        to answer them too. GateError: after the bundle with its evidence is written.
+    """
+    if (work.folder / MANIFEST).is_file():
+        Bundle.open(work.folder)
+    recorded = why_recorded(Job.read(work))
+    if recorded is not None and questions is not None:
+        raise UsageError(
+            f"--questions needs PyTorch and the checkpoint, but: {recorded.rstrip('.')}. Ask them where the model was exported, or leave them out."
+        )
+    if (work.folder / SIGNATURE).is_file():
+        warn("The signature holds for the manifest as it was; `edgetrim pack --sign` signs the new one.")
+    _build_once(work, stage)
+    return _judge(work, recorded, questions, per_kind, rounds, threads, stage)
+
+
+def _build_once(work: Workspace, stage: Stage) -> None:
     if not (work.engines / "engines.json").is_file():
-        try:
-            with around("build") as log:
-                run_build(work, log)
-        except EnvironmentMismatch as e:
-            warn(str(e))
+        with stage("build") as log:
+            run_build(work, log)
+
+
+def _judge(
+    work: Workspace, recorded: str | None, questions: Path | None, per_kind: int, rounds: int, threads: int | None, stage: Stage
+) -> Bundle:  # fmt: skip
+    """Validate, bench and pack. recorded: why without PyTorch, or None."""
     gate: GateError | None = None
-    with around("validate") as log:
+    with stage("validate") as log:
         try:
-            run_validate(work, questions, per_kind, threads, log)
+            if recorded is None:
+                run_validate(work, questions, per_kind, threads, log)
+            else:
+                run_validate_recorded(work, threads, log)
         except GateError as e:
             gate = e
-    with around("bench") as log:
-        run_bench(work, rounds, threads=threads, log=log)
-    with around("pack"):
+    with stage("bench") as log:
+        run_bench(work, rounds, threads=threads, compare=recorded is None, log=log)
+    with stage("pack"):
         bundle = run_pack(work)
     if gate is not None:
         raise gate

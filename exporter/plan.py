@@ -14,7 +14,7 @@ from exporter.errors import CheckpointError, UsageError
 from exporter.families import _traced
 from exporter.families._contract import ALIGNED, INSTRUCTION, Family, Geometry, Request
 from exporter.graphset import tokens_in_words
-from exporter.kv import KvLayout
+from exporter.kv import Inside, KvLayout
 from exporter.nn.specs import IN_CACHE_SIGNALS, IN_LLM_SIGNALS, DecoderShape, DecoderSpec, Fixed
 from graphs import _spec
 from graphs._compressor import Compressor
@@ -121,18 +121,17 @@ class Plan:
 
     @property
     def kv(self) -> KvLayout:
-        in_llm, in_cache = [m for _, m in self.in_llm], [m for _, m in self.in_cache]
-        return KvLayout.of(self.geometry.layers, self.kept, in_llm, in_cache)
+        return self.inside.layout(self.geometry.layers)
+
+    @property
+    def inside(self) -> Inside:
+        trained = {s.name: s.method.trained(s.site) for s in self.steps}
+        return Inside(self.kept, self.in_llm, self.in_cache, trained)
 
     def exact(self) -> Plan:
         """The same with keys and values in the cache as they are: what PyTorch is the reference of."""
         precision = replace(self.profile.precision, kv="none")
         return replace(self, profile=replace(self.profile, precision=precision))
-
-    @property
-    def trained(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Name of a method → its own trained tensors' shapes."""
-        return {s.name: s.method.trained(s.site) for s in self.steps}
 
     @property
     def for_prefill(self) -> tuple[str, ...]:

@@ -1,4 +1,6 @@
 // The library's C ABI: what Python calls through ctypes, without TensorRT.
+#include <algorithm>
+
 #include "_plugin.h"
 
 namespace edgetrim {
@@ -44,6 +46,19 @@ void edgetrim_output(
         Axis const& a = found.shape[axis];
         out->shape[axis] = a.plus + (a.input < 0 ? 0 : in[a.input].shape[a.axis]);
     }
+}
+
+int32_t edgetrim_accepts(int32_t plugin, int32_t input, int32_t type) {
+    return plugins()[plugin]->accepts(input, static_cast<Type>(type));
+}
+
+// Fills in type and rank of output `i`, and where the size of each axis comes from. Of the inputs, types and ranks have to be there.
+void edgetrim_axes(int32_t plugin, int32_t i, Tensor const* in, int32_t inputs, int64_t const* values, int32_t count, Tensor* out,
+    Axis* axes) {
+    Output const found = plugins()[plugin]->output(i, Tensors(in, in + inputs), Attributes(values, values + count));
+    out->type = found.type;
+    out->rank = static_cast<int32_t>(found.shape.size());
+    std::copy(found.shape.begin(), found.shape.end(), axes);
 }
 
 // Null, or what is wrong.

@@ -15,6 +15,7 @@ HOW = f"cmake -S {FOLDER} -B {FOLDER / 'build'} && cmake --build {FOLDER / 'buil
 """Builds it, for the GPU in this machine."""
 
 TYPES = {"float32": 0, "float16": 1, "int64": 2}
+_NAMES = {number: dtype for dtype, number in TYPES.items()}
 RANK = 4
 
 
@@ -38,6 +39,12 @@ class _Tensor(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Axis(ctypes.Structure):
+    """The size of an output's axis: that of axis `axis` of input `input`, and `plus`. input -1: `plus` alone."""
+
+    _fields_ = [("input", ctypes.c_int32), ("axis", ctypes.c_int32), ("plus", ctypes.c_int64)]
+
+
 class Library:
     """An opened library."""
 
@@ -48,6 +55,11 @@ class Library:
         self._c.edgetrim_run.restype = ctypes.c_char_p
         self._c.edgetrim_workspace.restype = ctypes.c_int64
         self._numbers = {self._c.edgetrim_name(i).decode(): i for i in range(self._c.edgetrim_count())}
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether TensorRT can load it by itself: it was built with TensorRT's headers."""
+        return hasattr(self._c, "getCreators")
 
     @property
     def names(self) -> list[str]:
@@ -64,13 +76,35 @@ class Library:
         self, name: str, inputs: Sequence[Memory], attributes: Mapping[str, int]
     ) -> list[tuple[tuple[int, ...], str]]:
         """Shape and dtype of every output."""
-        kinds = {number: dtype for dtype, number in TYPES.items()}
         number, values = self._numbers[name], self._values(name, attributes)
         found = []
-        for i in range(self._c.edgetrim_outputs(number, values, len(values))):
+        for i in range(self.count(name, attributes)):
             out = _Tensor()
             self._c.edgetrim_output(number, i, _tensors(inputs), len(inputs), values, len(values), ctypes.byref(out))
-            found.append((tuple(out.shape[: out.rank]), kinds[out.type]))
+            found.append((tuple(out.shape[: out.rank]), _NAMES[out.type]))
+        return found
+
+    def count(self, name: str, attributes: Mapping[str, int]) -> int:
+        """How many outputs there are."""
+        values = self._values(name, attributes)
+        return int(self._c.edgetrim_outputs(self._numbers[name], values, len(values)))
+
+    def accepts(self, name: str, number: int, dtype: str) -> bool:
+        """Whether input `number` may be of that type."""
+        return bool(self._c.edgetrim_accepts(self._numbers[name], number, TYPES[dtype]))
+
+    def axes(
+        self, name: str, inputs: Sequence[Memory], attributes: Mapping[str, int]
+    ) -> list[tuple[list[Axis], str]]:  # fmt: skip
+        """Where the size of every output's axes comes from, and its dtype. Of the inputs' shapes only the lengths count."""
+        number, values = self._numbers[name], self._values(name, attributes)
+        found = []
+        for i in range(self.count(name, attributes)):
+            out, axes = _Tensor(), (Axis * RANK)()
+            self._c.edgetrim_axes(
+                number, i, _tensors(inputs), len(inputs), values, len(values), ctypes.byref(out), axes
+            )
+            found.append((list(axes)[: out.rank], _NAMES[out.type]))
         return found
 
     def workspace(self, name: str, inputs: Sequence[Memory], attributes: Mapping[str, int]) -> int:

@@ -73,7 +73,7 @@ class Stack:
 @dataclass(frozen=True)
 class Precision:
     """compute: type of activations and of weights left unquantised. weights: "int4" quantises the language model's in blocks, "int8"
-    and "fp8" by output channel.
+    and "fp8" by output channel, "nvfp4" in blocks of 16.
 
     blocks: weights that share a scale, in order of preference; the first that divides a matrix's input axis is taken.
     quantizer: a name from exporter/quantize, which chooses the integers. error_max: a matrix whose output would change by more than
@@ -83,7 +83,7 @@ class Precision:
     """
 
     compute: Literal["fp32", "fp16"]
-    weights: Literal["none", "int4", "int8", "fp8"]
+    weights: Literal["none", "int4", "int8", "fp8", "nvfp4"]
     blocks: tuple[int, ...] = ()
     quantizer: str = "rtn"
     error_max: float | None = field(default=None, metadata={"low": 0.0, "high": 1.0})
@@ -399,6 +399,13 @@ def _check(profile: Profile, file: str) -> None:
     if precision.weights == "fp8" and (precision.compute != "fp16" or min(stack.compute_capabilities, default=0) < 89):
         raise fail(
             '[precision] weights = "fp8" goes with compute = "fp16" and GPUs from SM 8.9 on, `compute_capabilities` 89.'
+        )
+    if precision.weights == "nvfp4" and (
+        precision.compute != "fp16" or stack.backend != "trt" or min(stack.compute_capabilities, default=0) < 100
+    ):
+        raise fail(
+            '[precision] weights = "nvfp4" goes with compute = "fp16", backend "trt" and GPUs from SM 10.0 on, '
+            "`compute_capabilities` 100."
         )
     if precision.weights != "int4" and (precision.quantizer != "rtn" or precision.error_max is not None):
         raise fail('[precision] `quantizer` and `error_max` go with weights = "int4".')

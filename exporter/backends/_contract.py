@@ -98,13 +98,16 @@ class Runner(ABC):
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run once. Feeds that are no input of the engine are an error."""
 
-    def grow(self, feeds: Mapping[str, Any], past: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    def grow(
+        self, feeds: Mapping[str, Any], past: Mapping[str, Any], tokens: int
+    ) -> tuple[dict[str, Any], Mapping[str, Any]]:
         """Run a language model behind what is cached, and append to it.
 
         Args:
             feeds: inputs that are not the cache.
             past: the cache's, by name: what this returned last, or other values of any kind. A runner may append in memory of
                 what it returned: to whom holds that, it stays what it was.
+            tokens: how many new ones every row gets, padding counted.
         Returns:
             The other outputs, and `past` of the next run. Its values may be made when they are asked for: handed on as a whole,
             a cache need not cost anything per layer.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_ulonglong, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ LIBRARY = "libcuda.so.1"
 OUT_OF_MEMORY = 2
 _NON_BLOCKING, _THREAD_LOCAL = 1, 1
 _MAJOR, _MINOR = 75, 76
+_ON_DEVICE = 2
 
 _FUNCTIONS: dict[str, Sequence[Any]] = {
     "cuInit": (c_uint,),
@@ -37,6 +38,8 @@ _FUNCTIONS: dict[str, Sequence[Any]] = {
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
     "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
     "cuMemcpyDtoDAsync_v2": (c_uint64, c_uint64, c_size_t, c_void_p),
+    "cuMemcpy2DAsync_v2": (c_void_p, c_void_p),
+    "cuMemsetD8Async": (c_uint64, c_ubyte, c_size_t, c_void_p),
     "cuStreamCreate": (POINTER(c_void_p), c_uint),
     "cuStreamDestroy_v2": (c_void_p,),
     "cuStreamSynchronize": (c_void_p,),
@@ -49,6 +52,22 @@ _FUNCTIONS: dict[str, Sequence[Any]] = {
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
 }
 """Name → types of its arguments; all return a CUresult, 0 for success."""
+
+
+class _Copy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D_v2."""
+
+    _fields_ = (
+        *(
+            (f"{side}{name}", kind)
+            for side in ("src", "dst")
+            for name, kind in (
+                ("XInBytes", c_size_t), ("Y", c_size_t), ("MemoryType", c_uint), ("Host", c_void_p), ("Device", c_uint64),
+                ("Array", c_void_p), ("Pitch", c_size_t),
+            )
+        ),
+        ("WidthInBytes", c_size_t), ("Height", c_size_t),
+    )  # fmt: skip
 
 
 class CudaError(ExportError):
@@ -155,6 +174,22 @@ class Cuda:
         """Copy on the device, in the stream's order."""
         if size:
             self._call("cuMemcpyDtoDAsync_v2", target, source, size, self._stream)
+
+    def copy_rows(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, size: int, rows: int
+    ) -> None:  # fmt: skip
+        """Copy so many rows of `size` bytes on the device, in the stream's order. pitch: bytes from a row to the next."""
+        if size and rows:
+            how = _Copy2D(
+                srcMemoryType=_ON_DEVICE, srcDevice=source, srcPitch=source_pitch,
+                dstMemoryType=_ON_DEVICE, dstDevice=target, dstPitch=target_pitch, WidthInBytes=size, Height=rows,
+            )  # fmt: skip
+            self._call("cuMemcpy2DAsync_v2", ctypes.byref(how), self._stream)
+
+    def clear(self, address: int, size: int) -> None:
+        """Set bytes on the device to zero, in the stream's order."""
+        if size:
+            self._call("cuMemsetD8Async", address, 0, size, self._stream)
 
     def synchronize(self) -> None:
         self._call("cuStreamSynchronize", self._stream)

@@ -159,11 +159,15 @@ class Device:
 
     def to_device(self, array: Array) -> DeviceArray:
         """A copy on the device, there by the next `synchronize`; until then the array must not be changed."""
-        array = np.ascontiguousarray(array)
         value = self.pool.array(array.shape, array.dtype)
+        self.write(value, array)
+        return value
+
+    def write(self, value: DeviceArray, array: Array) -> None:
+        """Fill a new tensor, as `to_device` does."""
+        array = np.ascontiguousarray(array)
         self.cuda.upload(value.address, array)
         self._uploading.append(array)
-        return value
 
     def synchronize(self) -> None:
         """Wait for everything that was asked for."""
@@ -176,9 +180,9 @@ class Device:
         self.cuda.download(array, value.address)
         return array
 
-    def rows(self, value: DeviceArray, rows: npt.NDArray[np.int64]) -> DeviceArray:
-        """Some rows of the first axis, int64 [n], copied on the device."""
-        found = self.pool.array((len(rows), *value.shape[1:]), value.dtype)
+    def rows(self, value: DeviceArray, rows: npt.NDArray[np.int64], room: Shape | None = None) -> DeviceArray:
+        """Some rows of the first axis, int64 [n], copied on the device. room: see `Pool.array`."""
+        found = self.pool.array((len(rows), *value.shape[1:]), value.dtype, room)
         each = found.nbytes // max(1, len(rows))
         for place, row in enumerate(rows.tolist()):
             self.cuda.copy(found.address + place * each, value.address + row * each, each)

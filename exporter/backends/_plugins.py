@@ -7,7 +7,7 @@ from typing import Any
 
 from exporter.bundle import sha256
 from exporter.errors import EnvironmentMismatch
-from plugins import _library
+from plugins import _ipluginv3, _library
 from plugins._contract import SUFFIX
 
 
@@ -30,13 +30,19 @@ def needed(graph: Path) -> dict[str, str] | None:
 
 
 def load(trt: Any, library: str) -> None:
-    """Register the library's plugins in this process.
+    """Register the library's plugins in this process: by TensorRT itself, or, where it was built without TensorRT's headers, by Python.
 
     Raises:
         EnvironmentMismatch: TensorRT does not take it.
     """
-    if trt.get_plugin_registry().load_library(library) is None:
+    try:
+        kernels = _library.Library(Path(library))
+    except (OSError, AttributeError) as e:
+        raise EnvironmentMismatch(f"{library} is no library of these plugins ({e}). Build it:\n  {_library.HOW}") from e
+    if not kernels.wrapped:
+        _ipluginv3.register(trt, kernels)
+    elif trt.get_plugin_registry().load_library(library) is None:
         raise EnvironmentMismatch(
-            f"{trt.__name__} {trt.__version__} cannot load {library}: it was built without TensorRT's headers, or for another "
-            f"TensorRT. Build it again, with -DTENSORRT_ROOT=FOLDER if CMake did not find the headers:\n  {_library.HOW}"
+            f"{trt.__name__} {trt.__version__} cannot load {library}: it was built for another TensorRT. Build it again, with "
+            f"-DTENSORRT_ROOT=FOLDER if CMake did not find the headers of this one:\n  {_library.HOW}"
         )

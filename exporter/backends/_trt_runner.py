@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import mmap
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from exporter.backends._contract import PAST, PRESENT, Array, Layer, Runner
 from exporter.backends._cuda import CudaError
 from exporter.backends._device_memory import Device, DeviceArray
 from exporter.backends._engine_cache import EngineCache
+from exporter.backends._slots import Place, Slots
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
 
 Shape = tuple[int, ...]
@@ -65,8 +66,8 @@ class TensorRtRunner(Runner):
     decode of one engine are one runner: the smallest optimization profile that takes the shapes is used, so it is switched once
     for an answer.
 
-    `run`, whose shapes repeat, is recorded as a CUDA graph when it comes a second time with the same shapes at the same
-    addresses, and replayed from then on. `grow` is not: a cache has another length at every step.
+    What comes a second time with the same shapes at the same addresses is recorded as a CUDA graph, and replayed from then on: runs
+    of the vision side, and steps of decode, whose cache has free slots behind it (`_slots`). TensorRT-RTX records by itself.
     """
 
     def __init__(self, engine: Path, graph: Path | None = None) -> None:
@@ -78,6 +79,7 @@ class TensorRtRunner(Runner):
         self._shapes: Shapes = {}
         self._found: Shapes = {}
         self._longest: Shapes = {}
+        self._places: dict[str, Place] = {}
         self._step = 0
         self._profile = 0
         self._recorded: OrderedDict[Any, int | None] = OrderedDict()
@@ -120,20 +122,34 @@ class TensorRtRunner(Runner):
         return f"{self._trt.__name__} {self._trt.__version__}, {self._device.cuda.gpu.name}"
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        return self._run(feeds)
+        with self._working():
+            return self._start(feeds, {}, repeats=True)
 
-    def grow(self, feeds: Mapping[str, Any], past: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
-        """The engine writes the whole new cache: on the device, into memory that an earlier one has let go. Caches get memory
-        for as many tokens as the engine was built for, so that none is too small for the next step."""
-        continues = {PRESENT + name[len(PAST) :]: name for name in past}
-        found = self._run({**feeds, **past}, continues)
-        return found, {PAST + name[len(PRESENT) :]: found.pop(name) for name in list(found) if name.startswith(PRESENT)}
+    def grow(
+        self, feeds: Mapping[str, Any], past: Mapping[str, Any], tokens: int
+    ) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        """The engine writes the whole new cache; what is new in it goes into free slots of the one that was fed (`_slots`). Caches get
+        memory for as many tokens as the engine was built for, so that none is too small for the next step.
+
+        Where another output would tell the free slots, a cache is shown as long as it is."""
+        self._loaded()
+        presents = {name: PRESENT + name[len(PAST) :] for name in past}
+        given = {name: self._given(name, past[name]) for name in self._places if name in past}
+        shown = {name: value.shown if isinstance(value, Slots) else value for name, value in given.items()}
+        steps = tokens == 1 and any(isinstance(value, Slots) for value in given.values())
+        with self._working():
+            found = self._start({**feeds, **past, **shown}, presents, repeats=steps)
+            grown = {PAST + name[len(PRESENT) :]: found.pop(name) for name in list(found) if name.startswith(PRESENT)}
+            for name, value in given.items():
+                present = grown.pop(name)  # when it is let go, the next one may have its memory
+                grown[name] = Slots.of(self._device, self._places[name], value, present, tokens)
+        return found, grown
 
     def numpy(self, value: Any) -> Array:
-        if not isinstance(value, DeviceArray):
+        if not isinstance(value, DeviceArray | Slots):
             return np.asarray(value)
         self._loaded()
-        return self._device.to_host(value)
+        return value.numpy(self._device) if isinstance(value, Slots) else self._device.to_host(value)
 
     @property
     def batch(self) -> int | None:
@@ -148,6 +164,8 @@ class TensorRtRunner(Runner):
         return self._step or None
 
     def gather(self, value: Any, rows: npt.NDArray[np.int64]) -> Any:
+        if isinstance(value, Slots):
+            return value.rows(self._device, rows)
         return self._device.rows(value, rows) if isinstance(value, DeviceArray) else value[rows]
 
     def layers(self, rounds: int = 1) -> Sequence[Layer]:
@@ -156,22 +174,27 @@ class TensorRtRunner(Runner):
         inspector = self._engine.create_engine_inspector()
         return _trt_layers.layers(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
-    def _run(self, feeds: Mapping[str, Any], grown: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """grown: output → the input that it continues; None: shapes repeat."""
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """What is asked of the GPU inside is done at the end."""
         self._loaded()
-        if feeds.keys() != self._inputs.keys():
-            raise UsageError(self._wrong_names(feeds))
-        self._device.cuda.use()
         try:
-            given = {name: self._given(name, feeds[name]) for name in self._inputs}
-            self._shape({name: value.shape for name, value in given.items()})
-            room = {name: self._room(self._found[name], past) for name, past in (grown or {}).items()}
-            take = self._device.pool.array
-            found = {n: take(shape, self._outputs[n], room.get(n)) for n, shape in self._found.items()}
-            self._enqueue({**given, **found}, repeats=grown is None)
+            self._device.cuda.use()
+            yield
             self._device.synchronize()
         except CudaError as e:
             raise ExportError(f"{self._path.name}: {e}{self._said()}") from e
+
+    def _start(self, feeds: Mapping[str, Any], grown: Mapping[str, str], repeats: bool) -> dict[str, Any]:
+        """Ask for a run. grown: input → the output that continues it. repeats: whether these shapes come again."""
+        if feeds.keys() != self._inputs.keys():
+            raise UsageError(self._wrong_names(feeds))
+        given = {name: self._dense(self._given(name, feeds[name])) for name in self._inputs}
+        self._shape({name: value.shape for name, value in given.items()})
+        room = {present: self._room(self._found[present], past) for past, present in grown.items()}
+        take = self._device.pool.array
+        found = {n: take(shape, self._outputs[n], room.get(n)) for n, shape in self._found.items()}
+        self._enqueue({**given, **found}, repeats)
         return found
 
     def _room(self, present: Shape, past: str) -> Shape:
@@ -179,11 +202,14 @@ class TensorRtRunner(Runner):
         axes = zip(self._shapes[past], present, self._longest[past], strict=True)
         return tuple(now if now == before else max(now, longest) for before, now, longest in axes)
 
-    def _given(self, name: str, value: Any) -> DeviceArray:
+    def _dense(self, value: DeviceArray | Slots) -> DeviceArray:
+        return value.dense(self._device) if isinstance(value, Slots) else value
+
+    def _given(self, name: str, value: Any) -> DeviceArray | Slots:
         wanted = self._inputs[name]
         if value.dtype != wanted:
             raise UsageError(f"{self._path.name}: input '{name}' is {value.dtype}, expected {wanted}.")
-        return value if isinstance(value, DeviceArray) else self._device.to_device(value)
+        return value if isinstance(value, DeviceArray | Slots) else self._device.to_device(value)
 
     def _shape(self, shapes: Shapes) -> None:
         """Tell the context the shapes, if they are other ones than last time; find those of the outputs."""
@@ -294,6 +320,10 @@ class TensorRtRunner(Runner):
         if cache is not None and (known := cache.recall(self._kernels_name())):
             self._kernels.deserialize(known)
         config.set_runtime_cache(self._kernels)
+        strategies = getattr(self._trt, "CudaGraphStrategy", None)
+        if strategies is not None:
+            config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE if self._recordable else strategies.DISABLED
+            self._recordable = False
         return engine.create_execution_context(config)
 
     def _keep_kernels(self) -> None:
@@ -339,7 +369,18 @@ class TensorRtRunner(Runner):
             if "inputs_embeds" in bounds.high and all(0 not in bounds.high[name] for name in pasts)
         ]
         self._step = max(spans, default=0)  # most tokens behind a cache
+        self._recordable = bool(pasts) or "inputs_embeds" not in self._inputs  # prompts differ in length
+        ends = {"logits", *("present" + name[4:] for name in pasts)}
+        if pasts and ends == self._outputs.keys():
+            axes = {name: self._axis(name) for name in pasts}
+            self._places = {n: Place.of(n, a, self._longest[n][a]) for n, a in axes.items() if a is not None}
         self._profile, self._shapes = 0, {}
+
+    def _axis(self, name: str) -> int | None:
+        """That of tokens: the one behind the batch that was built for several sizes."""
+        low = map(min, zip(*(bounds.low[name] for bounds in self._bounds), strict=True))
+        sizes = enumerate(zip(low, self._longest[name], strict=True))
+        return next((axis for axis, (least, most) in sizes if axis and least != most), None)
 
     def _note(self, severity: str, text: str) -> None:
         if severity in ("ERROR", "INTERNAL_ERROR"):

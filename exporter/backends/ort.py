@@ -203,7 +203,8 @@ class OnnxRuntimeRunner(Runner):
             raise UsageError(self._wrong_names(feeds))
         if self._appending is not None:
             new = {name: feeds[name] for name in self._appending.new}
-            found, grown = self.grow(new, {name: value for name, value in feeds.items() if name not in new})
+            past = {name: value for name, value in feeds.items() if name not in new}
+            found, grown = self.grow(new, past, feeds["order"].shape[1])
             return found | {PRESENT + name[len(PAST) :]: value for name, value in grown.items()}
         try:
             values = self._run_bound(feeds) if self._bound else self._run_values(feeds)
@@ -211,10 +212,12 @@ class OnnxRuntimeRunner(Runner):
             raise self._failed(e, feeds) from e
         return dict(zip(self._outputs, values, strict=True))
 
-    def grow(self, feeds: Mapping[str, Any], past: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    def grow(
+        self, feeds: Mapping[str, Any], past: Mapping[str, Any], tokens: int
+    ) -> tuple[dict[str, Any], Mapping[str, Any]]:
         self._loaded()
         if self._appending is None:
-            return super().grow(feeds, past)
+            return super().grow(feeds, past, tokens)
         if feeds.keys() != self._appending.new.keys() or (
             not isinstance(past, Grown) and feeds.keys() | past.keys() != self._inputs.keys()
         ):

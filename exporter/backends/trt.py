@@ -78,8 +78,10 @@ class TensorRT(Backend):
         return None
 
     def holds(self, cache: Sequence[int]) -> int:
-        """Two buffers of the pool per tensor, see `_device_memory`."""
-        return 2 * sum(map(size_class, cache))
+        """Two buffers of the pool per tensor, see `_device_memory`, and one of each size, from which one tensor after another moves on to
+        more slots."""
+        sizes = [size_class(size) for size in cache]
+        return 2 * sum(sizes) + sum(set(sizes))
 
     def build(
         self, graph: Path, roles: tuple[str, ...], profiles: Sequence[ShapeProfile], out: Path,

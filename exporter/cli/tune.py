@@ -99,13 +99,14 @@ def command(
     from exporter.tune import report, run
     from exporter.tune.budget import parse_all
     from exporter.tune.measure import Asking
+    from exporter.tune.wanted import Wanted
     from exporter.tune.workers import here, on_ray
     from exporter.workspace import Workspace
 
     out = Output(as_json)
     if not profiles:
         raise UsageError("Which device? Pass --profile, once or more. `edgetrim list profiles` shows them.")
-    wanted = run.Wanted(
+    wanted = Wanted(
         Job(checkpoint, (), profiles[0], frames, image_size, clip, quantizer, calibration),
         tuple(dict.fromkeys(profiles)), methods, keep, parse_all(budgets), finalists,
         Asking(None if questions is None else questions.resolve(), per_kind, seed), rounds, threads,

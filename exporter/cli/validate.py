@@ -16,7 +16,7 @@ from exporter.cli._output import Output
 @options.questions_option
 @click.option(
     "--reference", type=click.Choice(("pytorch", "recorded")), default=None,
-    help="PyTorch, or what it gave where the model was exported. Default: PyTorch if it is installed.",
+    help="PyTorch, or what it gave where the model was exported. Default: PyTorch if it and the checkpoint are here.",
 )  # fmt: skip
 @options.threads_option
 @_ci.ci_options
@@ -35,11 +35,9 @@ def command(
 
     Fidelity compares every stage on the same input. Quality compares task scores: unreduced, reduced, the engine, and
     random and uniform selection of as many tokens. Exit code 3 if a gate of the profile does not pass; the evidence is
-    written first. After a kill the same command asks only what is not answered yet. On a device, without PyTorch, fidelity alone
-    is compared, with outputs that the bundle holds.
+    written first. After a kill the same command asks only what is not answered yet. On a device, without PyTorch or the checkpoint,
+    fidelity alone is compared, with outputs that the bundle holds.
     """
-    from importlib.util import find_spec
-
     from exporter import pipeline
     from exporter.cli import _gates, _results
     from exporter.errors import GateError, UsageError
@@ -48,14 +46,14 @@ def command(
     from exporter.workspace import Workspace
 
     out = Output(as_json)
-    recorded = reference == "recorded" or (reference is None and find_spec("torch") is None)
-    if recorded and questions is not None:
-        raise UsageError(
-            "--questions needs PyTorch, which answers them too. Ask them where the model was exported, or leave them out."
-        )
     gate: GateError | None = None
     with Workspace(folder).locked() as work:
         job = Job.read(work)
+        recorded = reference == "recorded" or (reference is None and pipeline.why_recorded(job) is not None)
+        if recorded and questions is not None:
+            raise UsageError(
+                "--questions needs PyTorch and the checkpoint, which answer them too. Ask them where the model was exported, or leave them out."
+            )
         with out.stage("validate") as log:
             try:
                 if recorded:

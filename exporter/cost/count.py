@@ -20,10 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from exporter.cost.work import BITS, Engine, Operator, Stage, Work
+from exporter.cost.work import Engine, Operator, Stage, Work
 from exporter.plan import Plan
+from exporter.stages._describe import reduce_inputs
 from exporter.stages._llm import Inputs, call_llm, llm_inputs
-from exporter.stages.export import DTYPES, Modules, build_modules, reduce_inputs
+from exporter.stages._modules import DTYPES, Modules, build_modules
+from exporter.stages._store import rounding
 from profiles._schema import Precision
 
 
@@ -203,15 +205,13 @@ class Counting(TorchDispatchMode):
     def stored(self, name: str) -> int:
         """Bytes of a parameter in the graph's weights."""
         parameter = self._parameters[name]
-        bits = BITS.get(self._precision.weights)
         own = name.startswith("lm_head") or ".lm_head." in name or "_trained." in name
-        if bits is None or own or name not in self._multiplied:
+        form = None
+        if self._precision.weights != "none" and not own and name in self._multiplied:
+            form = rounding(self._precision).form(parameter.shape[0], self._precision.blocks)
+        if form is None:
             return parameter.numel() * self._dtype.itemsize
-        rows = parameter.shape[0]
-        block = next((b for b in self._precision.blocks or (rows,) if rows % b == 0), None)
-        if block is None:
-            return parameter.numel() * self._dtype.itemsize
-        return parameter.numel() * bits // 8 + parameter.numel() // block * self._dtype.itemsize
+        return form.bytes((parameter.shape[0], parameter.shape[1]), self._dtype.itemsize)
 
     @property
     def weights(self) -> dict[str, int]:

@@ -19,9 +19,9 @@ from profiles._schema import Limits, Memory, Profile
 if TYPE_CHECKING:
     from exporter.plan import Plan
 
-BUILD_PEAK = {"none": 3.5, "int8": 5.0, "int4": 5.0, "fp8": 5.0}
+BUILD_PEAK = {"none": 3.5, "int8": 5.0, "int4": 5.0, "fp8": 5.0, "nvfp4": 5.0}
 """Memory of TensorRT while it builds, in weights of the engine. Measured with TensorRT-RTX 1.7 on decoders up to 2.4 GB; FP8 is taken
-to be like INT8."""
+to be like INT8, NVFP4 like INT4."""
 
 FIRST = ("vision", "question", "reduce", "prefill")
 """What runs before the first token."""

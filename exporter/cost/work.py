@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-BITS = {"int4": 4, "int8": 8, "fp8": 8}
-"""Of a weight, by what [precision] calls it."""
+BITS = {"int4": 4, "int8": 8, "fp8": 8, "nvfp4": 4}
+"""Of a weight without its scales, by what [precision] calls it."""
 
 
 @dataclass(frozen=True)

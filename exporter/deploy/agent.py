@@ -45,7 +45,8 @@ IDLE_S = 180.0
 """Without a word from the other side for so long, it is taken for gone."""
 BEAT_S = 5.0
 LARGEST_LINE = 16 * 2**20
-LARGEST_RECORD = 4 * 2**20
+LARGEST_RECORD = 3 * 2**20
+"""Bytes of one of `EVIDENCE`; all of them fit a line."""
 RELEASE = re.compile(r"[0-9a-f]{64}-[0-9a-f]{8}")
 HASH = re.compile(r"[0-9a-f]{64}")
 WHEEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+!-]*\.whl")
@@ -55,6 +56,8 @@ UNFINISHED = ".unfinished"
 """In venv/ while something is installed there."""
 LAST_WORDS = 4000
 """Bytes of a command's output that are sent back, from its end."""
+EVIDENCE = ("evidence/validation.json", "evidence/latency.json", "evidence/layers.json", "engines/engines.json")
+"""What the stages leave in a release, and a record is made of."""
 
 
 class Gone(Exception):
@@ -335,7 +338,7 @@ class Device:
         """The JSON that the stages left in a release, and which of them were run."""
         folder = self.releases / _release(release)
         found: dict[str, Any] = {"steps": self._steps(folder)}
-        for name in ("evidence/validation.json", "evidence/latency.json", "engines/engines.json"):
+        for name in EVIDENCE:
             with contextlib.suppress(OSError, ValueError):
                 if _size(folder / name) <= LARGEST_RECORD:
                     found[PurePosixPath(name).stem] = json.loads((folder / name).read_text(encoding="utf-8"))

@@ -22,9 +22,9 @@ from exporter.plan import Plan
 from exporter.runtime.generate import Generator
 from exporter.runtime.images import preprocess
 from exporter.runtime.sequence import arrange, split
+from exporter.stages._modules import load_reference
 from exporter.stages._processor import prompt_of
 from exporter.stages._task import Question
-from exporter.stages.export import load_reference
 
 Keep = Callable[[Tensor, Tensor], Tensor]
 """(shares [batch, steps, 4], rank of every visual token int64 [batch, steps, tokens], 0 for the one looked at most) → how

@@ -18,8 +18,8 @@ from graphs._contract import InTower, Site
 if TYPE_CHECKING:
     from torch import nn
 
+    from exporter.kv import Inside
     from exporter.nn.traced import LanguageModel
-    from exporter.plan import Plan
 
 
 PROMPT = frozenset({"text", "text_mask", "warp"})
@@ -127,13 +127,13 @@ class Family(ABC):
         """The checkpoint as the modules' parameters are called."""
         return checkpoint.named(self.canonical)
 
-    def language_model(self, plan: Plan, prunes: bool = False) -> LanguageModel:
+    def language_model(self, checkpoint: Checkpoint, inside: Inside, prunes: bool = False) -> LanguageModel:
         """The decoder of prefill, where that drops tokens (`prunes`), or of everything else."""
         from exporter.nn.decoder import Decoder
 
-        spec = self.decoder(plan.checkpoint)
+        spec = self.decoder(checkpoint)
         assert isinstance(spec, DecoderSpec)
-        return Decoder(spec, plan.in_llm, plan.kept, prunes, plan.in_cache, plan.trained)
+        return Decoder(spec, inside, prunes)
 
 
 def site_of(spec: VitSpec | PixtralSpec | FastVitSpec, decoder: DecoderSpec, pictures: int) -> Site:

@@ -21,8 +21,8 @@ from graphs._contract import InTower, Site
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from exporter.kv import Inside
     from exporter.nn.traced import LanguageModel, Loaded, Seen
-    from exporter.plan import Plan
 
 
 def known(kind: str) -> bool:
@@ -97,11 +97,11 @@ class Traced(Family):
     def decoder(self, checkpoint: Checkpoint) -> DecoderShape:
         return _seen(checkpoint).decoder
 
-    def language_model(self, plan: Plan, prunes: bool = False) -> LanguageModel:
+    def language_model(self, checkpoint: Checkpoint, inside: Inside, prunes: bool = False) -> LanguageModel:
         from exporter.nn.traced import TracedDecoder
 
-        assert isinstance(plan.checkpoint, LoadedCheckpoint) and not prunes
-        return TracedDecoder(plan.checkpoint.loaded.hollow(), self.decoder(plan.checkpoint), plan.kept)
+        assert isinstance(checkpoint, LoadedCheckpoint) and not prunes
+        return TracedDecoder(checkpoint.loaded.hollow(), self.decoder(checkpoint), inside.visual)
 
 
 class LoadedCheckpoint(Checkpoint):

@@ -4,13 +4,13 @@ first, `order` carries causality."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from exporter.kv import KvLayout
+from exporter.kv import Inside
 from exporter.nn.atom import Atom
 from exporter.nn.cache import Int8, opened
 from exporter.nn.cuts import (
@@ -32,7 +32,7 @@ from exporter.nn.decoder_layer import Frame, Layer
 from exporter.nn.layers import LayerNorm, Linear, RMSNorm, soft_cap
 from exporter.nn.specs import DecoderSpec
 from exporter.nn.summaries import Summarized, Windows
-from graphs._contract import InCache, InLLM, Probing, Skipping, Summarizing, WhileDecoding
+from graphs._contract import Probing, Skipping, Summarizing, WhileDecoding
 
 A = TypeVar("A", bound=Atom)
 
@@ -116,18 +116,14 @@ class Decoder(nn.Module):
     """Decoder layers, final norm and LM head.
 
     Args:
-        reductions: (name, fitted method), inside the language model; they cut the layers into KV groups.
-        visual: visual tokens that enter the language model.
-        prunes: whether they stand in front and are pruned at the cuts (prefill), or have been (decode).
-        in_cache: (name, fitted method), of the cache.
-        trained: name of a method → its trained tensors' shapes.
+        inside: the reductions inside it, which cut the layers into KV groups, and of its cache.
+        prunes: whether visual tokens stand in front and are pruned at the cuts (prefill), or have been (decode).
     """
 
-    def __init__(
-        self, spec: DecoderSpec, reductions: Sequence[tuple[str, InLLM]] = (), visual: int = 0, prunes: bool = False,
-        in_cache: Sequence[tuple[str, InCache]] = (), trained: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, spec: DecoderSpec, inside: Inside | None = None, prunes: bool = False) -> None:
         super().__init__()
+        inside = inside or Inside()
+        visual, reductions = inside.visual, inside.in_llm
         self.spec = spec
         if spec.planes:
             self.planes, self.add = Planes(spec.planes), Add()
@@ -140,7 +136,7 @@ class Decoder(nn.Module):
             else FinalNorm(spec.hidden, spec.eps, spec.norm_offset)
         )
         self.lm_head = LmHead(spec)
-        self.layout = KvLayout.of(spec.layers, visual, [m for _, m in reductions], [m for _, m in in_cache])
+        self.layout = inside.layout(spec.layers)
         self.int8: Int8 | None = None
         self.pruned: dict[int, Cut] = {}
         self.ahead: dict[int, Ahead] = {}
@@ -153,7 +149,7 @@ class Decoder(nn.Module):
         present, shift = visual, 0
         shifts = {0: 0}  # how far positions have moved up, from a layer on
         for name, method in reductions:
-            known = Trained((trained or {}).get(name, {}))
+            known = Trained(inside.trained.get(name, {}))
             self.add_module(f"{name}_trained", known)
             if isinstance(method, Probing) and prunes:
                 self.probe, self.nudge = Probe(spec, method, known), Nudge()
@@ -181,10 +177,10 @@ class Decoder(nn.Module):
                         self.add_module(f"ahead_{layer}", self.ahead[layer])
         self.windows: Windows | None = None
         self.summarized: list[Summarized] = []
-        for name, evict in in_cache:
+        for name, evict in inside.in_cache:
             behind = range(evict.start, spec.layers)
             if isinstance(evict, Summarizing):
-                known = Trained((trained or {}).get(name, {}))
+                known = Trained(inside.trained.get(name, {}))
                 self.add_module(f"{name}_trained", known)
                 shifts[0] = present - evict.kept(0)
             if not prunes:
@@ -204,7 +200,7 @@ class Decoder(nn.Module):
         self.frames: dict[int, Frame] = {}
         for layer in (0,) if prunes else filter(self.layout.first, range(spec.layers)):
             # Prefill has its frame anew behind every cut; in decode what was cut is gone, and positions are the prompt's.
-            readers = sum(len(method.readers) for _, method in in_cache) if prunes else 0
+            readers = sum(len(method.readers) for _, method in inside.in_cache) if prunes else 0
             frame = Frame(spec, shifts[max(first for first in shifts if first <= layer)], (visual, readers))
             group = self.layout.groups[layer]
             self.frames[layer] = frame

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 BLOCKS = (128, 64, 32)
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""What the sixteen codes of FP4 stand for."""
 
 
 @dataclass(frozen=True)
 class Form:
     """How a matrix [in, out] is stored: bits of a number (4 or 8); block: rows that share a scale; whether there is an `offset`
-    (see `Quantized`), and an `order`; floats: whether the numbers are FP8 (E4M3), not integers."""
+    (see `Quantized`), and an `order`; floats: whether the numbers are FP8 (E4M3) or FP4 (E2M1), not integers."""
 
     bits: int
     block: int
@@ -26,8 +28,24 @@ class Form:
 
     @property
     def numbers(self) -> str:
-        """What they are called: "int4", "int8" or "fp8"."""
+        """What they are called: "int4", "int8", "fp8" or "fp4"."""
         return f"{'fp' if self.floats else 'int'}{self.bits}"
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude of a number."""
+        return {"int4": 8.0, "int8": 128.0, "fp8": 448.0, "fp4": 6.0}[self.numbers]
+
+    @property
+    def nested(self) -> bool:
+        """Whether the scales are FP8 (E4M3) themselves, under one float32 scale of the whole matrix, as NVFP4 has it."""
+        return self.floats and self.bits == 4
+
+    def bytes(self, shape: tuple[int, int], itemsize: int) -> int:
+        """Of a matrix's numbers and scales. itemsize: of a scale that is not nested."""
+        inputs, outputs = shape
+        scales = inputs // self.block * outputs
+        return inputs * outputs * self.bits // 8 + (scales + 4 if self.nested else scales * itemsize)
 
     def record(self) -> dict[str, Any]:
         """As data, without what is not there."""
@@ -42,9 +60,10 @@ class Quantized:
         form: its bits and block, and which of the rest there is.
         q: the integers in memory as ONNX has them, row by row; uint8 [in * out / 2], two values per byte and the first in the
             low half, or int8 [in * out]; of FP8 the bytes.
-        scale: float32 [in / block, out], positive.
+        scale: float32 [in / block, out], positive; where it is nested, numbers that E4M3 has.
         offset: float32 [in / block, out]; what is left of zero points, which TensorRT refuses: block * scale * (centre - zero).
         order: int64 [in], the input channel that each row belongs to.
+        whole: the float32 scale of nested scales.
     """
 
     form: Form
@@ -52,23 +71,40 @@ class Quantized:
     scale: Tensor
     offset: Tensor | None = None
     order: Tensor | None = None
+    whole: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.scale) * self.form.block, self.scale.shape[1]
 
+    @property
+    def largest(self) -> Tensor:
+        """[in / block, out], what a block may be dequantised to at most."""
+        return self.scale * (self.form.largest * self.whole)
+
     def integers(self) -> Tensor:
-        """int8 [in, out]; not of FP8."""
+        """int8 [in, out]; not of floats."""
         if self.form.bits == 8:
             return self.q.view(self.shape)
-        pairs = torch.stack([self.q & 0xF, self.q >> 4], 1).view(torch.int8).reshape(self.shape)
+        pairs = self._nibbles().view(torch.int8)
         return torch.where(pairs > 7, pairs - 16, pairs)
+
+    def numbers(self) -> Tensor:
+        """float32 [in, out], without their scales."""
+        if not self.form.floats:
+            return self.integers().float()
+        if self.form.bits == 8:
+            return self.q.view(torch.float8_e4m3fn).view(self.shape).float()
+        return torch.tensor(E2M1)[self._nibbles().int()]
+
+    def _nibbles(self) -> Tensor:
+        """uint8 [in, out], of which four bits are used."""
+        return torch.stack([self.q & 0xF, self.q >> 4], 1).reshape(self.shape)
 
     def dequantized(self) -> Tensor:
         """The float32 weight [in, out] that this stands for."""
-        numbers = self.q.view(torch.float8_e4m3fn).view(self.shape) if self.form.floats else self.integers()
-        blocks = numbers.to(torch.float32).view(-1, self.form.block, self.shape[1])
-        value = blocks * self.scale.unsqueeze(1)
+        blocks = self.numbers().view(-1, self.form.block, self.shape[1])
+        value = blocks * (self.scale * self.whole).unsqueeze(1)
         if self.offset is not None:
             value = value + (self.offset / self.form.block).unsqueeze(1)
         found = value.flatten(0, 1)

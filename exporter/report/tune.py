@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
@@ -14,9 +14,7 @@ from exporter.graphset import tokens_in_words
 from exporter.report import charts
 from exporter.tune import report
 from exporter.tune.search import UNITS, Basis, Entry, Result
-
-if TYPE_CHECKING:
-    from exporter.tune.run import Wanted
+from exporter.tune.wanted import Wanted
 
 
 def render(result: Result, wanted: Wanted) -> str:

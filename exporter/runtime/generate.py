@@ -325,7 +325,7 @@ class Generator:
             for name, (_, shape) in self.graphs.cache().items()
             if name in runner.inputs
         }
-        found, grown = runner.grow({**self._feeds(runner, first), **visual.signals}, past)
+        found, grown = runner.grow({**self._feeds(runner, first), **visual.signals}, past, first.order.shape[1])
         if type(runner) is not type(self._decode):
             grown = {name: self._hand(value, runner, self._decode) for name, value in grown.items()}
         cache = Cache(grown, places.next_position, places.next_order, [[] for _ in range(batch)])
@@ -454,7 +454,7 @@ class Generator:
     def _run(self, cache: Cache, tokens: Tokens) -> Logits:
         """The decode graph; puts what it returns into the cache."""
         runner = self._decode
-        found, cache.past = runner.grow(self._feeds(runner, tokens), cache.past)
+        found, cache.past = runner.grow(self._feeds(runner, tokens), cache.past, tokens.order.shape[1])
         if self._shrinking is not None and cache.shrunk is not None:
             self._shrinking.ran(cache.shrunk, found)
         return _logits(runner, found)

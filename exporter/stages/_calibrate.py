@@ -32,11 +32,11 @@ from exporter.runtime import images
 from exporter.runtime.generate import Generator, Timings, Visual
 from exporter.runtime.prompt import Prompt
 from exporter.runtime.sequence import split
+from exporter.stages._modules import Modules, build_modules, origins, share
 from exporter.stages._processor import prompt_of
 from exporter.stages._reference import reference
 from exporter.stages._store import WeightFile
 from exporter.stages._task import Question
-from exporter.stages.export import Modules, build_modules, origins, share
 from exporter.weights import Source, fill
 from graphs._contract import Summarizing
 

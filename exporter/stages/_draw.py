@@ -14,7 +14,7 @@ from torch import nn
 
 from exporter import __version__
 from exporter.nn.atom import SHEET, Atom
-from exporter.stages._trace import OPSET, symbolic, trace
+from exporter.stages._trace import IR_VERSION, OPSET, symbolic, trace
 
 Shape = Sequence[int | str]
 
@@ -65,7 +65,7 @@ def draw(
         initializers=list(sheet.constants.values()), opset_imports={"": OPSET}, name="edgetrim",
     )  # fmt: skip
     _number(graph)
-    return ir.Model(graph, ir_version=10, producer_name="edgetrim", producer_version=__version__)
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="edgetrim", producer_version=__version__)
 
 
 class _Sheet:

@@ -22,6 +22,7 @@ from exporter.graphset import GraphSet
 from exporter.plan import Plan
 from exporter.runtime import images
 from exporter.runtime.generate import Generator, embedding
+from exporter.stages._lookup import spell_out
 from exporter.stages._processor import prompt_of
 from exporter.stages._task import Question
 from exporter.workspace import SCRATCH
@@ -80,6 +81,7 @@ def measure(plan: Plan, graphs: GraphSet, folder: Path, questions: Sequence[Ques
             twin = folder / f"{SCRATCH}{file}"
             stack.callback(twin.unlink, missing_ok=True)
             model = ir.load(folder / file)
+            spell_out(model)
             in_float32(model)
             ir.save(model, twin)
             largest[file] = {}

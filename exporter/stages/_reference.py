@@ -13,8 +13,9 @@ from torch import Tensor
 from exporter.backends._contract import Array, Runner
 from exporter.graphset import GraphSet, bucket_role
 from exporter.plan import Plan
+from exporter.stages._describe import describe, reduce_outputs, side_inputs
 from exporter.stages._llm import buckets, call_llm, llm_inputs, llm_outputs
-from exporter.stages.export import Modules, describe, load_reference, reduce_outputs, side_inputs
+from exporter.stages._modules import Modules, load_reference
 from exporter.weights import text_embeddings
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class TorchRunner(Runner):
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         tensors = {
-            k: v if isinstance(v, Tensor) else torch.from_numpy(np.ascontiguousarray(v)) for k, v in feeds.items()
+            k: v if isinstance(v, Tensor) else torch.from_numpy(np.require(v, requirements=("C", "W")))
+            for k, v in feeds.items()
         }
         with torch.inference_mode():
             return dict(zip(self._outputs, self._call(tensors), strict=True))

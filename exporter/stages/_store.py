@@ -120,7 +120,7 @@ class WeightFile:
             value, note = make()
             if isinstance(value, Quantized):
                 note = value.form.record() | note
-                check_range(name, value.scale * 2 ** (value.form.bits - 1), self.dtype)
+                check_range(name, value.largest, self.dtype)
                 part = self._part(name, self._laid_out(value), note)
             else:
                 part = self._part(name, [as_bytes(to_dtype(name, value.contiguous(), self.dtype))], note)
@@ -134,6 +134,7 @@ class WeightFile:
         form = _form(self.notes.get(name, {}))
         if form is None:
             return self._bytes(name).float()
+        assert not form.nested, "only what was calibrated is asked for"
         kind = torch.int8 if form.numbers == "int8" else torch.uint8
         scale = self._bytes(f"{name}.scale").float()
         return Quantized(
@@ -198,21 +199,36 @@ class WeightFile:
         model.graph.initializers[value.name or ""] = value
 
     def _dequantize(self, model: ir.Model, value: ir.Value, shape: tuple[int, ...], form: Form | None) -> None:
-        """DequantizeLinear in front of the MatMuls that read it; what an offset and an order stand for, at their inputs."""
+        """DequantizeLinear in front of the MatMuls that read it; what an offset and an order stand for, at their inputs.
+
+        Nested scales are dequantised by one of their own. Both are float32 then, as NVIDIA's ModelOpt writes them: in float16 the
+        scale of a whole matrix would lose bits."""
         assert form is not None
         name = value.name or ""
-        inputs = [self._initializer(model, f"{name}.{suffix}") for suffix in (form.numbers, "scale")]
-        dtype = self._kind
-        out = ir.Value(name=f"{name}.dequantized", shape=ir.Shape(shape), type=ir.TensorType(dtype))
-        per_column = form.block == shape[0] and form.bits == 8
-        attributes = [ir.AttrInt64("axis", 1 if per_column else 0)]
-        attributes += [] if per_column else [ir.AttrInt64("block_size", form.block)]
-        node = ir.Node("", "DequantizeLinear", inputs, attributes, outputs=[out], name=f"{name}/DequantizeLinear")
         uses = list(value.uses())
         first = (
             min((use.node for use in uses), key=lambda n: list(model.graph).index(n)) if len(uses) > 1 else uses[0].node
         )
-        model.graph.insert_before(first, node)
+
+        def node(op: str, inputs: list[ir.Value], suffix: str, dtype: ir.DataType, **attributes: int) -> ir.Value:
+            made = ir.Value(name=f"{name}.{suffix}", shape=inputs[0].shape, type=ir.TensorType(dtype))
+            given = [ir.AttrInt64(key, number) for key, number in attributes.items()]
+            label = f"{made.name}/{op}" if suffix != "dequantized" else f"{name}/{op}"
+            model.graph.insert_before(first, ir.Node("", op, inputs, given, outputs=[made], name=label))
+            return made
+
+        numbers, scale = (self._initializer(model, f"{name}.{suffix}") for suffix in (form.numbers, "scale"))
+        if form.block == shape[0] and form.bits == 8:
+            out = node("DequantizeLinear", [numbers, scale], "dequantized", self._kind, axis=1)
+        elif form.nested:
+            whole = self._initializer(model, f"{name}.whole")
+            scale = node("DequantizeLinear", [scale, whole], "scale.dequantized", ir.DataType.FLOAT)
+            out = node("DequantizeLinear", [numbers, scale], "wide", ir.DataType.FLOAT, axis=0, block_size=form.block)
+            if self._kind != ir.DataType.FLOAT:
+                out = node("Cast", [out], "dequantized", self._kind, to=self._kind.value)
+            model.graph.opset_imports[""], model.ir_version = FP4_OPSET, FP4_IR_VERSION
+        else:
+            out = node("DequantizeLinear", [numbers, scale], "dequantized", self._kind, axis=0, block_size=form.block)
         for use in uses:
             use.node.replace_input_with(use.idx, out)
             if form.order:
@@ -233,17 +249,19 @@ class WeightFile:
             yield as_bytes(to_dtype(name, rows, self.dtype))
 
     def _quantized(self, name: str, source: Source, form: Form) -> Iterator[memoryview]:
-        tensor = source.read(self.checkpoint)
-        check_range(name, tensor, self.dtype)  # what is dequantised has to fit, not only the scale
         assert self.precision is not None
-        yield from self._laid_out(rounding(self.precision).quantize(tensor, form.block))
+        found = rounding(self.precision).quantize(source.read(self.checkpoint), form.block)
+        check_range(name, found.largest, self.dtype)
+        yield from self._laid_out(found)
 
     def _laid_out(self, found: Quantized) -> Iterator[memoryview]:
         """The integers, and, aligned as well, what goes with them."""
         yield as_bytes(found.q)
         size = found.q.numel()
-        scale = found.scale.clamp_min(SMALLEST).to(self.dtype)
-        for tensor in (scale, _to(found.offset, self.dtype), found.order):
+        scales: tuple[torch.Tensor, ...] = (found.scale.clamp_min(SMALLEST).to(self.dtype),)
+        if found.form.nested:
+            scales = found.scale.to(torch.float8_e4m3fn), torch.tensor(found.whole)
+        for tensor in (*scales, _to(found.offset, self.dtype), found.order):
             if tensor is not None:
                 yield memoryview(bytes(-size % ALIGN))
                 yield as_bytes(tensor.contiguous())
@@ -257,7 +275,9 @@ class WeightFile:
         inputs, outputs = shape
         scales = (outputs,) if form.bits == 8 and form.block == inputs else (inputs // form.block, outputs)
         end = self._tensor(f"{name}.{form.numbers}", part.offset, shape, NUMBERS[form.numbers])
-        end = self._tensor(f"{name}.scale", end, scales, self._kind)
+        end = self._tensor(f"{name}.scale", end, scales, ir.DataType.FLOAT8E4M3FN if form.nested else self._kind)
+        if form.nested:
+            end = self._tensor(f"{name}.whole", end, (), ir.DataType.FLOAT)
         if form.offset:
             end = self._tensor(f"{name}.offset", end, scales, self._kind)
         if form.order:
@@ -279,7 +299,11 @@ class WeightFile:
 
 SMALLEST = 2.0**-24
 """Of a scale: in float16 anything smaller is zero, which TensorRT refuses. So are weights that it is the scale of, or nearly."""
-NUMBERS = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
+NUMBERS = {
+    "int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN, "fp4": ir.DataType.FLOAT4E2M1,
+}  # fmt: skip
+FP4_OPSET, FP4_IR_VERSION = 23, 11
+"""The first with FP4."""
 
 
 def rounding(precision: Precision) -> Quantizer:

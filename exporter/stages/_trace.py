@@ -24,7 +24,7 @@ from torch.onnx._internal.fx.passes import type_promotion
 from exporter import __version__
 from exporter.stages._lower import lower, promote
 
-OPSET = 21
+OPSET, IR_VERSION = 21, 10
 
 Axes = Mapping[int, str]
 Inputs = Mapping[str, torch.Tensor | Sequence[torch.Tensor]]

@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,105 +21,34 @@ from torch import nn
 
 from exporter import __version__
 from exporter.checkpoint import Stored
-from exporter.clip import text_spec, text_tokens
 from exporter.flavours._apply import apply
-from exporter.graphset import GraphSet, TextSpec, VisualLayout, bucket_role
+from exporter.graphset import GraphSet, bucket_role
 from exporter.journal import DataFile, Journal
-from exporter.nn.cache import Int8
 from exporter.nn.clip_text import ClipText
 from exporter.nn.reduce import Reduce
 from exporter.plan import Plan, Step
 from exporter.runtime.question import InstructionTokenizer, QuestionTokenizer
+from exporter.stages import _calibrate, _islands
+from exporter.stages._describe import describe, reduce_inputs, reduce_outputs
 from exporter.stages._draw import DTYPES as TORCH
 from exporter.stages._draw import Shape, draw
 from exporter.stages._llm import buckets, draw_llm
+from exporter.stages._lookup import apply as lookup
+from exporter.stages._modules import DTYPES, build_modules, origins
 from exporter.stages._processor import write_processor
 from exporter.stages._store import WeightFile, as_bytes, slices, to_dtype
 from exporter.trained import trained_tensors
 from exporter.transfer import Transfer
-from exporter.weights import Source, elsewhere, fill, sources, text_embeddings, trained
-from graphs._contract import INSTRUCTION_TOKENS
+from exporter.weights import Source, text_embeddings
 from plugins._apply import apply as plug
 
 if TYPE_CHECKING:
-    from exporter.nn.traced import LanguageModel
     from exporter.stages._task import Question
 
 PRECISION = "precision.json"
 """How the matrices of a quantised language model are stored, and which nodes of a float16 graph compute in float32."""
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 Log = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Modules:
-    """The eager modules of a plan: what is traced, and, with weights, the PyTorch reference.
-
-    prefill and decode are the same object unless something is pruned inside the language model; question is None unless a
-    reduction reads the question with CLIP.
-    """
-
-    vision: nn.Module
-    question: ClipText | None
-    reduce: Reduce
-    prefill: LanguageModel
-    decode: LanguageModel
-
-    def stored(self) -> dict[str, nn.Module]:
-        """Weight file → the module whose parameters it holds."""
-        found: dict[str, nn.Module] = {"vision": self.vision, "reduce": self.reduce, "llm": self.decode}
-        return found if self.question is None else found | {"question": self.question}
-
-
-def origins(plan: Plan, modules: Modules) -> dict[str, dict[str, Source]]:
-    """Weight file → parameter name → where it comes from: the checkpoint, the CLIP checkpoint, a method's own file."""
-    found = {"vision": sources(modules.vision, "vision"), "llm": sources(modules.decode, "text")}
-    found["reduce"] = trained(plan, "before_llm", "{}") | trained(plan, "projector", "{}")
-    found["llm"] |= trained(plan, "in_llm", "{}_trained") | trained(plan, "in_cache", "{}_trained")
-    if modules.reduce.projector is not None:
-        found["reduce"] |= {f"projector.{k}": v for k, v in sources(modules.reduce.projector, "projector").items()}
-    if plan.request.clip is not None and "aligned" in plan.taps:
-        tap = elsewhere(modules.vision.get_submodule("tap_aligned"), "aligned", plan.request.clip)
-        found["vision"] |= {f"tap_aligned.{k}": v for k, v in tap.items()}
-    if plan.clip is not None and modules.question is not None:
-        found["question"] = elsewhere(modules.question, "question", plan.clip)
-    return found
-
-
-def build_modules(plan: Plan) -> Modules:
-    """The plan's modules on the meta device (constants are real)."""
-    with torch.device("meta"):
-        vision = plan.family.vision(plan.checkpoint, plan.geometry, plan.taps, plan.in_tower)
-        question = None if plan.clip is None else ClipText(text_spec(plan.clip))
-        projector = None if plan.compressed else plan.family.projector(plan.checkpoint, plan.geometry)
-        reduce = Reduce(plan.before_llm, projector, (*plan.for_reduce, *plan.side), plan.sized, plan.fixed)
-        prefill = decode = plan.family.language_model(plan)
-        if plan.separate_prefill:
-            prefill = plan.family.language_model(plan, prunes=True)
-    if plan.profile.precision.kv == "int8":
-        for module in (prefill, decode):
-            module.int8 = Int8(module.layout)
-    return Modules(vision, question, reduce, prefill, decode)
-
-
-def load_reference(plan: Plan, dtype: torch.dtype = torch.float32) -> Modules:
-    """The plan's modules with the checkpoint's weights: the PyTorch reference."""
-    modules = build_modules(plan)
-    found = origins(plan, modules)
-    for file, module in modules.stored().items():
-        fill(module, found[file], plan.checkpoint, dtype)
-    if modules.prefill is not modules.decode:
-        share(modules.decode, modules.prefill)
-    return modules
-
-
-def share(source: nn.Module, target: nn.Module) -> None:
-    """Give `target` the very parameters of `source`."""
-    for name, parameter in source.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        setattr(target.get_submodule(owner), leaf, parameter)
-    target.eval()
 
 
 def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: Sequence[Question] = ()) -> GraphSet:
@@ -133,8 +62,6 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: 
         ExportError: the folder holds something else.
         UsageError: a quantiser that does not fit, or has no calibration data.
     """
-    from exporter.stages import _calibrate, _islands
-
     if plan.clip is not None:  # what a runtime will need: refused now, not there
         QuestionTokenizer.load(plan.clip.folder)
     if plan.instruction is not None:
@@ -213,6 +140,7 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: 
     if quantize is not None or islands:
         record = _precision_record(plan, weight_files["llm"].notes, len(calibration), islands)
         (folder / PRECISION).write_text(json.dumps(record, indent=1) + "\n")
+    graphs = replace(graphs, lookup=lookup(folder, files.values()))
     if target.plugins:
         graphs = replace(graphs, plugged=plug(target.plugins, folder, files.values(), log))
     graphs.save(folder)
@@ -274,63 +202,6 @@ def _bytes(plan: Plan, found: dict[str, dict[str, Source]], embedding: Source) -
     return sum(source.bytes(plan.checkpoint) for source in (*wanted, embedding))
 
 
-def describe(plan: Plan, files: dict[str, str], signals: dict[str, list[int]]) -> GraphSet:
-    """The description that a runtime needs instead of the plan."""
-    g = plan.geometry
-    kv, decoder = plan.kv, plan.family.decoder(plan.checkpoint)
-    return GraphSet(
-        family=plan.family.model_type,
-        compute=plan.profile.precision.compute,
-        weights=plan.profile.precision.weights,
-        kv=plan.profile.precision.kv,
-        files=files,
-        reductions=plan.record(),
-        image=g.image,
-        visual=VisualLayout(
-            frames=g.frames,
-            placeholders=g.placeholders,
-            total=(g.numbered or g.tower).total + g.fixed * g.placeholders,
-            kept=plan.kept,
-            grid=g.grid,
-            ids=[list(i) for i in g.ids],
-            span=g.span,
-            policy=plan.policy,
-            readers=[token for _, method in plan.in_cache for token in method.readers],
-            media=g.media,
-            mark=g.mark,
-            written=g.written,
-            fixed=g.fixed,
-            template=g.template,
-            spliced=g.spliced,
-            sees=g.sees,
-        ),
-        text=TextSpec(
-            hidden=g.hidden,
-            layers=g.layers,
-            kv_heads=g.kv_heads,
-            head_dim=g.head_dim,
-            vocab=g.vocab,
-            position_axes=g.position_axes,
-            groups=list(kv.groups),
-            kept=list(kv.kept),
-            image_token=g.image_token,
-            eos=list(g.eos),
-            planes=g.planes,
-            longest=decoder.longest,
-            window=decoder.window,
-            per_head=[group for group, apart in enumerate(kv.per_head) if apart],
-        ),
-        signals=signals,
-        for_prefill=list(plan.for_prefill),
-        side={name: list(shape) for name, (shape, _) in side_inputs(plan).items()},
-        question_tokens=0 if plan.clip is None else text_tokens(plan.clip),
-        sized=plan.sized,
-        buckets=[list(b) for b in plan.while_decoding[1].buckets] if plan.while_decoding else [],
-        state=plan.while_decoding[1].state if plan.while_decoding else 0,
-        guided=plan.guided,
-    )
-
-
 def draw_vision(plan: Plan, module: nn.Module, dtype: torch.dtype) -> ir.Model:
     image = plan.geometry.image
     shape = ("batch", plan.geometry.frames, 3, image.height, image.width)
@@ -350,33 +221,6 @@ def draw_reduce(plan: Plan, module: Reduce, vision: ir.Model, dtype: torch.dtype
         signals[value.name] = ("batch", *static_sizes(value)), TORCH[value.dtype]
     inputs = reduce_inputs(plan, signals, dtype)
     return draw(module, inputs, lambda v: module(*v.values()), reduce_outputs(plan.sized))
-
-
-def reduce_inputs(
-    plan: Plan, signals: dict[str, tuple[Shape, torch.dtype]], dtype: torch.dtype
-) -> dict[str, tuple[Shape, torch.dtype]]:
-    """Name → shape and dtype, in order. `signals`: those of vision that reduce takes."""
-    side = {name: (("batch", *shape), kind or dtype) for name, (shape, kind) in side_inputs(plan).items()}
-    return signals | side
-
-
-def side_inputs(plan: Plan) -> dict[str, tuple[tuple[int | str, ...], torch.dtype | None]]:
-    """Inputs of the reduce graph that do not come from vision: name → shape behind the batch axis, and dtype (None: as
-    everything else)."""
-    site = plan.geometry.tower
-    known: dict[str, tuple[tuple[int | str, ...], torch.dtype | None]] = {
-        "text": (("text", plan.geometry.hidden), None),
-        "text_mask": (("text",), None),
-        "aligned_text": ((plan.geometry.shared,), None),
-        "instruction_ids": ((INSTRUCTION_TOKENS,), torch.int64),
-        "instruction_mask": ((INSTRUCTION_TOKENS,), torch.int64),
-        "warp": ((site.frames, site.tokens), torch.int64),
-    }
-    return {name: known[name] for name in plan.side}
-
-
-def reduce_outputs(sized: bool) -> list[str]:
-    return ["visual_embeds", "index", *(["visual_size"] if sized else [])]
 
 
 def static_sizes(value: ir.Value) -> list[int]:

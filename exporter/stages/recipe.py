@@ -45,7 +45,7 @@ def collect(work: Workspace, graphs: GraphSet, profile: Profile) -> dict[str, An
     stack = profile.stack
     return {
         "schema": 1,
-        "command": ["edgetrim", "build", "."],
+        "command": ["edgetrim", "run", "."],
         "profile": profile.name,
         "device": profile.device.title,
         "needs": {
@@ -79,8 +79,10 @@ the device builds its own, from this folder alone: no PyTorch, no network.
 ```
 pip install edgetrim      # without extras; in an environment that sees the system's TensorRT (--system-site-packages)
 {" ".join(recipe["command"])}
-edgetrim bench . --no-compare && edgetrim pack .
 ```
+
+That builds the engines, compares them with what the model gave where it was exported, times every stage and packs the bundle anew;
+`edgetrim build .` only builds.
 
 It needs {stack}, a GPU of {targets}, about {needs["memory_mib"]:,} MiB of memory for the largest engine (swap counts) and
 {needs["disk_mib"]:,} MiB of disk. The files are compared with `manifest.json` first. An engine that is built already is taken from

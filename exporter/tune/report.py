@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from exporter import __version__
 from exporter.tune.search import UNITS, Entry, Result
-
-if TYPE_CHECKING:
-    from exporter.tune.run import Wanted
+from exporter.tune.wanted import Wanted
 
 PAGE = "tune.html"
 WINNER = "winner.json"

@@ -6,20 +6,20 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from exporter import __version__
 from exporter.cost.roofline import Use
 from exporter.errors import UsageError
-from exporter.job import Job, folder_of
+from exporter.job import folder_of
 from exporter.report import tune as page
 from exporter.tune import measure, report
-from exporter.tune.budget import Budget
 from exporter.tune.candidates import Candidate, candidates, templates
 from exporter.tune.journal import Journal
 from exporter.tune.search import Result, Search, Tools
+from exporter.tune.wanted import Wanted
 from exporter.tune.workers import Workers
 from exporter.workspace import Workspace
 
@@ -28,21 +28,6 @@ FINALISTS = ".part-finalists"
 """Their exports, while the search goes on."""
 SHOWN = 5
 """Reasons of an error."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What was asked for. job: its reductions and profile do not matter. rounds, threads: of the timing."""
-
-    job: Job
-    profiles: tuple[str, ...]
-    methods: tuple[str, ...]
-    keep: tuple[float, ...]
-    budgets: tuple[Budget, ...]
-    finalists: int
-    asking: measure.Asking
-    rounds: int
-    threads: int | None
 
 
 def check(wanted: Wanted) -> None:

@@ -13,6 +13,8 @@ typedef struct CUctx_st *CUcontext;
 typedef struct CUstream_st *CUstream;
 typedef struct CUgraph_st *CUgraph;
 typedef struct CUgraphExec_st *CUgraphExec;
+typedef struct { size_t srcXInBytes, srcY; unsigned srcMemoryType; const void *srcHost; CUdeviceptr srcDevice; void *srcArray; size_t srcPitch,
+  dstXInBytes, dstY; unsigned dstMemoryType; void *dstHost; CUdeviceptr dstDevice; void *dstArray; size_t dstPitch, WidthInBytes, Height; } CUDA_MEMCPY2D;
 #define CUDAAPI
 #define cuDeviceTotalMem cuDeviceTotalMem_v2
 #define cuDevicePrimaryCtxRelease cuDevicePrimaryCtxRelease_v2
@@ -22,6 +24,7 @@ typedef struct CUgraphExec_st *CUgraphExec;
 #define cuMemcpyHtoDAsync cuMemcpyHtoDAsync_v2
 #define cuMemcpyDtoHAsync cuMemcpyDtoHAsync_v2
 #define cuMemcpyDtoDAsync cuMemcpyDtoDAsync_v2
+#define cuMemcpy2DAsync cuMemcpy2DAsync_v2
 #define cuStreamDestroy cuStreamDestroy_v2
 #define cuStreamBeginCapture cuStreamBeginCapture_v2
 #endif
@@ -74,6 +77,23 @@ static CUresult copy(void *target, const void *source, size_t size, CUstream s) 
 CUresult CUDAAPI cuMemcpyHtoDAsync(CUdeviceptr to, const void *from, size_t n, CUstream s) { return copy((void *)(size_t)to, from, n, s); }
 CUresult CUDAAPI cuMemcpyDtoHAsync(void *to, CUdeviceptr from, size_t n, CUstream s) { return copy(to, (void *)(size_t)from, n, s); }
 CUresult CUDAAPI cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, size_t n, CUstream s) { return copy((void *)(size_t)to, (void *)(size_t)from, n, s); }
+static size_t space(CUdeviceptr at) {
+  for (int i = 0; i < BLOCKS; i++) {
+    size_t offset = (size_t)at - (size_t)blocks[i].at;
+    if (blocks[i].at && offset < blocks[i].size) return blocks[i].size - offset; }
+  return 0; }
+CUresult CUDAAPI cuMemcpy2DAsync(const CUDA_MEMCPY2D *c, CUstream s) {
+  if (c->srcMemoryType != 2 || c->dstMemoryType != 2 || c->srcXInBytes || c->srcY || c->dstXInBytes || c->dstY) return 1;
+  if (c->WidthInBytes > c->srcPitch || c->WidthInBytes > c->dstPitch) return 1;
+  if (space(c->srcDevice) < (c->Height - 1) * c->srcPitch + c->WidthInBytes) return 700;
+  if (space(c->dstDevice) < (c->Height - 1) * c->dstPitch + c->WidthInBytes) return 700;
+  for (size_t i = 0; i < c->Height; i++)
+    if (copy((char *)(size_t)c->dstDevice + i * c->dstPitch, (char *)(size_t)c->srcDevice + i * c->srcPitch, c->WidthInBytes, s)) return 1;
+  return 0; }
+CUresult CUDAAPI cuMemsetD8Async(CUdeviceptr at, unsigned char value, size_t n, CUstream s) {
+  if (s != (CUstream)&stream || capturing || space(at) < n) return 1;
+  memset((void *)(size_t)at, value, n);
+  return 0; }
 CUresult CUDAAPI cuStreamCreate(CUstream *made, unsigned int flags) { *made = (CUstream)&stream; return flags == 1 ? 0 : 1; }
 CUresult CUDAAPI cuStreamDestroy(CUstream s) { return s == (CUstream)&stream ? 0 : 1; }
 CUresult CUDAAPI cuStreamSynchronize(CUstream s) { return s == (CUstream)&stream && !capturing ? 0 : 1; }

@@ -43,12 +43,20 @@ def tensorrt(handle: object) -> tuple[Any, list[str]]:
     return SimpleNamespace(__name__="tensorrt", __version__="10.3.0", get_plugin_registry=lambda: registry), loaded
 
 
+@pytest.fixture
+def wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every library was built with TensorRT's headers. What one without is, see tests/plugins/test_python.py."""
+    monkeypatch.setattr(_library, "Library", lambda file: SimpleNamespace(wrapped=True))
+
+
+@pytest.mark.usefixtures("wrapped")
 def test_tensorrt_loads_it() -> None:
     trt, loaded = tensorrt(object())
     _plugins.load(trt, "/some/lib.so")
     assert loaded == ["/some/lib.so"]
 
 
+@pytest.mark.usefixtures("wrapped")
 def test_tensorrt_does_not_take_it() -> None:
     with pytest.raises(EnvironmentMismatch, match=r"tensorrt 10\.3\.0 cannot load /some/lib\.so(.|\n)*TENSORRT_ROOT"):
         _plugins.load(tensorrt(None)[0], "/some/lib.so")

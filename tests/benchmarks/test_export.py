@@ -10,7 +10,7 @@ import torch
 from benchmarks import export
 from exporter.checkpoint import Checkpoint
 from exporter.plan import make_plan
-from exporter.stages.export import build_modules, origins
+from exporter.stages._modules import build_modules, origins
 from profiles import _schema
 
 TINY = export.Subject("llava", "bfloat16", {

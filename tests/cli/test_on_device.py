@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from exporter.cli import main
 from exporter.job import EMBEDDED, Job
-from exporter.pipeline import run_export, run_pack
+from exporter.pipeline import run_export, run_pack, why_recorded
 from exporter.workspace import Workspace
 from profiles import _schema
 from tests.conftest import needs_rtx
@@ -53,6 +55,52 @@ def test_build_bench_validate_and_pack_need_no_torch(bundle: Path) -> None:
     assert packed.returncode == 0, packed.stderr
     looked = device("inspect", str(bundle), "--json")
     assert looked.returncode == 0, looked.stderr
+
+
+def test_one_verb_does_all_that_a_device_does(bundle: Path) -> None:
+    """`run` on a bundle: engines that it lacks, fidelity by the recording, latency, a manifest that holds."""
+    (bundle / "manifest.json").unlink()
+    shutil.rmtree(bundle / "engines")
+    ran = device("run", str(bundle), "--rounds", "2", "--json")
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["folder"] == str(bundle)
+    assert found["validation"]["recorded"] is True
+    assert {row["stage"] for row in found["validation"]["fidelity"]} >= {"vision", "prefill", "decode"}
+    assert found["latency"]["variants"].keys() == {"engine_reduced"}
+    assert found["latency"]["rounds"] == 2
+    named = json.loads((bundle / "manifest.json").read_text())["files"]
+    assert {"engines/engines.json", "evidence/latency.json", "evidence/layers.json", "report.html"} <= named.keys()
+    verified = device("verify", str(bundle))
+    assert verified.returncode == 0, verified.stderr
+
+    engines = {path.name: path.stat().st_mtime_ns for path in (bundle / "engines").iterdir()}
+    again = device("run", str(bundle), "--rounds", "2", "--threads", "1", "--json")
+    assert again.returncode == 0, again.stderr
+    assert engines == {path.name: path.stat().st_mtime_ns for path in (bundle / "engines").iterdir()}, "kept"
+
+    for arguments, said in (
+        (("--reduce", "random:keep=8", "-o", "elsewhere"), "leave out --reduce, --output,"),
+        (("--profile", "cpu_fp32"), "leave out --profile,"),
+        (("--questions", "q.jsonl"), "PyTorch is not installed here. Ask them where the model was exported"),
+    ):
+        refused = device("run", str(bundle), *arguments)
+        assert refused.returncode == 2
+        assert said in refused.stderr, refused.stderr
+
+    (bundle / "report.html").write_text("changed")
+    assert device("run", str(bundle)).returncode == 6
+
+
+def test_without_a_checkpoint_the_recording_is_compared_with(bundle: Path) -> None:
+    """PyTorch alone cannot say what the model gives."""
+    job = json.loads((bundle / "job.json").read_text())
+    (bundle / "job.json").write_text(json.dumps({**job, "checkpoint": str(bundle / "gone")}))
+    (bundle / "manifest.json").unlink()
+    assert "gone" in (why_recorded(Job.read(Workspace(bundle))) or "")
+    assert why_recorded(Job(EMBEDDED, (), "cpu_fp32")) is None
+    assert main(["validate", str(bundle), "--json"]) == 0
+    assert json.loads((bundle / "evidence/validation.json").read_text())["recorded"] is True
 
 
 def test_fidelity_against_the_recording_is_that_against_pytorch(bundle: Path, finished: tuple[Path, int, str]) -> None:
@@ -105,7 +153,7 @@ def test_a_bundle_without_engines_says_how_to_build_them_and_is_built(tmp_path: 
     profile.unlink()
 
     recipe = json.loads((work.folder / "recipe.json").read_text())
-    assert recipe["command"] == ["edgetrim", "build", "."]
+    assert recipe["command"] == ["edgetrim", "run", "."]
     assert recipe["needs"]["module"] == "tensorrt_rtx"
     decode = next(e for e in recipe["engines"] if e["roles"] == ["decode"])
     assert decode["optimization_profiles"]["decode"]["inputs_embeds"][1] == {"min": 1, "opt": 1, "max": 4}

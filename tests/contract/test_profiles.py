@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import defaultdict
 
 import pytest
 
@@ -83,8 +84,9 @@ def test_no_block_is_larger_than_the_memory(profile: _schema.Profile) -> None:
 
 
 def test_four_bits_are_not_held_to_more_than_full_precision() -> None:
-    by_weights: dict[str, list[_schema.Gates]] = {"none": [], "fp8": [], "int8": [], "int4": []}
+    by_weights: dict[str, list[_schema.Gates]] = defaultdict(list)
     for name in NAMES:
         loaded = _schema.load(name)
         by_weights[loaded.precision.weights].append(loaded.gates)
-    assert max(g.logits_cosine_min for g in by_weights["int4"]) <= min(g.logits_cosine_min for g in by_weights["none"])
+    four = [*by_weights["int4"], *by_weights["nvfp4"]]
+    assert max(g.logits_cosine_min for g in four) <= min(g.logits_cosine_min for g in by_weights["none"])

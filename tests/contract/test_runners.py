@@ -75,7 +75,7 @@ def test_a_cache_grows_from_device_value_to_device_value(opens: Open, tmp_path: 
         whole = np.empty((2, 0, 4), np.float32)
         for step in range(9):
             new = random.standard_normal((2, 1 + step % 3, 4)).astype(np.float32)
-            found, grown = runner.grow({"new": new}, {"past": past})
+            found, grown = runner.grow({"new": new}, {"past": past}, new.shape[1])
             assert (found.keys(), grown.keys()) == ({"logits"}, {"past"})
             whole = np.concatenate([whole, new], axis=1)
             past = grown["past"]

@@ -346,6 +346,7 @@ else:
         (folder / "evidence").mkdir(exist_ok=True)
         (folder / "evidence/latency.json").write_text(json.dumps(
             {{"variants": {{"engine_reduced": {{"ttft": {{"median_ms": 12.5}}}}}}}}))
+        (folder / "evidence/layers.json").write_text(json.dumps({{"engines": {{"decode": [{{"name": "/lm_head"}}]}}}}))
 """
 
 
@@ -370,6 +371,7 @@ def test_everything_is_checked_there_before_the_switch_and_recorded(make: Make, 
     assert (stand_in / "calls").read_text().split() == ["build", "validate", "bench", "pack"]
     assert found.data["facts"]["edgetrim"] == "9.9"
     assert list(found.data["steps"]) == ["build", "validate", "bench", "pack"]
+    assert found.data["layers"] == {"engines": {"decode": [{"name": "/lm_head"}]}}
     assert found.compared == []
     assert whole(folder, device).compared == [("ttft", 12.5, 12.5)]
     assert (stand_in / "calls").read_text().split() == ["build", "validate", "bench", "pack"]  # nothing again

@@ -18,7 +18,8 @@ from exporter.errors import CheckpointError, UsageError
 from exporter.families._contract import Request
 from exporter.plan import Plan
 from exporter.runtime.question import QuestionTokenizer
-from exporter.stages.export import export, load_reference
+from exporter.stages._modules import load_reference
+from exporter.stages.export import export
 from tests.families import tiny
 
 SPEC = "trim:keep=4,text=clip"

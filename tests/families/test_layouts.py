@@ -16,7 +16,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.families._contract import Request, decoder_spec
 from exporter.plan import make_plan
-from exporter.stages.export import load_reference
+from exporter.stages._modules import load_reference
 from tests.families import tiny
 
 SIZED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

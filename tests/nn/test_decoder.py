@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from exporter.graphset import PAD
+from exporter.kv import Inside
 from exporter.nn.cuts import Cut, Trained
 from exporter.nn.decoder import Decoder
 from exporter.nn.specs import IN_LLM_SIGNALS, DecoderSpec
@@ -35,7 +36,7 @@ FITTED = FastV(layer=2, keep=3)
 
 
 def decoder(spec: DecoderSpec, reductions: tuple[tuple[str, FastV], ...] = (), visual: int = 0) -> Decoder:
-    found, generator = Decoder(spec, reductions, visual, bool(reductions)), torch.Generator().manual_seed(0)
+    found, generator = Decoder(spec, Inside(visual, reductions), bool(reductions)), torch.Generator().manual_seed(0)
     for parameter in found.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     return found

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from exporter.graphset import PAD
+from exporter.kv import Inside
 from exporter.nn.decoder import Decoder
 from exporter.nn.specs import IN_CACHE_SIGNALS, IN_LLM_SIGNALS
 from exporter.weights import load
@@ -93,8 +94,8 @@ def seen(folder: Path) -> tuple[Any, Tensor]:
     plan = tiny.plan(folder)
     spec = plan.family.decoder(plan.checkpoint)
     spies = (
-        Decoder(spec, (("spy", Spy(position="keep")),), VISUAL, prunes=True),
-        Decoder(spec, (), VISUAL, prunes=True, in_cache=(("spy", CacheSpy()),)),
+        Decoder(spec, Inside(VISUAL, in_llm=(("spy", Spy(position="keep")),)), prunes=True),
+        Decoder(spec, Inside(VISUAL, in_cache=(("spy", CacheSpy()),)), prunes=True),
     )
     x = torch.randn(1, BEFORE + VISUAL + BEHIND, 64, generator=torch.Generator().manual_seed(0))
     place = [*range(BEFORE, BEFORE + VISUAL), *range(BEFORE), *range(BEFORE + VISUAL, x.shape[1])]

@@ -16,7 +16,7 @@ from exporter.nn.qwen_vit import Tap
 from exporter.nn.reduce import Reduce
 from exporter.nn.specs import BlockSpec, QwenVitSpec, VitSpec
 from exporter.nn.vit import IN_TOWER, SelfAttention, Vit
-from exporter.stages.export import load_reference
+from exporter.stages._modules import load_reference
 from exporter.weights import load
 from graphs._contract import Site
 from graphs.random import Random
@@ -66,7 +66,7 @@ def test_signals_are_hugging_faces_attention_and_keys(tower: str, tmp_path: Path
 
 
 def load_graphs(plan: Any) -> Any:
-    from exporter.stages.export import describe
+    from exporter.stages._describe import describe
 
     return describe(plan, {}, {})
 

@@ -29,9 +29,10 @@ from exporter.runtime import images
 from exporter.runtime.generate import Generator, embedding
 from exporter.runtime.sequence import split
 from exporter.stages import _calibrate, _task
+from exporter.stages._modules import load_reference
 from exporter.stages._processor import prompt_of
 from exporter.stages._reference import reference
-from exporter.stages.export import export, load_reference
+from exporter.stages.export import export
 
 REDUCTIONS = ("fastv:layer=2,keep=16",)
 METHODS = ("rtn", "awq", "gptq")

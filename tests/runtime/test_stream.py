@@ -17,8 +17,8 @@ from exporter.runtime.generate import Generator
 from exporter.runtime.prompt import Prompt
 from exporter.runtime.stream import Stream
 from exporter.stages import _task
+from exporter.stages._modules import load_reference
 from exporter.stages._reference import reference
-from exporter.stages.export import load_reference
 from tests.families import tiny
 
 FRAMES, NEW = 4, 6

@@ -19,9 +19,10 @@ from exporter.job import Job
 from exporter.nn.cache import LARGEST, SMALLEST, Dequantize, Quantize
 from exporter.pipeline import run_build, run_export
 from exporter.runtime.generate import Generator, embedding
+from exporter.stages._modules import load_reference
 from exporter.stages._reference import reference
 from exporter.stages.build import shape_profile
-from exporter.stages.export import export, load_reference
+from exporter.stages.export import export
 from exporter.workspace import Workspace
 from profiles import _schema
 from tests.conftest import needs_rtx

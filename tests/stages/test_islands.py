@@ -23,8 +23,9 @@ from exporter.quantize import rtn
 from exporter.quantize._contract import block_size
 from exporter.runtime.generate import Generator
 from exporter.stages import _islands, _task
+from exporter.stages._modules import load_reference
 from exporter.stages._reference import reference
-from exporter.stages.export import export, load_reference
+from exporter.stages.export import export
 from exporter.stages.validate import cosine
 from tests.families import tiny
 from tests.stages.conftest import Engine, Exported

@@ -83,7 +83,7 @@ def test_the_engine_answers_as_pytorch(
     if fit.plan is None:
         return
     plan = fit.plan
-    for step in (s for s in plan.steps if plan.trained[s.name] and _spec.name(s.method) == method):
+    for step in (s for s in plan.steps if plan.inside.trained[s.name] and _spec.name(s.method) == method):
         asked = _spec.parse(fit.spec)
         file = tiny.weights(step, tmp_path / "weights.safetensors")
         spec = _spec.format(replace(asked, weights=str(file)))

@@ -33,8 +33,9 @@ from exporter.journal import Journal
 from exporter.plan import Plan
 from exporter.runtime import images
 from exporter.stages import _task
+from exporter.stages._modules import build_modules, load_reference, origins
 from exporter.stages._store import WeightFile
-from exporter.stages.export import build_modules, draw_reduce, draw_vision, load_reference, origins
+from exporter.stages.export import draw_reduce, draw_vision
 from graphs import _spec
 from graphs._contract import InCache, InLLM
 from tests.conftest import needs_rtx

@@ -21,8 +21,9 @@ from exporter.errors import CheckpointError
 from exporter.quantize import rtn
 from exporter.quantize._contract import block_size
 from exporter.runtime.generate import Generator
+from exporter.stages._modules import load_reference
 from exporter.stages._reference import reference
-from exporter.stages.export import export, load_reference
+from exporter.stages.export import export
 from exporter.stages.validate import cosine
 from tests.families import tiny
 from tests.stages.conftest import Engine, Export, Exported

@@ -13,9 +13,10 @@ import torch
 from exporter.journal import Journal
 from exporter.plan import Plan
 from exporter.stages._llm import draw_llm
+from exporter.stages._modules import build_modules, origins
 from exporter.stages._split import blocks_of_columns
 from exporter.stages._store import WeightFile
-from exporter.stages.export import build_modules, export, origins
+from exporter.stages.export import export
 from exporter.weights import Source
 from tests.families import tiny
 from tests.stages.conftest import Engine, Exported, plain

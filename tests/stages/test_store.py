@@ -30,7 +30,8 @@ from exporter.pipeline import run_export
 from exporter.plan import Plan, make_plan
 from exporter.stages import _draw, _store
 from exporter.stages._llm import draw_llm
-from exporter.stages.export import build_modules, export
+from exporter.stages._modules import build_modules
+from exporter.stages.export import export
 from exporter.workspace import LOCK, PART, Workspace
 from profiles import _schema
 from tests.families import tiny

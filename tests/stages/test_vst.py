@@ -21,8 +21,9 @@ from exporter.job import Job
 from exporter.pipeline import run_build, run_export
 from exporter.runtime.generate import Generator
 from exporter.stages import _calibrate
+from exporter.stages._modules import build_modules, load_reference
 from exporter.stages._reference import reference
-from exporter.stages.export import build_modules, export, load_reference
+from exporter.stages.export import export
 from exporter.workspace import Workspace
 from graphs._contract import ReductionError, Site
 from graphs.vst import Vst

@@ -9,8 +9,8 @@ from exporter.tune.budget import parse_all
 from exporter.tune.candidates import Candidate, LeftOut
 from exporter.tune.halving import Rung
 from exporter.tune.measure import Asking
-from exporter.tune.run import Wanted
 from exporter.tune.search import Entry, Result, Timed
+from exporter.tune.wanted import Wanted
 
 HOSTILE = "</script><script>alert('&\"')</script>"
 
