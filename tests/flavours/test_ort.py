@@ -281,6 +281,13 @@ def test_sizes_keep_the_plain_graphs(exported: Any) -> None:
     assert case.graphs.files["decode"] == "decode.onnx"
 
 
+def test_two_tokens_at_one_place_keep_the_plain_graphs(exported: Any) -> None:
+    """They see each other, which attention by place alone would not let them."""
+    apart, together = (exported("llava", (f"visionzip:keep=6,position={p}",)) for p in ("compact", "keep"))
+    assert apart.graphs.files["decode"] == "decode.ort.onnx"
+    assert together.graphs.files["decode"] == "decode.onnx"
+
+
 def test_a_flavour_belongs_to_a_backend(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match='Flavour "ort" is for backend "ort"; the profile has "trt"'):
         _apply.apply("ort", "trt", tmp_path, {}, print)
