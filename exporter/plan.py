@@ -107,6 +107,12 @@ class Plan:
         return [(s.name, s.method, s.site) for s in self.steps if isinstance(s.method, BeforeLLM | Compressor)]
 
     @property
+    def places_shared(self) -> bool:
+        """Whether two kept tokens may stand at one place of the prompt: CLS and the first patch."""
+        passed = any(isinstance(method, BeforeLLM) and method.passes_cls for _, method, _ in self.before_llm)
+        return passed and self.policy == "keep"
+
+    @property
     def compressed(self) -> bool:
         """Whether a compressor takes the place of the family's projector."""
         return bool(self.at("projector"))

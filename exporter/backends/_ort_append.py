@@ -56,48 +56,51 @@ class Appending:
         """As `Runner.grow`. feeds: as many as `new`, on the host."""
         order = self._checked("order", feeds["order"])
         batch, seq = order.shape
-        shapes = self._shapes(batch, seq)
-        given = {name: self._checked(name, feeds[name], shape) for name, shape in shapes.items()}
+        given = {name: self._checked(name, feeds[name], shape) for name, shape in self._shapes(batch, seq).items()}
         if not isinstance(past, Grown):
             past = {name: self._checked(name, value) for name, value in past.items()}
         before = Grown.of(past, seq)
-        real: Array
-        if seq == 1:
-            real = order[:, 0] < PAD
-        else:  # the padding goes last
-            rank, real = order.argsort(axis=1, kind="stable"), (order < PAD).sum(axis=1)
+        padding = (order == PAD).sum(axis=1) if order.max() == PAD else None
+        if seq > 1:  # the padding goes last
+            rank = order.argsort(axis=1, kind="stable")
             order = np.take_along_axis(order, rank, axis=1)
             given = {name: _sorted(value, rank, self._axes[name].index("seq")) for name, value in given.items()}
+        begins = False
         for name in self._groups:
             first = before.length(name)
             before.memory.arrays[name][:, first : first + seq] = order
-        if batch == 1 or (seq == 1 and all(map(before.length, self._groups))):
-            logits = self._run(given, before, real, seq, None)
+            begins = begins or first == 0
+        if batch == 1 or (seq == 1 and not begins):
+            logits = self._run(given, before, padding, batch, seq)
         else:
-            logits = np.concatenate([self._run(given, before, real, seq, row) for row in range(batch)])
-        return {"logits": logits}, before.grown(seq, real)
+            logits = np.concatenate([self._run(given, before, padding, 1, seq, row) for row in range(batch)])
+        return {"logits": logits}, before.grown(seq, padding)
 
-    def _run(self, given: Mapping[str, Array], before: Grown, real: Array, seq: int, row: int | None) -> Array:
-        """Logits [rows, vocab].
+    def _run(
+        self, given: Mapping[str, Array], before: Grown, padding: Array | None, batch: int, seq: int, row: int | None = None
+    ) -> Array:  # fmt: skip
+        """Logits [batch, vocab].
 
         Args:
-            given: new tokens, in the order of the prompt. real: [batch], how many of a row are no padding.
+            given: new tokens, in the order of the prompt. padding: int64 [rows], how many of a row are that; None is none.
             row: the only one to run; None is all.
         """
-        counts = before.real
+        counts = before.padding
         if row is not None:
             only = slice(row, row + 1)
             given = {n: value[_at(self._axes[n].index("batch"), only)] for n, value in given.items()}
-            real, counts = real[only], {name: count[only] for name, count in counts.items()}
-        self._bind(before.memory, row, len(real), seq)
+            counts = {name: count[only] for name, count in counts.items()}
+            padding = None if padding is None else padding[only]
+        self._bind(before.memory, row, batch, seq)
         new = self._new
         for name, value in given.items():
             new[name][...] = value
         if seq > 1:
-            np.maximum(real - 1, 0, out=new[LAST][:, 0])
+            new[LAST][...] = seq - 1 if padding is None else np.maximum(seq - 1 - padding, 0)[:, None]
         for name, group in self._groups.items():
-            new[LENGTH + group][...] = counts[name] + (seq - 1)
-            new[TOTAL + group][0] = before.length(name) + seq
+            total = before.length(name) + seq
+            new[LENGTH + group][...] = total - 1 - counts[name]
+            new[TOTAL + group][0] = total
         self._session.run_with_iobinding(self._binding)
         found: Array = new["logits"].copy()
         return found

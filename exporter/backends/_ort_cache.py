@@ -53,21 +53,22 @@ class Grown(Mapping[str, Array]):
     begin alike, gets a copy. So it never changes. Arrays are made when they are asked for, and not copied.
     """
 
-    __slots__ = ("memory", "real", "tokens")
+    __slots__ = ("memory", "padding", "tokens")
 
-    def __init__(self, memory: Memory, tokens: int, real: Mapping[str, Ints]) -> None:
-        """real: of every `order`, the tokens of each row that are no padding, int64 [batch]."""
-        self.memory, self.tokens, self.real = memory, tokens, real
+    def __init__(self, memory: Memory, tokens: int, padding: Mapping[str, Ints]) -> None:
+        """padding: of every `order`, how many tokens of each row are that, int64 [batch]."""
+        self.memory, self.tokens, self.padding = memory, tokens, padding
 
     @classmethod
     def of(cls, past: Mapping[str, Array], tokens: int) -> Grown:
         """`past` in a memory with room for so many more tokens: its own if that is free behind it, else a new one."""
         if isinstance(past, Grown):
-            if past.tokens == past.memory.used and tokens <= past.memory.room - past.tokens:
+            memory = past.memory
+            if past.tokens == memory.used and tokens <= memory.room - past.tokens:
                 return past
-            return cls(Memory.of(past, tokens), 0, past.real)
-        real = {name: (value < PAD).sum(axis=1) for name, value in past.items() if value.ndim == 2}
-        return cls(Memory.of(past, tokens), 0, real)
+            return cls(Memory.of(past, tokens), 0, past.padding)
+        padding = {name: (value == PAD).sum(axis=1) for name, value in past.items() if value.ndim == 2}
+        return cls(Memory.of(past, tokens), 0, padding)
 
     def rows(self, rows: Ints) -> Grown:
         """A copy of some rows, int64 [n], in any order and each as often as named."""
@@ -77,12 +78,15 @@ class Grown(Mapping[str, Array]):
             for new, row in enumerate(rows.tolist()):
                 end = memory.begin[name]
                 _first(array[new : new + 1], end)[...] = _first(old[row : row + 1], end)
-        return Grown(memory, 0, {name: real[rows] for name, real in self.real.items()})
+        return Grown(memory, 0, {name: count[rows] for name, count in self.padding.items()})
 
-    def grown(self, tokens: int, real: Array) -> Grown:
-        """With the tokens that a run has appended. real: [batch], how many of them are no padding."""
+    def grown(self, tokens: int, padding: Ints | None) -> Grown:
+        """With the tokens that a run has appended. padding: [batch], how many of them are that; None is none."""
         self.memory.used = self.tokens + tokens
-        return Grown(self.memory, self.memory.used, {name: before + real for name, before in self.real.items()})
+        counts = self.padding
+        if padding is not None:
+            counts = {name: before + padding for name, before in counts.items()}
+        return Grown(self.memory, self.memory.used, counts)
 
     def length(self, name: str) -> int:
         return self.memory.begin[name] + self.tokens

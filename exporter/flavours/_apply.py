@@ -16,12 +16,13 @@ LANGUAGE_MODEL = ("prefill", "decode")
 
 
 def apply(
-    name: str, backend: str, folder: Path, files: Mapping[str, str], log: Callable[[str], None]
-) -> dict[str, str]:
+    name: str, backend: str, folder: Path, files: Mapping[str, str], log: Callable[[str], None], places_shared: bool = False
+) -> dict[str, str]:  # fmt: skip
     """Role → file of the language model's graphs in a flavour: new files, or the plain ones if it refuses one of them.
 
     Args:
-        backend: what will run them. files: role → file of the plain graphs, in `folder`.
+        backend: what will run them. files: role → file of the plain graphs, in `folder`. places_shared: whether two tokens of a row
+            may have the same `order`.
     Raises:
         UsageError: no such flavour, or it is for another backend.
     """
@@ -33,6 +34,8 @@ def apply(
     plain = {role: files[role] for role in LANGUAGE_MODEL}
     models = {file: ir.load(folder / file) for file in plain.values()}
     try:
+        if places_shared and not flavour.places_shared:
+            raise Refused("CLS is kept at the place of the first patch, and attention would be by place alone")
         for model in models.values():
             flavour.rewrite(model)
     except Refused as e:

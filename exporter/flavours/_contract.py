@@ -27,6 +27,8 @@ class Flavour(ABC):
 
     backend: str
     """The only backend that runs what comes out."""
+    places_shared: bool = True
+    """Whether two tokens of a row may have the same `order`."""
 
     @abstractmethod
     def rewrite(self, model: ir.Model) -> None:

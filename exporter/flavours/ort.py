@@ -53,7 +53,7 @@ ROTATED = 16
 
 
 class Ort(Flavour):
-    backend = "ort"
+    backend, places_shared = "ort", False
 
     def rewrite(self, model: ir.Model) -> None:
         graph = model.graph

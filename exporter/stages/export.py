@@ -134,7 +134,7 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: 
     write_processor(plan, folder / "processor")
     target = plan.profile.stack
     if target.flavour is not None:
-        files |= apply(target.flavour, target.backend, folder, files, log)
+        files |= apply(target.flavour, target.backend, folder, files, log, plan.places_shared)
     graphs = describe(plan, files, {v.name or "": static_sizes(v) for v in vision.graph.outputs})
     islands = _islands.insert(plan, graphs, folder, calibration, log) if precision.islands == "auto" else []
     if quantize is not None or islands:

@@ -24,9 +24,25 @@ from exporter.runtime.generate import Generator, embedding
 from exporter.stages.export import export
 from tests.families import tiny
 
-SIZES = {"llava": None, "qwen2_5_vl": (140, 112)}
-CASES = [("llava", ()), ("llava", ("fastv:layer=1,keep=3",)), ("qwen2_5_vl", ())]
-"""One graph; several KV groups and a prefill graph of its own; M-RoPE."""
+SIZES = {"qwen2_5_vl": (140, 112), "qwen3_vl": (112, 84)}
+MODELS: dict[str, Callable[[Path], object]] = {
+    "llava": tiny.llava,
+    "qwen2_5_vl": tiny.qwen2_5_vl,
+    "qwen3_vl": tiny.qwen3_vl,
+    "heads of 24": lambda folder: tiny.llava(folder, decoder="qwen3"),
+}
+GAPS = ("visionzip:keep=6,cls=off,position=keep",)
+CASES = [
+    ("llava", ()),
+    ("llava", GAPS),
+    ("llava", ("fastv:layer=1,keep=3",)),
+    ("qwen2_5_vl", ()),
+    ("qwen3_vl", ()),
+    ("heads of 24", GAPS),
+]
+"""One graph; positions with gaps, other ones in every row; several KV groups and a prefill graph of its own; M-RoPE, with
+biases; M-RoPE, with normed queries and keys; heads that GroupQueryAttention does not rotate."""
+NORMED = {"qwen3_vl", "heads of 24"}
 
 
 @dataclass(frozen=True)
@@ -50,10 +66,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported
     def run(family: str, reductions: tuple[str, ...] = ()) -> Exported:
         if family not in checkpoints:
             checkpoints[family] = tmp_path_factory.mktemp(family)
-            getattr(tiny, family)(checkpoints[family])
+            MODELS[family](checkpoints[family])
         if (family, reductions) not in done:
             folder = tmp_path_factory.mktemp("graphs")
-            plan = tiny.plan(checkpoints[family], reductions, Request(1, SIZES[family]))
+            plan = tiny.plan(checkpoints[family], reductions, Request(1, SIZES.get(family)))
             done[family, reductions] = Exported(folder, export(plan, folder))
         return done[family, reductions]
 
@@ -98,13 +114,23 @@ def test_every_layer_is_one_operator(exported: Any, family: str, reductions: tup
     for role in ("prefill", "decode"):
         assert case.graphs.files[role].endswith(".ort.onnx")
         found = operators(case.folder / case.graphs.files[role])
-        apart = role == "prefill" and case.graphs.prefill_apart
+        apart = family == "heads of 24" or (role == "prefill" and case.graphs.prefill_apart)
         assert (found["GroupQueryAttention"], found["RotaryEmbedding"]) == (layers, 2 * layers * apart)
         plain = ir.load(case.folder / case.plain().files[role])
         assert set(plain.opset_imports) == {""}, "the graph of record stays plain"
     decode = operators(case.folder / case.graphs.files["decode"])
-    assert decode["Softmax"] == decode["Split"] == 0
+    assert decode["Softmax"] == 0
     assert decode["SkipSimplifiedLayerNormalization"] == 2 * layers - 1, "all but the first norm and the last token's"
+
+
+@pytest.mark.parametrize(("family", "reductions"), CASES)
+def test_attention_takes_what_one_matrix_makes(exported: Any, family: str, reductions: tuple[str, ...]) -> None:
+    """Unless heads are normed or rotated in between."""
+    case = exported(family, reductions)
+    graph = ir.load(case.folder / case.graphs.files["decode"]).graph
+    for node in (n for n in graph if n.op_type == "GroupQueryAttention"):
+        key, value = node.inputs[1:3]
+        assert (key is None, value is None) == (family not in NORMED,) * 2
 
 
 @pytest.mark.parametrize(("family", "reductions"), CASES)
@@ -255,6 +281,13 @@ def test_sizes_keep_the_plain_graphs(exported: Any) -> None:
     assert case.graphs.files["decode"] == "decode.onnx"
 
 
+def test_two_tokens_at_one_place_keep_the_plain_graphs(exported: Any) -> None:
+    """They see each other, which attention by place alone would not let them."""
+    apart, together = (exported("llava", (f"visionzip:keep=6,position={p}",)) for p in ("compact", "keep"))
+    assert apart.graphs.files["decode"] == "decode.ort.onnx"
+    assert together.graphs.files["decode"] == "decode.onnx"
+
+
 def test_a_flavour_belongs_to_a_backend(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match='Flavour "ort" is for backend "ort"; the profile has "trt"'):
         _apply.apply("ort", "trt", tmp_path, {}, print)
@@ -266,18 +299,17 @@ def test_memory_grows_by_blocks_and_is_copied_for_the_second() -> None:
     begun = Grown.of(past, 1)
     assert [array.shape for array in begun.memory.arrays.values()] == [(1, 2, 3 + 32, 4), (1, 3 + 32)]
     assert all(np.array_equal(begun[name], past[name]) for name in past)
-    assert begun.real["past_order_0"].tolist() == [2]
-    one = np.array([1])
-    grown = begun.grown(1, one)
+    assert begun.padding["past_order_0"].tolist() == [1]
+    grown = begun.grown(1, None)
     assert {name: value.shape for name, value in grown.items()} == {"past_key_0": (1, 2, 4, 4), "past_order_0": (1, 4)}
-    assert grown.real["past_order_0"].tolist() == [3]
+    assert grown.padding["past_order_0"].tolist() == [1]
     assert Grown.of(grown, 31) is grown
     assert Grown.of(grown, 32).memory.arrays["past_key_0"].shape[2] == 4 + 32
     assert Grown.of(grown, 33).memory.arrays["past_key_0"].shape[2] == 4 + 64
     fork = Grown.of(begun, 1)
     assert fork.memory is not begun.memory
     assert np.array_equal(fork["past_key_0"], keys)
-    assert fork.real["past_order_0"].tolist() == [2]
+    assert fork.grown(2, np.array([1])).padding["past_order_0"].tolist() == [2]
 
 
 def test_padding_is_far_from_any_place() -> None:
@@ -333,6 +365,12 @@ def test_it_is_fed_as_the_plain_graph(exported: Any) -> None:
         kept = first.copy()
         assert np.isfinite(ours.run({**feeds, "inputs_embeds": feeds["inputs_embeds"] * 2})["logits"]).all()
         assert np.array_equal(first, kept), "a later run wrote into an earlier result"
+        one = {
+            **feeds,
+            **{n: feeds[n][:, :1] for n in ("inputs_embeds", "position_ids")},
+            "order": np.zeros((2, 1), np.int64),
+        }
+        close(ours.run(one)["logits"], plain.numpy(plain.run(one)["logits"]))
         with pytest.raises(UsageError, match="'position_ids' is int32, expected int64"):
             ours.run({**feeds, "position_ids": np.zeros((2, 3), np.int32)})
         with pytest.raises(UsageError, match=r"'position_ids' has shape \[1, 3\], expected \[2, 3\]"):
