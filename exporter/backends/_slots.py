@@ -79,18 +79,23 @@ class Slots:
 
     @classmethod
     def of(cls, device: Device, place: Place, past: Slots | DeviceArray, present: DeviceArray, tokens: int) -> Slots:
-        """`past`, and behind it the last `tokens` of what an engine returned that was shown it: in the memory of `past` if there
-        are free slots, else in a new one."""
+        """`past`, which is `alone`, and behind it the last `tokens` of what an engine returned that was shown it: in the memory of
+        `past` if that has free slots, else in a new one."""
         length = past.shape[place.axis]
-        if isinstance(past, Slots) and past.memory.used == length and length + tokens <= past.shown.shape[place.axis]:
+        if isinstance(past, Slots) and length + tokens <= past.shown.shape[place.axis]:
             memory = past.memory
         else:
-            memory = _Memory(_free(device, place, present, length + tokens), length)
             shown = past.shown if isinstance(past, Slots) else past
-            copy_tokens(device, place.axis, shown, 0, memory.array, 0, length)
+            memory = _moved(device, place, shown, length, length + tokens)
         copy_tokens(device, place.axis, present, present.shape[place.axis] - tokens, memory.array, length, tokens)
         memory.used = length + tokens
         return cls(place, memory, memory.used)
+
+    def alone(self, device: Device) -> Slots:
+        """These tokens where nobody has written behind them: an engine attends to all that is in a memory."""
+        if self.memory.used == self.length:
+            return self
+        return Slots(self.place, _moved(device, self.place, self.shown, self.length, self.length), self.length)
 
     def dense(self, device: Device) -> DeviceArray:
         """A copy without free slots."""
@@ -106,19 +111,20 @@ class Slots:
     def rows(self, device: Device, rows: npt.NDArray[np.int64]) -> Slots:
         """A copy of some rows of the first axis, int64 [n]."""
         room = self.place.resized((len(rows), *self.shown.shape[1:]), self.place.most)
-        return Slots(self.place, _Memory(device.rows(self.shown, rows, room), self.length), self.length)
+        return Slots(self.place, _Memory(device.rows(self.shown, rows, room), self.memory.used), self.length)
 
 
-def _free(device: Device, place: Place, like: DeviceArray, tokens: int) -> DeviceArray:
-    """Slots for so many tokens, all free."""
+def _moved(device: Device, place: Place, shown: DeviceArray, length: int, tokens: int) -> _Memory:
+    """The first `length` tokens in a memory of their own, with slots for `tokens` and free ones behind."""
     capacity = place.capacity(tokens)
-    shape, room = (place.resized(like.shape, n) for n in (capacity, max(capacity, place.most)))
-    array = device.pool.array(shape, like.dtype, room)
+    shape, room = (place.resized(shown.shape, n) for n in (capacity, max(capacity, place.most)))
+    array = device.pool.array(shape, shown.dtype, room)
     if place.free:
-        device.write(array, np.full(shape, place.free, like.dtype))
+        device.write(array, np.full(shape, place.free, shown.dtype))
     else:
         device.cuda.clear(array.address, array.nbytes)
-    return array
+    copy_tokens(device, place.axis, shown, 0, array, 0, length)
+    return _Memory(array, length)
 
 
 def copy_tokens(

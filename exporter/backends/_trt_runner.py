@@ -134,10 +134,11 @@ class TensorRtRunner(Runner):
         Where another output would tell the free slots, a cache is shown as long as it is."""
         self._loaded()
         presents = {name: PRESENT + name[len(PAST) :] for name in past}
-        given = {name: self._given(name, past[name]) for name in self._places if name in past}
-        shown = {name: value.shown if isinstance(value, Slots) else value for name, value in given.items()}
-        steps = tokens == 1 and any(isinstance(value, Slots) for value in given.values())
         with self._working():
+            given = {name: self._given(name, past[name]) for name in self._places if name in past}
+            given = {n: value.alone(self._device) if isinstance(value, Slots) else value for n, value in given.items()}
+            shown = {name: value.shown if isinstance(value, Slots) else value for name, value in given.items()}
+            steps = tokens == 1 and any(isinstance(value, Slots) for value in given.values())
             found = self._start({**feeds, **past, **shown}, presents, repeats=steps)
             grown = {PAST + name[len(PRESENT) :]: found.pop(name) for name in list(found) if name.startswith(PRESENT)}
             for name, value in given.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import exporter
 import exporter.cli as verbs
 from exporter import _discover
 from exporter.cli._options import Settings, debug_option
-from exporter.errors import ExportError, UsageError
+from exporter.errors import EnvironmentMismatch, ExportError, UsageError
 from graphs._contract import ReductionError
 
 INTERRUPTED = 130
@@ -98,9 +99,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             text = f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}."
         return _fail(text, 1, settings)
+    except ModuleNotFoundError as e:
+        module = (e.name or "").partition(".")[0]
+        if (extra := extra_with(module)) is None:
+            return _unexpected(e, settings)
+        text = f"This needs `{module}`, which is not installed here. pip install 'edgetrim[{extra}]', or do it on a machine that has it."
+        return _fail(text, EnvironmentMismatch.exit_code, settings)
     except Exception as e:
-        hint = "" if settings.debug else " Add --debug for the traceback."
-        return _fail(f"Unexpected {type(e).__name__}: {e}. This is a fault in EdgeTrim.{hint}", 1, settings)
+        return _unexpected(e, settings)
+
+
+def extra_with(module: str) -> str | None:
+    """The extra of this package that brings a module, or None."""
+    import importlib.metadata
+
+    try:
+        requires = importlib.metadata.requires("edgetrim") or ()
+    except importlib.metadata.PackageNotFoundError:  # run from its source
+        return None
+    for line in requires:
+        found = re.match(r"([\w.-]+).*extra == ['\"](\w+)['\"]", line)
+        if found and found[1].replace("-", "_").lower() == module.lower():
+            return found[2]
+    return None
+
+
+def _unexpected(error: Exception, settings: Settings) -> int:
+    hint = "" if settings.debug else " Add --debug for the traceback."
+    return _fail(f"Unexpected {type(error).__name__}: {error}. This is a fault in EdgeTrim.{hint}", 1, settings)
 
 
 def _fail(message: str, code: int, settings: Settings) -> int:

@@ -36,6 +36,10 @@ def lower(exported_program: ExportedProgram, registry: _registration.ONNXRegistr
             node.target = RENAMED[node.target]
         elif node.target == aten.to.dtype and len(node.args) == 2 and not node.kwargs:
             _cast(node)
+        elif node.target == aten.eye.default:
+            _identity(node)
+        elif node.target == aten.numpy_T.default:
+            node.target, node.args = aten.permute.default, (node.args[0], [*range(node.meta["val"].ndim)][::-1])
         elif node.target == aten.rsub.Scalar and len(node.args) == 2:
             node.target, node.args = aten.sub.Tensor, node.args[::-1]
     known = set(_decomp.get_onnx_implemented_overloads(registry))
@@ -62,6 +66,22 @@ def _cast(node: Node) -> None:
         node.target, node.args = aten.alias.default, (x,)
     else:
         node.target, node.args, node.kwargs = aten._to_copy.default, (x,), {"dtype": dtype}
+
+
+def _identity(node: Node) -> None:
+    """A place equals a place."""
+    (n,), dtype = node.args, node.meta["val"].dtype
+
+    def call(target: Any, *args: Any, **more: Any) -> Node:
+        made = node.graph.call_function(target, args, more)
+        values = [a.meta["val"] if isinstance(a, Node) else a for a in args]
+        made.meta = node.meta | {"val": target(*values, **more)}
+        return made
+
+    with node.graph.inserting_before(node), node.meta["val"].fake_mode:
+        place = call(aten.arange.default, n, device=torch.device("cpu"))
+        same = call(aten.eq.Tensor, call(aten.unsqueeze.default, place, -1), place)
+        node.target, node.args, node.kwargs = aten._to_copy.default, (same,), {"dtype": dtype}
 
 
 def _is_plain(target: Any, known: set[Any]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import functools
 import logging
 import re
@@ -122,13 +123,11 @@ def _optimize(model: ir.Model) -> None:
     within 1e-5 of 1): an epsilon that keeps a division from 0 / 0 is not nothing."""
     from onnx_ir.passes import Sequential, common
     from onnxscript import optimizer, rewriter
-    from onnxscript.rewriter.rules.common import _no_op
 
-    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in set(_no_op.rules)]
     common.InlinePass()(model)
     for _ in range(2):
         optimizer.fold_constants(model, onnx_shape_inference=True)
-        rewriter.rewrite(model, rules)
+        rewriter.rewrite(model, _rules())
     Sequential(
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -142,6 +141,25 @@ def _optimize(model: ir.Model) -> None:
     for value in symbolic(model):
         if id(value) not in used and id(value) not in outputs:
             model.graph.inputs.remove(value)
+
+
+@functools.cache
+def _rules() -> list[Any]:
+    """onnxscript's but those, each tried only at nodes of the operator that it ends with: it would match every rule with every node,
+    and for one that ends with two walk through the whole graph each time."""
+    from onnxscript import rewriter
+    from onnxscript.rewriter.rules.common import _no_op
+
+    def at(operator: str, try_rewrite: Any) -> Any:
+        return lambda model, graph, node, **how: (
+            try_rewrite(model, graph, node, **how) if node.op_type == operator else None
+        )
+
+    rules = [copy.copy(rule) for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in set(_no_op.rules)]
+    for rule in rules:
+        if (last := rule._target_pattern.output_nodes[0].op_identifier()) is not None:
+            rule.try_rewrite = at(last[1], rule.try_rewrite)  # type: ignore[method-assign]
+    return rules
 
 
 def _name_dims(
@@ -213,12 +231,13 @@ def _quiet() -> Iterator[None]:
 def _quick() -> Iterator[None]:
     """torch's exporter rebuilds its operator table (over a second) for every call, and runs twice more what it has traced; keep the
     table for the next atom, `lower` and `promote` instead. And its cache of what operators return takes longer to fill than it saves
-    where sizes are symbols."""
+    where sizes are symbols, and nobody reads where in the source a node comes from."""
     registry, interpreter = _registration.ONNXRegistry, type_promotion._TypePromotionInterpreter
     built, decompose, run_node = registry.from_torchlib, _fx_passes.decompose_with_registry, interpreter.run_node
     registry.from_torchlib = staticmethod(_operator_table)  # type: ignore[method-assign]
     _fx_passes.decompose_with_registry = lower
     interpreter.run_node = promote  # type: ignore[method-assign]
+    where, torch.fx.config.do_not_emit_stack_traces = torch.fx.config.do_not_emit_stack_traces, True
     try:
         with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
             yield
@@ -226,6 +245,7 @@ def _quick() -> Iterator[None]:
         registry.from_torchlib = built  # type: ignore[method-assign]
         _fx_passes.decompose_with_registry = decompose
         interpreter.run_node = run_node  # type: ignore[method-assign]
+        torch.fx.config.do_not_emit_stack_traces = where
 
 
 _from_torchlib = _registration.ONNXRegistry.from_torchlib

@@ -6,6 +6,7 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +66,7 @@ def test_who_goes_on_from_older_tokens_gets_a_copy(device: Device) -> None:
     place = Place.of("past_key_0", 2, 200)
 
     def appended(past: Any, new: Any) -> Slots:
+        past = past.alone(device) if isinstance(past, Slots) else past
         seen = device.to_host(past.shown if isinstance(past, Slots) else past)
         present = device.to_device(np.concatenate([seen, new], axis=2))
         return Slots.of(device, place, past, present, new.shape[2])
@@ -74,6 +76,7 @@ def test_who_goes_on_from_older_tokens_gets_a_copy(device: Device) -> None:
     assert first.memory is begin.memory, "the newest goes on where it is"
     second = appended(begin, two)
     assert second.memory is not begin.memory
+    assert not device.to_host(second.shown)[:, :, 7:].any(), "the other one's token"
     third = appended(first, three)
     for held, parts in ((begin, [start]), (first, [start, one]), (second, [start, two]), (third, [start, one, three])):
         assert np.array_equal(held.numpy(device), np.concatenate(parts, axis=2))
@@ -102,6 +105,20 @@ def test_conversations_do_not_depend_on_the_slots(
             found.append(answers(generator(stack, tmp_path, graphs, opens)))
     assert found[0] == found[1]
     assert driver.fake_blocks() == 0
+
+
+def test_conversations_that_begin_alike_do_not_see_each_other(driver: ctypes.CDLL, tmp_path: Path) -> None:
+    graphs, found = tiny.export(tmp_path), []
+    for opens in (on_fake, on_ort):
+        with ExitStack() as stack:
+            model = generator(stack, tmp_path, graphs, opens)
+            cache = model.generate(PIXELS, [LONG, SHORT], 8).cache
+            other = replace(cache, pending=[list(row) for row in cache.pending])
+            first = model.reply(cache, [[30, 31, 32, 33], [34, 35]], 6).tokens
+            found.append((first, model.reply(other, [[5], [6]], 6).tokens))
+            rows = other.rows(np.array([1, 0]), model._decode)
+            found[-1] += (model.reply(rows, [[7], [8]], 4).tokens,)
+    assert found[0] == found[1]
 
 
 def wordy(logits: Any) -> Any:

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from exporter.cli import main
+from exporter.cli._app import extra_with
 from exporter.job import EMBEDDED, Job
 from exporter.pipeline import run_export, run_pack, why_recorded
 from exporter.workspace import Workspace
@@ -22,6 +24,7 @@ import sys
 for name in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", *{lacking}):
     sys.modules[name] = None
 from exporter.cli import main
+from exporter.cli._app import extra_with
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -39,6 +42,25 @@ def test_reductions_are_listed_without_torch() -> None:
     assert {"llava", "qwen2_5_vl"} <= set(found["visionzip"])
     assert "llava" in found["tome"]
     assert "qwen2_5_vl" not in found["tome"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module"),
+    [(("run", "embedded", "-o"), "onnx_ir"), (("export", "embedded", "-o"), "onnx_ir"), (("demo", "-o"), "torch")],
+)
+def test_what_needs_torch_says_how_to_get_it(arguments: tuple[str, ...], module: str, tmp_path: Path) -> None:
+    refused = device(*arguments, str(tmp_path / "out"))
+    assert (refused.returncode, refused.stdout) == (5, "")
+    assert (
+        f"Error: This needs `{module}`, which is not installed here. pip install 'edgetrim[export]'" in refused.stderr
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_module_that_no_extra_brings_is_our_fault() -> None:
+    assert extra_with("torch") == "export"
+    assert extra_with("onnx_ir") == "export"
+    assert extra_with("antigravity") is None
 
 
 def test_build_bench_validate_and_pack_need_no_torch(bundle: Path) -> None:

@@ -19,10 +19,16 @@ from pathlib import Path
 
 import pytest
 
-from exporter.bundle import MANIFEST, SCHEMA, contents
+from exporter.bundle import DEVICES, MANIFEST, SCHEMA, Bundle, contents
+from exporter.deploy import deploy
+from exporter.deploy.deploy import Request
+from exporter.deploy.ssh import Host
 from exporter.job import Job
 from exporter.workspace import Workspace
 
+Make = Callable[..., Path]
+COPY = "copy"
+"""How far a deployment goes that runs nothing there."""
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
 
@@ -160,7 +166,7 @@ class Proxy:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Callable[..., Path]:
+def make(tmp_path: Path) -> Make:
     """Makes a bundle that deploys, though its graphs are bytes: `make("a", {"graphs/llm.data": b"…"})`."""
     from tests.runtime.tiny import export
 
@@ -178,3 +184,29 @@ def make(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return bundle
+
+
+def to(device: Device, folder: str = "app") -> Host:
+    return Host("device", str(device.home / folder))
+
+
+def copy(folder: Path, device: Device, where: str = "app", **request: object) -> deploy.Outcome:
+    return deploy.deploy(Bundle.open(folder), to(device, where), Request(COPY, config=device.config, **request))  # type: ignore[arg-type]
+
+
+def live(device: Device, where: str = "app") -> Path:
+    return device.home / where / "current"
+
+
+def is_live(folder: Path, device: Device, where: str = "app") -> bool:
+    """Whether the live release has just the files of that bundle, byte for byte."""
+    there = live(device, where)
+    return (there / MANIFEST).is_file() and {
+        p.relative_to(there).as_posix(): p.read_bytes()
+        for p in there.rglob("*")
+        if p.is_file() and not p.name.startswith(".")
+    } == {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.relative_to(folder).parts[0] != DEVICES
+    }

@@ -25,7 +25,7 @@ from exporter.runtime.generate import Generator
 from exporter.runtime.sequence import arrange
 from exporter.stages._reference import reference
 from exporter.weights import load, text_embeddings
-from tests.families import tiny
+from tests.families import hugging_face, tiny
 
 TOLERANCE = 1e-4
 NEW_TOKENS = 32
@@ -46,7 +46,7 @@ def relative(found: Any, expected: Any) -> float:
 def compare(theirs: PreTrainedModel, generator: Generator) -> None:
     """Visual features, next-token logits and 32 greedy tokens."""
     asked = tiny.question(generator.graphs)
-    arguments = asked.for_transformers(generator.graphs)
+    arguments = hugging_face.arguments(asked, generator.graphs)
     for module in theirs.modules():  # a language model inside may have one of its own
         if getattr(module, "generation_config", None) is not None:
             module.generation_config.eos_token_id = None
@@ -206,7 +206,7 @@ def test_qwen(build: Any, size: tuple[int, int], frames: int, tmp_path: Path) ->
     generator = ours(tmp_path, Request(frames, size))
     compare(theirs, generator)
     asked = tiny.question(generator.graphs)
-    positions = rope_index(theirs, asked.for_transformers(generator.graphs))
+    positions = rope_index(theirs, hugging_face.arguments(asked, generator.graphs))
     assert (in_prompt_order(generator, asked.prompt) == positions).all()
 
 
@@ -232,7 +232,7 @@ def test_pixels_are_those_of_the_image_processor(tmp_path: Path) -> None:
     theirs = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=1 << 20)(
         Image.fromarray(pixels), return_tensors="pt"
     )
-    found = tiny.patches(images.preprocess([Image.fromarray(pixels)], graphs.image)[0])
+    found = hugging_face.patches(images.preprocess([Image.fromarray(pixels)], graphs.image)[0])
     assert theirs["image_grid_thw"].tolist() == [[1, 10, 8]]
     assert (found - theirs["pixel_values"]).abs().max() <= 1e-6
 
@@ -275,5 +275,5 @@ def test_the_embedded_model() -> None:
     asked = tiny.question(generator.graphs, text=(4, 20, 21, 22))
     visual = generator.reduce(generator.vision(asked.pixels), None, asked.side)
     with torch.no_grad():
-        logits = theirs(**asked.for_transformers(generator.graphs)).logits[:, -1]
+        logits = theirs(**hugging_face.arguments(asked, generator.graphs)).logits[:, -1]
     assert relative(generator.prefill(visual, [asked.prompt]).logits, logits) <= TOLERANCE

@@ -16,6 +16,7 @@ from exporter.families._contract import Request
 from exporter.runtime.beam import Beams, search
 from exporter.runtime.generate import Generator
 from exporter.stages._reference import reference
+from tests.families import hugging_face
 from tests.families import tiny as families
 from tests.runtime import tiny
 from tests.runtime.test_generate import LONG, PIXELS, SHORT, opened
@@ -43,7 +44,7 @@ def test_the_answers_and_scores_of_transformers(
     lengths = set()
     for seed in range(4):
         asked = families.question(generator.graphs, seed)
-        arguments = asked.for_transformers(generator.graphs)
+        arguments = hugging_face.arguments(asked, generator.graphs)
         with torch.no_grad():
             true = theirs.generate(
                 **arguments, num_beams=count, num_return_sequences=count, do_sample=False, early_stopping=early,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from exporter.runtime.generate import Generator
-from tests.families import tiny
+from tests.families import hugging_face, tiny
 from tests.stages.uncached import Layers
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -193,7 +193,7 @@ def answer(
             positions are counted anew.
     """
     stack = Layers(model)
-    ids = asked.for_transformers(ours.graphs)["input_ids"][0].tolist()
+    ids = hugging_face.arguments(asked, ours.graphs)["input_ids"][0].tolist()
     visual = [p for p, token in enumerate(ids) if token == ours.graphs.text.image_token]
     embeds = stack.embed(ids)
     embeds[:, visual] = torch.from_numpy(ours.reduce(ours.vision(asked.pixels)).embeds)
@@ -240,7 +240,7 @@ def answer_from_merged_cache(model: Any, asked: tiny.Question, ours: Generator, 
     """`length` greedy tokens from Hugging Face's own cache, in which LOOK-M (arXiv:2406.18139) merged the visual tokens of every KV
     head around the `keep` that got most attention."""
     stack = Layers(model)
-    ids = asked.for_transformers(ours.graphs)["input_ids"][0].tolist()
+    ids = hugging_face.arguments(asked, ours.graphs)["input_ids"][0].tolist()
     visual = [p for p, token in enumerate(ids) if token == ours.graphs.text.image_token]
     embeds = stack.embed(ids)
     embeds[:, visual] = torch.from_numpy(ours.reduce(ours.vision(asked.pixels)).embeds)

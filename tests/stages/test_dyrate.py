@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from graphs._contract import Site
 from graphs.dyrate import DyRate
-from tests.families import tiny
+from tests.families import hugging_face, tiny
 from tests.stages.conftest import Engine, Export
 
 ANSWER = 64
@@ -96,7 +96,7 @@ def test_against_a_loop_without_cache(exported: Export, engine: Engine) -> None:
 def loop(model: Any, asked: tiny.Question, features: Any, graphs: Any) -> list[int]:
     """Greedy tokens. What a token sees from LAYER on was settled when it ran."""
     text = model.model.language_model
-    ids = asked.for_transformers(graphs)["input_ids"][0].tolist()
+    ids = hugging_face.arguments(asked, graphs)["input_ids"][0].tolist()
     visual = [p for p, token in enumerate(ids) if token == graphs.text.image_token]
     embeds = text.embed_tokens(torch.tensor([ids]))
     embeds[:, visual] = torch.from_numpy(features)

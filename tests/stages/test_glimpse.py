@@ -28,7 +28,7 @@ from exporter.weights import FileSource, Source
 from exporter.workspace import Workspace
 from profiles._schema import Precision
 from tests.conftest import needs_rtx
-from tests.families import tiny
+from tests.families import hugging_face, tiny
 from tests.graphs.oracle_glimpse import New
 from tests.stages import uncached
 from tests.stages.conftest import SIZES, Engine, Export
@@ -90,7 +90,7 @@ def test_against_a_loop_with_the_token_appended(
 @torch.no_grad()
 def loop(model: Any, asked: tiny.Question, graphs: Any, new: New, family: str) -> tuple[list[int], list[int]]:
     """Greedy tokens, and the visual tokens that stay: everything Hugging Face's, from the pixels on."""
-    text, arguments = model.model.language_model, asked.for_transformers(graphs)
+    text, arguments = model.model.language_model, hugging_face.arguments(asked, graphs)
     ids = arguments["input_ids"][0]
     visual = ids == graphs.text.image_token
     features, states = tower(model, arguments, BLOCKS[family])

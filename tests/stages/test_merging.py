@@ -12,7 +12,7 @@ import pytest
 from exporter.runtime.generate import Generator
 from exporter.stages._reference import reference
 from exporter.stages.export import export
-from tests.families import tiny
+from tests.families import hugging_face, tiny
 from tests.stages import merging, uncached
 from tests.stages.conftest import Engine, Exported, plain
 
@@ -81,7 +81,7 @@ def test_a_loop_that_merges_nothing_answers_as_hugging_face(tmp_path: Path) -> N
     runners, graphs, table = reference(tiny.plan(tmp_path))
     ours = Generator(runners, tiny.endless(graphs), table)
     asked = tiny.question(graphs)
-    arguments = asked.for_transformers(graphs)
+    arguments = hugging_face.arguments(asked, graphs)
     theirs.generation_config.eos_token_id = None
     wanted = theirs.generate(**arguments, max_new_tokens=16, do_sample=False)[
         0, arguments["input_ids"].shape[1] :

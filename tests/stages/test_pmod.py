@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from exporter.errors import UsageError
-from tests.families import tiny
+from tests.families import hugging_face, tiny
 from tests.stages import uncached
 from tests.stages.conftest import Engine, Export
 
@@ -55,7 +55,7 @@ def test_against_the_official_order_of_operations(router: Path, exported: Export
 def loop(model: Any, asked: tiny.Question, features: Tensor, graphs: Any, router: dict[str, Tensor]) -> list[int]:
     """Greedy tokens, everything anew for every token; what is routed was settled by the prompt alone."""
     text = model.model.language_model
-    ids = asked.for_transformers(graphs)["input_ids"][0].tolist()
+    ids = hugging_face.arguments(asked, graphs)["input_ids"][0].tolist()
     visual = torch.tensor([token == graphs.text.image_token for token in ids])
     embeds = text.embed_tokens(torch.tensor([ids]))
     embeds[:, visual] = features

@@ -6,9 +6,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from onnxscript import rewriter
+from onnxscript.rewriter.rules.common import _no_op
 from torch import Tensor
 
-from exporter.stages import _lower
+from exporter.stages import _lower, _trace
 from exporter.stages._trace import trace
 
 
@@ -52,12 +54,13 @@ class Plain(torch.nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         wide = x.to(torch.float32)  # does nothing, and is an output
         inside = ((x > 0) & (x < 2)) | (x == torch.tensor(3.0))
-        return wide, (1 - x) * inside.to(torch.float32), 2 - inside.to(torch.int64)
+        by_size = torch.where(torch.eye(2, dtype=torch.bool), x.T @ x, 7.0), torch.eye(x.shape[0]) @ x
+        return wide, (1 - x) * inside.to(torch.float32), 2 - inside.to(torch.int64), x @ torch.eye(2), *by_size
 
 
 class Rare(torch.nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (x @ torch.eye(2),)
+        return (torch.nn.functional.conv1d(x.unsqueeze(1), torch.ones(1, 1, 3), padding="same"),)
 
 
 @pytest.mark.parametrize(("module", "long_way"), [(Plain(), 0), (Rare(), 1)])
@@ -89,3 +92,35 @@ def test_types_are_promoted() -> None:
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     for found, expected in zip(session.run(None, {"x": x.numpy()}), Mixed()(x), strict=True):
         torch.testing.assert_close(torch.from_numpy(found), expected)
+
+
+class Roundabout(torch.nn.Module):
+    """What onnxscript's rules make shorter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = x.reshape(-1, 2, 3, 2).transpose(1, 3).transpose(1, 3).reshape(-1, 12).reshape(-1, 3, 4)
+        return (
+            turned.relu()
+            .clamp(max=2)
+            .relu()
+            .unsqueeze(1)
+            .squeeze(1)
+            .to(torch.float64)
+            .to(torch.float32)[:, :, 1:][:, 1:]
+        )
+
+
+def test_every_rule_is_tried_where_it_can_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same graph as where each is tried at every node."""
+    found = {}
+    for how, rules in (
+        ("ours", None),
+        ("theirs", [r for r in rewriter._DEFAULT_REWRITE_RULES if r not in _no_op.rules]),
+        ("none", []),
+    ):
+        if rules is not None:
+            monkeypatch.setattr(_trace, "_rules", lambda rules=rules: rules)
+        model = trace(Roundabout(), {"x": torch.zeros(2, 12)}, {"x": {0: "batch"}}, ["y"])
+        found[how] = ir.to_proto(model).SerializeToString()
+    assert found["ours"] == found["theirs"]
+    assert found["ours"] != found["none"]

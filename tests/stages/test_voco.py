@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.families import tiny
+from tests.families import hugging_face, tiny
 from tests.stages import uncached
 from tests.stages.conftest import Engine, Export
 
@@ -21,7 +21,7 @@ def test_against_two_passes(m: int, exported: Export, engine: Engine) -> None:
     ours, asked = engine(case), tiny.question(case.graphs)
     model = uncached.load("llava", case.plan.checkpoint.folder)
     text = model.model.language_model
-    ids = asked.for_transformers(ours.graphs)["input_ids"][0].tolist()
+    ids = hugging_face.arguments(asked, ours.graphs)["input_ids"][0].tolist()
     places = [p for p, token in enumerate(ids) if token == ours.graphs.text.image_token]
     first, last = places[0], places[-1] + 1
     assert first > 0, "no text in front shows nothing"

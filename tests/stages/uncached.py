@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from exporter.runtime.generate import Generator
-from tests.families import tiny
+from tests.families import hugging_face, tiny
 
 Choose = Callable[[int, Tensor, Tensor], list[int]]
 """(layer, before, ahead) → the visual tokens that enter it, as places among those still present. before, ahead: attention
@@ -41,7 +41,7 @@ def answer(
 ) -> tuple[list[int], dict[int, list[int]]]:
     """`length` greedy tokens, and what was chosen before each of `layers`. compact: from there on positions are counted
     anew. Sliding windows always reach as far as in the whole prompt."""
-    stack, arguments = Layers(model), asked.for_transformers(ours.graphs)
+    stack, arguments = Layers(model), hugging_face.arguments(asked, ours.graphs)
     ids = arguments["input_ids"][0].tolist()
     visual = [p for p, token in enumerate(ids) if token == ours.graphs.text.image_token]
     embeds = stack.embed(ids)
@@ -79,7 +79,7 @@ def answer_with_short_cache(
     Args:
         cached: layer → per KV head the visual tokens that stay.
     """
-    stack, arguments = Layers(model), asked.for_transformers(ours.graphs)
+    stack, arguments = Layers(model), hugging_face.arguments(asked, ours.graphs)
     ids = arguments["input_ids"][0].tolist()
     visual = [p for p, token in enumerate(ids) if token == ours.graphs.text.image_token]
     embeds = stack.embed(ids)
