@@ -51,8 +51,8 @@ def test_by_hand() -> None:
     assert found.answer_j == pytest.approx(24.5e-3 * 25)
     assert [e.build_bytes for e in found.engines] == [int(3.5 * 2**30), 10 * 2**30]
     assert found.cache_bytes == 20 * 2**20 + 4
-    assert found.held_bytes == 2 * (10 * 2**20 + 11 * 2**20 + 256), (
-        "two of the pool's buffers each, eight sizes per doubling"
+    assert found.held_bytes == 3 * (10 * 2**20 + 11 * 2**20 + 256), (
+        "two of the pool's buffers each, eight sizes per doubling, and one more of each of the three sizes"
     )
     assert found.need_bytes == 3 * 2**30 + 2 * 2**20 + found.held_bytes
     assert found.have_bytes == 7619 * 2**20
