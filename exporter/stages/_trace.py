@@ -158,7 +158,7 @@ def _rules() -> list[Any]:
     rules = [copy.copy(rule) for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in set(_no_op.rules)]
     for rule in rules:
         if (last := rule._target_pattern.output_nodes[0].op_identifier()) is not None:
-            rule.try_rewrite = at(last[1], rule.try_rewrite)
+            rule.try_rewrite = at(last[1], rule.try_rewrite)  # type: ignore[method-assign]
     return rules
 
 
