@@ -65,12 +65,12 @@ class Appending:
             rank = order.argsort(axis=1, kind="stable")
             order = np.take_along_axis(order, rank, axis=1)
             given = {name: _sorted(value, rank, self._axes[name].index("seq")) for name, value in given.items()}
-        begins = False
+        begins = []
         for name in self._groups:
             first = before.length(name)
             before.memory.arrays[name][:, first : first + seq] = order
-            begins = begins or first == 0
-        if batch == 1 or (seq == 1 and not begins):
+            begins.append(first == 0)
+        if batch == 1 or (seq == 1 and not any(begins)) or (all(begins) and self._alike(given["position_ids"])):
             logits = self._run(given, before, padding, batch, seq)
         else:
             logits = np.concatenate([self._run(given, before, padding, 1, seq, row) for row in range(batch)])
@@ -104,6 +104,10 @@ class Appending:
         self._session.run_with_iobinding(self._binding)
         found: Array = new["logits"].copy()
         return found
+
+    def _alike(self, positions: Array) -> bool:
+        """Whether a first prompt's rows are rotated alike, as GroupQueryAttention does it, or by another node. positions: [..., batch, seq]"""
+        return not self._has_room or bool((positions == positions[..., :1, :]).all())
 
     def _bind(self, memory: Memory, row: int | None, batch: int, seq: int) -> None:
         """Bind a cache, or one row of it, and memory for so many new rows and tokens, where they are not bound."""

@@ -34,7 +34,8 @@ It rotates, too, and is given projected queries, keys and values as the one matr
 many rows as there are tokens in all, and takes a token's row from `position_ids`; of a first prompt it looks at the first of those
 only, and goes on from there, for every row of a batch (`group_query_attention.cc`, ONNX Runtime 1.31). So the table is that of this run's
 tokens in the order in which they come, whatever their positions are, with `room` behind it for the kernel's check, and
-`position_ids` are `places`. That is exact as long as a first prompt is one row, or one token behind a past. Heads whose size is no multiple
+`position_ids` are `places`. That is exact as long as the rows of a first prompt have the same positions;
+where they have not, they have to be run one after another, too. Heads whose size is no multiple
 of 16 it does not rotate: `RotaryEmbedding` does, and there is no `room`.
 """
 

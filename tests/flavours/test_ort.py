@@ -133,13 +133,14 @@ def test_attention_takes_what_one_matrix_makes(exported: Any, family: str, reduc
         assert (key is None, value is None) == (family not in NORMED,) * 2
 
 
+@pytest.mark.parametrize("text", [(14, 15, 16, 17, 18, 19), (14, 15, 16)], ids=["padded", "of one length"])
 @pytest.mark.parametrize(("family", "reductions"), CASES)
 def test_as_the_plain_graphs_over_64_tokens_and_several_blocks(
-    exported: Any, opened: Open, family: str, reductions: tuple[str, ...]
+    exported: Any, opened: Open, family: str, reductions: tuple[str, ...], text: tuple[int, ...]
 ) -> None:
-    """A batch of two prompts of different length; the shorter is padded."""
+    """A batch of two prompts."""
     case = exported(family, reductions)
-    asked = [case.question(0), case.question(1, (14, 15, 16, 17, 18, 19))]
+    asked = [case.question(0), case.question(1, text)]
     pixels, prompts = np.concatenate([q.pixels for q in asked]), [q.prompt for q in asked]
     ours, plain = opened(case.folder, case.graphs), opened(case.folder, case.plain())
     answers = [g.generate(pixels, prompts, 70).tokens for g in (ours, plain)]
