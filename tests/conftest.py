@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -20,6 +22,17 @@ needs_rtx = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="TensorRT-RTX is there for x86-64 Linux only"
 )
 """Where `make` installs TensorRT-RTX it must be there: without it these tests fail."""
+
+
+def for_one_gpu(profile: str, folder: Path) -> str:
+    """That profile for SM 8.6 alone, as a file in `folder`: for each further GPU the builder compiles all kernels again.
+    Engines for several are built in tests/stages/test_rtx.py."""
+    from profiles import _schema
+
+    text = (_schema.FOLDER / f"{profile}.toml").read_text()
+    file = folder / f"one_{profile}.toml"
+    file.write_text(re.sub(r"(?m)^compute_capabilities = .*$", "compute_capabilities = [86]", text))
+    return str(file)
 
 
 class Said(NamedTuple):

@@ -16,8 +16,7 @@ from exporter.cli._app import extra_with
 from exporter.job import EMBEDDED, Job
 from exporter.pipeline import run_export, run_pack, why_recorded
 from exporter.workspace import Workspace
-from profiles import _schema
-from tests.conftest import needs_rtx
+from tests.conftest import for_one_gpu, needs_rtx
 
 WITHOUT_TORCH = """
 import sys
@@ -166,8 +165,7 @@ def test_a_damaged_recording(bundle: Path) -> None:
 @needs_rtx
 def test_a_bundle_without_engines_says_how_to_build_them_and_is_built(tmp_path: Path) -> None:
     """Packed where no engine was built, for a profile of the user's own, which is not on the device."""
-    profile = tmp_path / "mine.toml"
-    profile.write_text((_schema.FOLDER / "rtx_fp16.toml").read_text())
+    profile = Path(for_one_gpu("rtx_fp16", tmp_path))
     work = Workspace(tmp_path / "out")
     work.folder.mkdir()
     run_export(Job(EMBEDDED, ("visionzip:keep=32,cls=off,position=keep", "fastv:layer=2,keep=16"), str(profile)), work)

@@ -514,6 +514,11 @@ def endless(graphs: GraphSet) -> GraphSet:
     return replace(graphs, text=replace(graphs.text, eos=[]))
 
 
+def language_model(graphs: GraphSet) -> GraphSet:
+    """Without the graphs before it."""
+    return replace(graphs, files={role: file for role, file in graphs.files.items() if role in ("prefill", "decode")})
+
+
 Pixels = npt.NDArray[np.float32]
 """[1, frames, 3, height, width]"""
 

@@ -27,7 +27,7 @@ from exporter.stages._store import WeightFile
 from exporter.weights import FileSource, Source
 from exporter.workspace import Workspace
 from profiles._schema import Precision
-from tests.conftest import needs_rtx
+from tests.conftest import for_one_gpu, needs_rtx
 from tests.families import hugging_face, tiny
 from tests.graphs.oracle_glimpse import New
 from tests.stages import uncached
@@ -157,7 +157,7 @@ def tower(model: Any, arguments: dict[str, Any], blocks: tuple[int, ...]) -> tup
 @needs_rtx
 def test_tensorrt_rtx_builds_it(spec: Spec, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     work = Workspace(tmp_path)
-    run_export(Job(str(checkpoints["llava"]), (spec("llava"),), "rtx_int4"), work)
+    run_export(Job(str(checkpoints["llava"]), (spec("llava"),), for_one_gpu("rtx_int4", tmp_path)), work)
     assert {Path(r.file).stem for r in run_build(work)} == {"vision", "reduce", "prefill", "decode"}
 
 

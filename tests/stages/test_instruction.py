@@ -19,7 +19,7 @@ from exporter.pipeline import run_bench, run_build, run_export, run_validate
 from exporter.runtime.question import InstructionTokenizer, readers
 from exporter.stages.export import export
 from exporter.workspace import Workspace
-from tests.conftest import needs_rtx
+from tests.conftest import for_one_gpu, needs_rtx
 from tests.families import tiny
 from tests.stages.conftest import Engine, Exported
 
@@ -133,6 +133,6 @@ def test_evidence(folder: Path, spec: str, tmp_path: Path) -> None:
 @needs_rtx
 def test_tensorrt_rtx_builds_it(folder: Path, spec: str, tmp_path: Path) -> None:
     work = Workspace(tmp_path)
-    run_export(Job(str(folder), (spec,), "rtx_fp16"), work)
+    run_export(Job(str(folder), (spec,), for_one_gpu("rtx_fp16", tmp_path)), work)
     run_build(work)
     assert (work.engines / "reduce.engine").read_bytes()[:4] == b"vtrt"

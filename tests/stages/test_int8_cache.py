@@ -25,7 +25,7 @@ from exporter.stages.build import shape_profile
 from exporter.stages.export import export
 from exporter.workspace import Workspace
 from profiles import _schema
-from tests.conftest import needs_rtx
+from tests.conftest import for_one_gpu, needs_rtx
 from tests.families import tiny
 from tests.graphs.oracle_glimpse import New
 from tests.stages.conftest import SIZES, Engine, Export, Exported, objections, plain
@@ -204,7 +204,7 @@ def test_a_step_reads_the_integers(checkpoints: dict[str, Path]) -> None:
 def test_tensorrt_rtx_builds_it(profile: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     work = Workspace(tmp_path)
     reductions = ("dyrate:layer=2,keep=12,step_list=3,keep_list=7",) if profile == "rtx_fp16" else ("lookm:keep=6",)
-    run_export(Job(str(checkpoints["llava"]), reductions, profile, kv="int8"), work)
+    run_export(Job(str(checkpoints["llava"]), reductions, for_one_gpu(profile, tmp_path), kv="int8"), work)
     for graph in work.graphs.glob("*.onnx"):
         assert not objections(graph)
     records = run_build(work)

@@ -26,7 +26,7 @@ from exporter.stages._reference import reference
 from exporter.stages.validate import cosine
 from exporter.workspace import Workspace
 from profiles import _schema
-from tests.conftest import needs_rtx
+from tests.conftest import for_one_gpu, needs_rtx
 from tests.families import tiny
 from tests.stages.conftest import Engine, Export
 
@@ -133,7 +133,7 @@ def test_evidence(checkpoints: dict[str, Path], clip: Path, tmp_path: Path) -> N
 @needs_rtx
 def test_tensorrt_rtx_builds_it(checkpoints: dict[str, Path], clip: Path, tmp_path: Path) -> None:
     work = Workspace(tmp_path)
-    run_export(Job(str(checkpoints["llava"]), (SPEC,), "rtx_fp16", clip=str(clip)), work)
+    run_export(Job(str(checkpoints["llava"]), (SPEC,), for_one_gpu("rtx_fp16", tmp_path), clip=str(clip)), work)
     records = run_build(work)
     assert [r.roles for r in records] == [("vision",), ("question",), ("reduce",), ("prefill", "decode")]
     assert engine_records(work) == records

@@ -28,7 +28,7 @@ from exporter.workspace import Workspace
 from graphs._contract import ReductionError, Site
 from graphs.vst import Vst
 from profiles._schema import with_kv
-from tests.conftest import needs_rtx
+from tests.conftest import for_one_gpu, needs_rtx
 from tests.families import tiny
 from tests.stages.conftest import Engine, Exported, plain
 
@@ -219,5 +219,5 @@ def test_tensorrt_rtx_builds_it(tmp_path: Path) -> None:
     tiny.llava(tmp_path / "model")
     spec = spec_of(tmp_path / "model", 1, 2, 6)
     work = Workspace(tmp_path)
-    run_export(Job(str(tmp_path / "model"), (spec,), "rtx_int4"), work)
+    run_export(Job(str(tmp_path / "model"), (spec,), for_one_gpu("rtx_int4", tmp_path)), work)
     assert {Path(r.file).stem for r in run_build(work)} == {"vision", "reduce", "prefill", "decode"}
