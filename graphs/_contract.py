@@ -219,10 +219,11 @@ class Reduction(ABC):
                 raise ReductionError(f"`{name}` takes {expected(hints[name])}; found {value!r}")
 
     def require(self, site: Site) -> None:
-        """Refuse a site that cannot supply a needed signal."""
-        missing = [s for s in self.needs if s not in site.signals]
+        """Refuse a site that cannot supply a needed signal. `patches` of unknown width are none."""
+        offered = {s for s in site.signals if site.patch_dim or not s.startswith("patches@")}
+        missing = [s for s in self.needs if s not in offered]
         if missing:
-            plain = sorted({s.partition("@")[0] for s in site.signals})
+            plain = sorted({s.partition("@")[0] for s in offered})
             raise ReductionError(
                 f"it needs {', '.join(f'`{s}`' for s in missing)}, but this model offers only "
                 f"{', '.join(f'`{s}`' for s in plain) or 'nothing'} there"
