@@ -66,6 +66,18 @@ REFUSED = {
 """(model, method) that cannot be at its defaults: a part of the sentence that says why."""
 
 
+def pairs() -> Iterator[Any]:
+    """Every method on one of the models, in turn; the others are slow, in sum."""
+    for number, name in enumerate(METHODS):
+        fitting = [model for model in MODELS if (model, name) not in REFUSED]
+        for model in fitting:
+            few = model == fitting[number % len(fitting)]
+            yield pytest.param(model, name, id=f"{model}-{name}", marks=() if few else pytest.mark.slow)
+
+
+FITTING = list(pairs())
+
+
 @dataclass(frozen=True)
 class Drawn:
     """The vision and reduce graphs of one plan, with weights, and the same in PyTorch."""
@@ -162,13 +174,14 @@ def drawn(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     return run
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "name"), REFUSED)
+def test_what_does_not_fit_is_refused_in_words(model: str, name: str, drawn: Any) -> None:
+    with pytest.raises(UsageError, match=REFUSED[model, name]):
+        drawn(model, name)
+
+
+@pytest.mark.parametrize(("model", "name"), FITTING)
 def test_the_graph_keeps_what_pytorch_keeps(model: str, name: str, drawn: Any) -> None:
-    if (model, name) in REFUSED:
-        with pytest.raises(UsageError, match=REFUSED[model, name]):
-            drawn(model, name)
-        return
     found: Drawn = drawn(model, name)
     pixels, side = samples(found.plan), sides(found.plan)
     embeds, index, *size = found.runtime(pixels, side)
@@ -179,12 +192,10 @@ def test_the_graph_keeps_what_pytorch_keeps(model: str, name: str, drawn: Any) -
     assert [(a == b).all() for a, b in zip(size, true_size, strict=True)] == [True] * found.plan.sized
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "name"), FITTING)
 def test_no_target_has_anything_against_it(model: str, name: str, drawn: Any) -> None:
-    if (model, name) not in REFUSED:
-        files = drawn(model, name).folder.glob("*.onnx")
-        assert [objection for file in files for objection in objections(file)] == []
+    files = drawn(model, name).folder.glob("*.onnx")
+    assert [objection for file in files for objection in objections(file)] == []
 
 
 class Builder:
@@ -217,17 +228,8 @@ def rtx() -> Iterator[Builder]:
     builder.close()
 
 
-def built() -> Iterator[Any]:
-    """Every method on one of the models, in turn; the others are slow, in sum."""
-    for number, name in enumerate(METHODS):
-        fitting = [model for model in MODELS if (model, name) not in REFUSED]
-        for model in fitting:
-            few = model == fitting[number % len(fitting)]
-            yield pytest.param(model, name, id=f"{model}-{name}", marks=() if few else pytest.mark.slow)
-
-
 @needs_rtx
-@pytest.mark.parametrize(("model", "name"), list(built()))
+@pytest.mark.parametrize(("model", "name"), FITTING)
 def test_tensorrt_rtx_builds_it(model: str, name: str, drawn: Any, rtx: Builder) -> None:
     role = "vision" if _spec.load(name).place == "in_tower" else "reduce"
     assert rtx(drawn(model, name).folder / f"{role}.onnx") == "built"
