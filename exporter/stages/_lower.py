@@ -24,6 +24,7 @@ RENAMED = {
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
     aten.detach_.default: aten.detach.default,  # of constants
 }
+CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout}
 
 
 def lower(exported_program: ExportedProgram, registry: _registration.ONNXRegistry) -> ExportedProgram:
@@ -34,8 +35,10 @@ def lower(exported_program: ExportedProgram, registry: _registration.ONNXRegistr
             graph.erase_node(node)
         elif node.target in RENAMED:
             node.target = RENAMED[node.target]
-        elif node.target == aten.to.dtype and len(node.args) == 2 and not node.kwargs:
+        elif node.target in CASTS:
             _cast(node)
+        elif node.target == aten.conv2d.padding:
+            _pad(node)
         elif node.target == aten.eye.default:
             _identity(node)
         elif node.target == aten.numpy_T.default:
@@ -59,13 +62,33 @@ def promote(self: type_promotion._TypePromotionInterpreter, n: Node) -> Any:
     return super(type_promotion._TypePromotionInterpreter, self).run_node(n)
 
 
+def _given(node: Node) -> dict[str, Any]:
+    """What an operator is given, by name."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    found = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    return found | {a.name: value for a, value in zip(arguments, node.args, strict=False)} | node.kwargs
+
+
 def _cast(node: Node) -> None:
-    x, dtype = node.args
+    """There is one device, so that only the type can be another one."""
+    given = _given(node)
+    x, dtype = given["self"], given["dtype"]
     assert isinstance(x, Node)
-    if x.meta["val"].dtype == dtype:  # still a node, as it may be an output
-        node.target, node.args = aten.alias.default, (x,)
+    if given["copy"] or given["memory_format"] is not None:
+        return
+    if dtype in (None, x.meta["val"].dtype):  # still a node, as it may be an output
+        node.target, node.args, node.kwargs = aten.alias.default, (x,), {}
     else:
         node.target, node.args, node.kwargs = aten._to_copy.default, (x,), {"dtype": dtype}
+
+
+def _pad(node: Node) -> None:
+    """A convolution whose padding is a word: the same in numbers, where it is none."""
+    given = _given(node)
+    if given["padding"] == "valid":
+        names = ("input", "weight", "bias", "stride")
+        arguments = *(given[name] for name in names), [0, 0], given["dilation"], given["groups"]
+        node.target, node.args, node.kwargs = aten.conv2d.default, arguments, {}
 
 
 def _identity(node: Node) -> None:

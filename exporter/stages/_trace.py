@@ -19,6 +19,7 @@ import onnx_ir as ir
 import torch
 import torch._dynamo.config
 from torch.export import Dim
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.onnx._internal.exporter import _fx_passes, _registration
 from torch.onnx._internal.fx.passes import type_promotion
 
@@ -125,6 +126,9 @@ def _optimize(model: ir.Model) -> None:
     from onnxscript import optimizer, rewriter
 
     common.InlinePass()(model)
+    # Fewer nodes to fold: what operators become repeats what their neighbours became.
+    common.RemoveUnusedNodesPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
     for _ in range(2):
         optimizer.fold_constants(model, onnx_shape_inference=True)
         rewriter.rewrite(model, _rules())
@@ -230,22 +234,38 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _quick() -> Iterator[None]:
     """torch's exporter rebuilds its operator table (over a second) for every call, and runs twice more what it has traced; keep the
-    table for the next atom, `lower` and `promote` instead. And its cache of what operators return takes longer to fill than it saves
-    where sizes are symbols, and nobody reads where in the source a node comes from."""
+    table for the next atom, `lower` and `promote` instead. It reads an operator's schema again for every node: once is enough. And its
+    cache of what operators return takes longer to fill than it saves where sizes are symbols, and nobody reads where in the source a
+    node comes from, or runs the Python that a graph is written as each time it changes."""
+    signature = ir.schemas.OpSignature.__dict__["from_op_schema"]
     registry, interpreter = _registration.ONNXRegistry, type_promotion._TypePromotionInterpreter
     built, decompose, run_node = registry.from_torchlib, _fx_passes.decompose_with_registry, interpreter.run_node
     registry.from_torchlib = staticmethod(_operator_table)  # type: ignore[method-assign]
     _fx_passes.decompose_with_registry = lower
     interpreter.run_node = promote  # type: ignore[method-assign]
+    ir.schemas.OpSignature.from_op_schema = staticmethod(_signature)  # type: ignore[assignment]
     where, torch.fx.config.do_not_emit_stack_traces = torch.fx.config.do_not_emit_stack_traces, True
     try:
-        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False), _use_lazy_graph_module(True):
             yield
     finally:
         registry.from_torchlib = built  # type: ignore[method-assign]
         _fx_passes.decompose_with_registry = decompose
         interpreter.run_node = run_node  # type: ignore[method-assign]
+        ir.schemas.OpSignature.from_op_schema = signature
         torch.fx.config.do_not_emit_stack_traces = where
+
+
+_from_schema = ir.schemas.OpSignature.from_op_schema
+_signatures: dict[tuple[str, str, int], ir.schemas.OpSignature] = {}
+
+
+def _signature(schema: Any) -> ir.schemas.OpSignature:
+    """Of an operator as ONNX defines it: read once."""
+    key = schema.domain, schema.name, schema.since_version
+    if key not in _signatures:
+        _signatures[key] = _from_schema(schema)
+    return _signatures[key]
 
 
 _from_torchlib = _registration.ONNXRegistry.from_torchlib
