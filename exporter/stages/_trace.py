@@ -252,7 +252,7 @@ def _quick() -> Iterator[None]:
         registry.from_torchlib = built  # type: ignore[method-assign]
         _fx_passes.decompose_with_registry = decompose
         interpreter.run_node = run_node  # type: ignore[method-assign]
-        ir.schemas.OpSignature.from_op_schema = signature
+        ir.schemas.OpSignature.from_op_schema = signature  # type: ignore[method-assign]
         torch.fx.config.do_not_emit_stack_traces = where
 
 
