@@ -210,7 +210,7 @@ def _take_early(graph: ir.Graph, take: Callable[[ir.Value], ir.Value]) -> None:
         if read and not shown and alone.issuperset(read) and _each_by_itself(node):
             alone.add(node)
     taken: dict[ir.Value, ir.Value] = {}
-    for node in alone - {gather}:
+    for node in [n for n in graph if n in alone and n is not gather]:  # a set's order is another one in every process
         for i, value in enumerate(node.inputs):
             if value is not None and _of_tokens(value) and value.producer() not in alone:
                 if value not in taken:
