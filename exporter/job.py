@@ -88,6 +88,7 @@ class Job:
         given = [("--reduce", spec) for spec in self.reductions] + [
             ("--profile", self.profile), ("--frames", str(self.frames) if self.frames > 1 else None), ("--image-size", size),
             ("--clip-model", self.clip), ("--quantizer", self.quantizer), ("--calibration", self.calibration),
+            ("--kv", self.kv),
         ]  # fmt: skip
         return [self.checkpoint, *(word for name, value in given if value is not None for word in (name, value))]
 
