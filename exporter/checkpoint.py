@@ -255,7 +255,12 @@ class Checkpoint:
                 f"Read are {', '.join(known)}; or take the checkpoint that is not quantised."
             )
         packing: Packing = _discover.load(exporter.packings, "packing", name).PACKING
-        packing.check(found)
+        try:
+            packing.check(found)
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise CheckpointError(
+                f"{self.folder}: what it says of how '{method}' quantised it cannot be read ({type(e).__name__}: {e}). Download it again."
+            ) from e
         return packing, found
 
     def _quantization(self) -> Any:

@@ -250,6 +250,11 @@ def nested(shape: tuple[int, int], seed: int) -> Nested:
     return published.nested(shape, seed)._replace(whole=np.float32(2**-13))
 
 
+def empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
 def wholes(folder: Path) -> Checkpoint:
     return tiny.plan(folder, profile="rtx_5090_nvfp4").checkpoint
 
@@ -267,10 +272,9 @@ def test_nvfp4_stays_what_was_published(name: str, source: Path, tmp_path: Path)
     for found in (matrix(64, 128, "mlp.gate_proj"), matrix(64, 32, "self_attn.v_proj")):
         assert torch.equal(found.read(ours), found.read(theirs))
         assert found.numbers(ours) == "fp4"
-    (tmp_path / "graphs").mkdir()
-    graphs = export(tiny.plan(folder / "quantized", profile="rtx_5090_nvfp4"), tmp_path / "graphs")
+    graphs = export(tiny.plan(folder / "quantized", profile="rtx_5090_nvfp4"), out := empty(tmp_path / "graphs"))
     assert graphs.lookup
-    model = onnx.load(tmp_path / "graphs/decode.onnx")
+    model = onnx.load(out / "decode.onnx")
     stored = {t.name: t for t in model.graph.initializer}
     number = sorted(load_file(folder / "plain/model.safetensors")).index(
         next(n for n in load_file(folder / "plain/model.safetensors") if n.endswith("layers.1.mlp.down_proj.weight"))
@@ -281,7 +285,7 @@ def test_nvfp4_stays_what_was_published(name: str, source: Path, tmp_path: Path)
     assert stored[f"{label}.fp4"].raw_data == (codes.T[:, 0::2] | codes.T[:, 1::2] << 4).tobytes()
     assert stored[f"{label}.scale"].raw_data == scale.T.tobytes()
     assert onnx.numpy_helper.to_array(stored[f"{label}.whole"]) == expected.whole
-    assert json.loads((tmp_path / "graphs/precision.json").read_text())["quantizer"] == "the checkpoint's"
+    assert json.loads((out / "precision.json").read_text())["quantizer"] == "the checkpoint's"
 
 
 def test_modelopt_beside_config_json_and_of_both_types(source: Path, tmp_path: Path) -> None:
@@ -318,8 +322,8 @@ def test_eight_bits_stay_what_was_published(kind: str, profile: str, suffix: str
         return parts, weight
 
     folder = published.publish(source, tmp_path / "published", config, pack)
-    export(plain(tiny.plan(folder / "quantized", profile=profile)), tmp_path)
-    stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "decode.onnx").graph.initializer}
+    export(plain(tiny.plan(folder / "quantized", profile=profile)), out := empty(tmp_path / "graphs"))
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(out / "decode.onnx").graph.initializer}
     theirs = load_file(folder / "quantized/model.safetensors")
     for name in ("mlp.down_proj", "mlp.up_proj"):
         of = {
@@ -342,7 +346,7 @@ def test_matrices_side_by_side_share_their_scale(source: Path, tmp_path: Path) -
 
     folder = published.publish(source, tmp_path / "published", modelopt("NVFP4"), pack)
     with pytest.raises(CheckpointError, match=r"q_proj.*read the same input, but differ in"):
-        export(tiny.plan(folder / "quantized", profile="rtx_5090_nvfp4"), tmp_path)
+        export(tiny.plan(folder / "quantized", profile="rtx_5090_nvfp4"), empty(tmp_path / "graphs"))
 
 
 @pytest.mark.parametrize("damage", ["scale of a type", "a scale", "scale of all"])
@@ -360,6 +364,24 @@ def test_nvfp4_that_is_none_is_refused(damage: str, source: Path, tmp_path: Path
     folder = published.publish(source, tmp_path, modelopt("NVFP4"), pack)
     with pytest.raises(CheckpointError, match="NVFP4"):
         matrix(64, 128, "mlp.up_proj").read(wholes(folder / "quantized"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        compressed(True) | {"config_groups": [1]},
+        compressed(True) | {"config_groups": {"group_0": {"weights": {"num_bits": "four"}}}},
+        gptq(bits="four"),
+        AWQ | {"bits": []},
+        modelopt("MIXED_PRECISION", quantized_layers={"a": "FP8"}),
+        modelopt("NVFP4", quantization=7),
+    ],
+)
+def test_a_description_that_is_none_is_told(config: dict[str, Any], source: Path, tmp_path: Path) -> None:
+    described = json.loads((source / "config.json").read_text()) | {"quantization_config": config}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match="quantised it cannot be read"):
+        Checkpoint(tmp_path).quantized  # noqa: B018
 
 
 def test_scattered_groups_of_different_sizes_are_refused(folders: Callable[[str], Path], tmp_path: Path) -> None:
