@@ -274,17 +274,21 @@ class TensorRtRunner(Runner):
             enqueued = self._context.execute_async_v3(cuda.stream)
             graph = cuda.end_recording()
         except CudaError as e:
-            return self._unrecorded(f": {e}")
+            self._unrecorded(f": {e}")
+            return None
         if not enqueued:
             cuda.drop(graph)
-            return self._unrecorded(self._said())
+            self._unrecorded(self._said())
+            return None
         return graph
 
     def _unrecorded(self, why: str) -> None:
+        """It is not tried again."""
         self._recordable = False
         LOG.warning(
-            "%s",
-            f"{self._path.name} cannot be recorded as a CUDA graph{why} Its kernels are launched one by one, which is slower.",
+            "%s cannot be recorded as a CUDA graph%s Its kernels are launched one by one, which is slower.",
+            self._path.name,
+            why,
         )
 
     def _load(self) -> Any:
