@@ -148,8 +148,8 @@ def nvfp4(packed: Tensor, scale: Tensor, whole: Tensor) -> Quantized:
             f"NVFP4 of {outputs} × {2 * pairs} has to be uint8 with {outputs} × {2 * pairs // BLOCK} scales in float8_e4m3fn, blocks of "
             f"{BLOCK}; found {packed.dtype} with {' × '.join(map(str, scale.shape))} in {scale.dtype}."
         )
-    scales, factor = scale.float(), float(whole)
-    if whole.numel() != 1 or not 0 < factor < float("inf") or not bool((scales >= 0).all()):
+    scales, factor = scale.float(), float(whole) if whole.numel() == 1 else 0.0
+    if not 0 < factor < float("inf") or not bool((scales >= 0).all()):
         raise CheckpointError("scales of NVFP4 have to be positive numbers, and that of the whole matrix one.")
     codes = torch.stack([packed & 0xF, packed >> 4], 2).view(outputs, -1)
     empty = scales == 0  # TensorRT refuses zero: zeros with the smallest scale are the same
@@ -179,10 +179,11 @@ def per_channel(weight: Tensor, scale: Tensor) -> Quantized:
     outputs, inputs = weight.shape
     floats = weight.dtype == torch.float8_e4m3fn
     scales = scale.float().reshape(1, -1).expand(1, outputs).contiguous()
-    if not bool((scales > 0).all()):
-        raise CheckpointError("scales of eight bits have to be positive.")
-    numbers = weight.view(torch.uint8 if floats else torch.int8).t().contiguous()
-    return Quantized(Form(8, inputs, floats=floats), numbers.view(-1), scales)
+    if not bool((scales >= 0).all()):
+        raise CheckpointError("scales of eight bits have to be positive numbers.")
+    empty = scales == 0  # as above
+    numbers = weight.view(torch.uint8 if floats else torch.int8).t().masked_fill(empty, 0).contiguous()
+    return Quantized(Form(8, inputs, floats=floats), numbers.view(-1), scales.masked_fill(empty, 1))
 
 
 def spread(scale: Tensor, weight: Tensor) -> Tensor:

@@ -57,7 +57,9 @@ def test_what_a_job_says_of_itself_is_what_was_typed(tmp_path: Path) -> None:
     found: list[Job] = []
     (tmp_path / "mine.jsonl").touch()
     calibration = str((tmp_path / "mine.jsonl").resolve())
-    asked = Job("m", ("visionzip:keep=64", "fastv"), "cpu_int4", 4, (448, 672), "clip", "gptq", calibration, "int8")
+    asked = Job(
+        "m", ("visionzip:keep=64", "fastv"), "cpu_int4", 4, (448, 672), "clip", "gptq", calibration, "int8", "auto"
+    )
     for job in (asked, Job("m", (), "cpu_fp32")):
         assert run(verb, *job.words()).exit_code == 0
         assert found.pop() == job
