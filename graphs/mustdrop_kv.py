@@ -67,9 +67,10 @@ class MustDropKV(FromLayer):
         return select(snap(torch.maximum(share, self.ratio * asked.amax(1)), 1 / rows.shape[-1]), self.keep)
 
     def fit(self, site: Site) -> MustDropKV:
+        fitted = FromLayer.fit(self, site)
         if not 0 <= self.ratio < math.inf:
             raise ReductionError(f"`ratio` is at least 0; found {self.ratio:g}")
-        return FromLayer.fit(self, site)
+        return fitted
 
 
 METHOD = MustDropKV
