@@ -63,7 +63,7 @@ text_embeds         [batch, text, dim]               text tokens as they entered
 text_mask           [batch, text]                    1 for real text tokens, 0 for padding
 instruction_mask    [batch, text]                    1 for text behind the image
 attention_row       [batch, tokens]                  last token's attention in layer l - 1, mean over heads
-plain_row           [batch, tokens]                  the same without RoPE, softmax over visual tokens only
+plain_row           [batch, tokens]                  the same without RoPE or window, softmax over visual tokens only
 next_row            [batch, tokens]                  attention_row as layer l itself would have it
 next_plain_row      [batch, tokens]                  next_row without RoPE
 last_scores         [batch, heads, tokens]           its scores before mask and softmax, by head

@@ -26,7 +26,8 @@ class Seen:
 
     hidden: [tokens, dim], what enters the layer. previous: what entered the one before. embeds: [entered, dim], all visual
     tokens as they entered the language model; words: that text. attention: [heads, tokens + text, tokens] of the layer before;
-    plain: the same if nothing were rotated. alone: [heads, tokens], the last token's plain attention if it saw visual tokens only.
+    plain: the same if nothing were rotated. alone: [heads, tokens], the last token's plain attention if it saw visual tokens only, all of
+    them.
     ahead, plain_ahead: [heads, tokens], the last token's attention in the layer itself. response: [text, tokens], what the
     rotation makes of ones. queries, keys: [heads, tokens, head_dim] of the layer itself, before the rotation; rotated: the keys
     behind it. size: [tokens]. grid: rows and columns of the tokens that entered.
@@ -337,13 +338,15 @@ def mustdrop(keep: int, ratio: float) -> Stays:
 
 
 def sparsemm(capacities: list[int], kernel: int, window: int) -> Stays:
-    """arXiv:2506.05344: by the last text tokens, averaged over neighbours."""
+    """arXiv:2506.05344: by the last text tokens, averaged over neighbours; on the documented grid, as sums with a neighbour that
+    gets nearly nothing are nearly equal."""
 
     def rule(attention: Tensor, visual: list[int], heads: int) -> list[list[int]]:
         text = [p for p in range(attention.shape[1]) if p not in visual][-window:]
         rows = by_kv_head(attention[:, text], heads).mean(1)
         pooled = [np.convolve(row, np.ones(kernel) / kernel, "same") for row in rows]
-        return [best(row, count) for row, count in zip(pooled, capacities, strict=True)]
+        grid = 4096 * len(visual)
+        return [best(np.round(row * grid), count) for row, count in zip(pooled, capacities, strict=True)]
 
     return rule
 
@@ -414,6 +417,7 @@ def look(
     entered, attention, old_places, old_order, old_bias = before
     rows = [*at, *range(len(order) - len(words), len(order))]
     plain = stack.plain(layer - 1, entered, old_places, old_order, old_bias)
+    everything = stack.plain(layer - 1, entered, old_places, torch.zeros_like(old_order), old_bias)  # beyond any window
     q, k, turned = (part[:, at].numpy() for part in stack.projected(layer, x, places))
     rotary, width = stack.rotary(layer - 1, x, places), q.shape[-1]
     ones = np.ones((len(order), width))
@@ -426,7 +430,7 @@ def look(
         return Seen(
             hidden=x[0, at].numpy(), previous=entered[0, at].numpy(), embeds=embeds, words=words,
             attention=attention[:, rows][..., at].numpy(), plain=plain.softmax(-1)[:, rows][..., at].numpy(),
-            alone=plain[:, -1, at].softmax(-1).numpy(), ahead=stack.run(layer, x, places, order, bias)[1][:, -1, at].numpy(),
+            alone=everything[:, -1, at].softmax(-1).numpy(), ahead=stack.run(layer, x, places, order, bias)[1][:, -1, at].numpy(),
             plain_ahead=stack.plain(layer, x, places, order, bias).softmax(-1)[:, -1, at].numpy(),
             response=response[rows[len(at) :]][:, at], queries=q, keys=k, rotated=turned, size=size[at].numpy(), grid=grid,
         )  # fmt: skip

@@ -144,7 +144,12 @@ def test_in_the_cache(method: str, decoder: str, what: str, decoded: Decoded) ->
     assert len(set(expected)) > 4, "a model that repeats itself shows nothing"
 
 
-@pytest.mark.parametrize(("mode", "decoder", "what"), in_turn(["pivot"]))
+def unbounded(mode: str, decoder: str) -> bool:
+    """Hugging Face's own cache holds no more than a sliding window."""
+    return "sliding_window" not in tiny.DECODERS.get(decoder, {})
+
+
+@pytest.mark.parametrize(("mode", "decoder", "what"), in_turn(["pivot"], unbounded))
 def test_merged_in_the_cache(mode: str, decoder: str, what: str, decoded: Decoded) -> None:
     plan, ours = decoded(decoder, f"lookm:keep=5,mode={mode}", what)
     question = tiny.question(ours.graphs)
