@@ -40,6 +40,7 @@ def speed(specs: Sequence[str], model: Model, rounds: int, threads: int, load: _
     import onnx_ir as ir
     import torch
 
+    from exporter.journal import Journal
     from exporter.stages._llm import draw_llm
     from exporter.stages._modules import build_modules, origins
     from exporter.stages._store import WeightFile
@@ -52,19 +53,23 @@ def speed(specs: Sequence[str], model: Model, rounds: int, threads: int, load: _
         plans = {s: Job(str(llava), () if s == FIRST else (s,), "cpu_fp32", FRAMES).plan() for s in (FIRST, *specs)}
         plan = plans[FIRST]
         known = origins(plan, build_modules(plan))["llm"]
-        with WeightFile(folder / "llm.data", plan.checkpoint, known, torch.float32) as file:  # one for all graphs
+        files = folder / "graphs"
+        files.mkdir()
+        with WeightFile(
+            files / "llm.data", Journal(files, {}), plan.checkpoint, known, torch.float32
+        ) as file:  # one for all graphs
             for i, (spec, its) in enumerate(plans.items()):
                 say(f"tracing {spec}")
                 graph = draw_llm(its, build_modules(its).prefill, torch.float32)
                 file.attach(graph)
-                ir.save(graph, folder / f"{i}.onnx")
+                ir.save(graph, files / f"{i}.onnx")
         visual = plan.kept
         feeds = _feeds(visual, model)
         cases = []
         decoder = plan.family.decoder(plan.checkpoint)
         full = cost.prefill_flops(decoder, [visual + TEXT] * model.layers)
         for i, (spec, its) in enumerate(plans.items()):
-            runner = stack.enter_context(_common.runner(folder / f"{i}.onnx", threads))
+            runner = stack.enter_context(_common.runner(files / f"{i}.onnx", threads))
             mine = feeds | _empty_past(runner, model)
             out = runner.run(mine)
             entering, cached = ([n + TEXT for n in each] for each in (its.kv.entering, its.kv.cached))

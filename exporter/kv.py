@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from graphs._contract import InCache, InLLM, Probing, Skipping, Summarizing
+from graphs._contract import InCache, InLLM, Skipping, Summarizing
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class KvLayout:
     @classmethod
     def of(cls, layers: int, visual: int, in_llm: Sequence[InLLM], in_cache: Sequence[InCache]) -> KvLayout:
         """Of a decoder of `layers` layers which `visual` visual tokens enter; the methods are fitted."""
-        # from which layer on the cache holds fewer: what a probe finds leaves that of all layers
+        # from which layer on the cache holds fewer
         dropping = [m for m in in_llm if not isinstance(m, Skipping)]
-        shorter = {0 if isinstance(m, Probing) else i: m.kept(i) for m in dropping for i in m.layers}
+        shorter = {0 if m.everywhere else i: m.kept(i) for m in dropping for i in m.layers}
         own: dict[int, InCache | Skipping] = {i: m for m in in_cache for i in range(m.start, layers)}
         own |= {i: m for m in in_llm if isinstance(m, Skipping) for i in m.layers}
         groups: list[int] = []

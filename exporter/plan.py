@@ -24,7 +24,6 @@ from graphs._contract import (
     InCache,
     InLLM,
     InTower,
-    Probing,
     Reduction,
     ReductionError,
     Site,
@@ -421,7 +420,8 @@ class _Fitting:
                 f"--reduce {text} does not fit {self.family.model_type}: {self.geometry.in_llm}. Choose a reduction that acts before the LLM."
             ) from ReductionError(self.geometry.in_llm)
         inside = [s for s in self.steps if isinstance(s.method, InLLM | InCache)]
-        if inside and any(isinstance(m, InCache | Skipping | Probing) for m in (method, *(s.method for s in inside))):
+        acting = [method, *(s.method for s in inside)]
+        if inside and any(isinstance(m, InCache | Skipping) or (isinstance(m, InLLM) and m.everywhere) for m in acting):
             raise UsageError(
                 f"--reduce {text} and {inside[0].name} both act inside the language model, and one of them decides what every "
                 "layer's cache holds. Give one of the two."

@@ -57,17 +57,23 @@ hidden              [batch, tokens, dim]             visual tokens as they enter
 size                [batch, tokens]                  float32: how many tokens each one stands for
 previous            [batch, tokens, dim]             the same tokens as they entered layer l - 1
 embeds              [batch, tokens, dim]             the same tokens as they entered layer 0
+all_embeds          [batch, entered, dim]            all visual tokens as they entered layer 0, also those gone since
 text_hidden         [batch, text, dim]               text tokens as they enter layer l
 text_embeds         [batch, text, dim]               text tokens as they entered layer 0
 text_mask           [batch, text]                    1 for real text tokens, 0 for padding
 instruction_mask    [batch, text]                    1 for text behind the image
 attention_row       [batch, tokens]                  last token's attention in layer l - 1, mean over heads
-plain_row           [batch, tokens]                  the same without RoPE, softmax over visual tokens only
+plain_row           [batch, tokens]                  the same without RoPE or window, softmax over visual tokens only
 next_row            [batch, tokens]                  attention_row as layer l itself would have it
+next_plain_row      [batch, tokens]                  next_row without RoPE
 last_scores         [batch, heads, tokens]           its scores before mask and softmax, by head
 last_log_attention  [batch, heads, tokens]           logarithm of its attention, by head
 text_attention      [batch, text, tokens]            attention of each text token in layer l - 1, mean over heads
+head_attention      [batch, heads, text, tokens]     the same by head
 visual_attention    [batch, tokens, tokens]          attention among visual tokens in layer l - 1, mean over heads
+plain_…             alike                            text_, head_ and visual_attention without RoPE
+rope_response       [batch, text, tokens]            what RoPE alone gives in layer l - 1: its factor for queries and keys of
+                                                     ones, 1 where both stand at one place
 keys                [batch, kv_heads, tokens, head_dim] of layer l - 1, with RoPE
 next_plain_queries  [batch, heads, tokens, head_dim] as layer l would project them, before RoPE
 next_plain_keys     [batch, kv_heads, tokens, head_dim] as layer l would project them, before RoPE
@@ -446,10 +452,11 @@ class InLLM(Reduction):
     """Acts during prefill, before the decoder layers in `layers`; earlier layers, and their cache, hold all tokens.
 
     `position`: kept tokens keep their ids in later layers ("keep"), or everything is renumbered without gaps there
-    ("compact").
+    ("compact"). `everywhere`: it acts at one layer, and what it drops there leaves the cache of the earlier layers, too.
     """
 
     place: ClassVar[str] = "in_llm"
+    everywhere: ClassVar[bool] = False
     paper_position: ClassVar[Literal["keep", "compact"]] = "keep"
     position: Position = field(default="auto", kw_only=True)
 
@@ -516,6 +523,8 @@ class Probing(InLLM):
     The probe stands one place behind the prompt, so that it sees all of it and nothing sees the probe; to the signals it is
     the last token. It goes when the tokens go. Those leave the cache of all layers, not only of the later ones.
     """
+
+    everywhere: ClassVar[bool] = True
 
     @abstractmethod
     def probe(self, signals: Signals, eps: float) -> Tensor:

@@ -21,6 +21,7 @@ Knobs:
     weights: safetensors file with the classifier: `weight` [4, K], `bias` [K] (K is `rates`); with `state`, a GRU cell in
         front of it: `reset`, `update`, `candidate` [4 + state, state] and their `_bias` [state], `weight` [state, K].
     rates: K. state: width of the GRU, 0 for the paper's linear classifier, which sees the newest token only.
+    rope: off lets prefill choose without position; later cuts still see it, as the keys in the cache are rotated.
 Differs: the paper ranks the whole image anew in every step, so a dropped token may come back, and any rate is possible at
 any step; an engine has one cache length at a time, so ours falls in buckets and never rises. Its list of masks has one
 too many for K rates. Shares come from the layer before the cut, whose cache is whole, so that they do not depend on what was
@@ -60,10 +61,11 @@ class DyRate(WhileDecoding):
     weights: str | None = None
     rates: int = 10
     state: int = 0
+    rope: bool = True
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("attention_row",)
+        return ("attention_row" if self.rope else "plain_row",)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -123,7 +125,7 @@ class DyRate(WhileDecoding):
 
     def forward(self, layer: int, signals: Signals) -> Reduced:
         assert self.keep is not None
-        index = self.shorten(signals["attention_row"], self.keep)
+        index = self.shorten(signals[self.needs[0]], self.keep)
         return Reduced(take(signals["hidden"], index), index)
 
     def shorten(self, attention_row: Tensor, keep: int) -> Tensor:

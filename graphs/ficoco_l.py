@@ -23,6 +23,7 @@ Knobs:
         in the first ones. keep_ratio: 0.25 if neither is given.
     schedule: instead of these three, how many go before every decoder layer, joined by +; the first is 0.
     beta, gamma: as above. quantile: how much of the correlations is below the targets.
+    rope: off takes all attention from queries and keys that are not rotated.
 Differs: the official number of targets depends on the image, and they may be tokens that go; here t is fixed and
 targets stay. Its filter takes the sum over visual tokens and the mean over text, which leaves text no say; here both
 are means. It does not say which of two tokens pays the attention, and under causality one never sees
@@ -65,10 +66,12 @@ class FiCoCoL(InLLM):
     beta: float = 0.6
     gamma: float = 0.6
     quantile: float = 0.998
+    rope: bool = True
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("visual_attention", "text_attention", "instruction_mask")
+        kind = "" if self.rope else "plain_"
+        return (f"{kind}visual_attention", f"{kind}text_attention", "instruction_mask")
 
     @property
     def merges(self) -> bool:
@@ -120,9 +123,10 @@ class FiCoCoL(InLLM):
 
     def forward(self, layer: int, signals: Signals) -> Reduced:
         assert self.schedule is not None
-        hidden, among = signals["hidden"], signals["visual_attention"].float()
-        asks = signals["instruction_mask"].float().unsqueeze(-1)
-        asked = signals["text_attention"].float() * asks
+        hidden = signals["hidden"]
+        among, from_all, mask = (signals[name].float() for name in self.needs)
+        asks = mask.unsqueeze(-1)
+        asked = from_all * asks
         n = hidden.shape[1]
         from_text = asked.sum(1) / asks.sum(1).clamp(min=1)
         redundant = snap(self.beta * among.mean(1) - (1 - self.beta) * from_text, 1 / n)

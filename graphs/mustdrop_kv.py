@@ -3,8 +3,11 @@
 text_attention [batch, text, tokens], instruction_mask [batch, text] → int64 [batch, keep], the same tokens in the cache of
 `layer` and of all layers behind it.
 
-A token's score is the attention that the text behind the image pays it in layer `layer` (0-based), averaged over heads and
-summed over that text; the best stay in the cache, in raster order, with their positions. The caches of earlier layers keep all.
+By the attention that the text behind the image pays the visual tokens in layer `layer` (0-based), averaged over heads:
+1. *Global*: a token's share of all that text pays the image, summed over the text, beyond a threshold.
+2. *Individual*: the most attention that one text token pays it, beyond a threshold.
+The tokens that are ahead in either, each in units of its threshold, stay in the cache, in raster order, with their positions.
+The caches of earlier layers keep all.
 
 This is what the last of the paper's three stages, decoding, makes of the second; the first, `mustdrop`, acts in the tower.
 
@@ -13,21 +16,25 @@ arXiv:2411.10803.
 Knobs:
     layer: the first layer whose cache is shortened, by default the paper's 2, or the last one of a shallower model.
     keep / keep_ratio: visual tokens that stay. By default a ninth, the paper's 64 of 576.
-Differs: the paper drops tokens whose summed attention and largest attention are both below a threshold, behind layers 2, 6, 10
-and 14 in turn and during prefill, and the caches of the layers in between end up with what is left behind layer 14. Here one
-choice is made, by rank of the sum, and prefill drops nothing. The key tokens that the paper takes from the tower and never
-drops are not known here. Equal scores go to the earlier token.
+    ratio: of the global threshold to the individual one. The paper's are 0.011 and 0.01 for 64 tokens, 0.0012 and 0.001 for 128,
+        0.001 for both for 192.
+Differs: the paper drops tokens that are below both thresholds, however many that are; here the thresholds move together until
+`keep` are left. It does so behind layers 2, 6, 10 and 14 in turn and during prefill, and the caches of the layers in between end
+up with what is left behind layer 14; here one choice is made, and prefill drops nothing. The key tokens that the paper takes
+from the tower and never drops are not known here. Equal scores go to the earlier token.
 Position: *keep*, keys are rotated already.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from graphs._blocks import select, snap
-from graphs._contract import Signals, Tier
+from graphs._blocks import TINY, select, snap
+from graphs._contract import ReductionError, Signals, Site, Tier
 from graphs._kv import FromLayer
+from graphs._torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +52,8 @@ class MustDropKV(FromLayer):
     paper_ratio: ClassVar[float] = 1 / 9
     shared: ClassVar[bool] = True
 
+    ratio: float = 1.1
+
     @property
     def needs(self) -> tuple[str, ...]:
         return ("text_attention", "instruction_mask")
@@ -52,8 +61,16 @@ class MustDropKV(FromLayer):
     def choose(self, layer: int, signals: Signals) -> Tensor:
         assert self.keep is not None
         rows, mask = signals["text_attention"].float(), signals["instruction_mask"].float()
-        mean = (mask.unsqueeze(1) @ rows).squeeze(1) / mask.sum(1, keepdim=True).clamp(min=1)
-        return select(snap(mean, 1 / rows.shape[-1]), self.keep)
+        asked = rows * mask.unsqueeze(-1)
+        total = asked.sum(1)
+        share = total / total.sum(-1, keepdim=True).clamp(min=TINY)
+        return select(snap(torch.maximum(share, self.ratio * asked.amax(1)), 1 / rows.shape[-1]), self.keep)
+
+    def fit(self, site: Site) -> MustDropKV:
+        fitted = FromLayer.fit(self, site)
+        if not 0 <= self.ratio < math.inf:
+            raise ReductionError(f"`ratio` is at least 0; found {self.ratio:g}")
+        return fitted
 
 
 METHOD = MustDropKV

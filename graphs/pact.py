@@ -21,6 +21,7 @@ Knobs:
     share: of the tokens, what survives the pruning.
     keep: clusters, over all frames. keep_ratio: by default 0.29, about what the paper's settings leave.
     cutoff: the paper's distance within which tokens are alike. coef: how much farther pruned ones may be.
+    rope: off measures it between keys that are not rotated.
 Differs: in the paper a survivor is a centre if no denser centre is within the cutoff, so that the image sets their
 number; here it is fixed, images full of detail get too few centres, and members may be farther than the cutoff. The
 official mean query and softmax also see the prompt in front of the image. The mean counts the sizes that came in.
@@ -56,10 +57,11 @@ class PACT(AtLayer):
     share: float = 0.55
     cutoff: float = 0.21
     coef: float = 1.5
+    rope: bool = True
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("next_plain_queries", "next_plain_keys", "next_keys")
+        return ("next_plain_queries", "next_plain_keys", *(("next_keys",) if self.rope else ()))
 
     @property
     def merges(self) -> bool:
@@ -82,7 +84,7 @@ class PACT(AtLayer):
         n = hidden.shape[1]
         score = importance(hidden, signals["next_plain_queries"], signals["next_plain_keys"])
         survivors = select(score, max(keep, int(self.share * n)))
-        unit = normalize(signals["next_keys"].transpose(1, 2).flatten(2))
+        unit = normalize(signals["next_keys" if self.rope else "next_plain_keys"].transpose(1, 2).flatten(2))
         index = take(survivors, centres(take(unit, survivors), keep))
         distance = SNAP - snap(unit @ take(unit, index).transpose(1, 2))  # [batch, n, keep]
         survives = one_hot(survivors, n, torch.float32).sum(1) > 0

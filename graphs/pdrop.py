@@ -14,7 +14,7 @@ Knobs:
     keep_list: visual tokens left after each of them, over all frames. By default λ = 1/2: half of all, a quarter, an
         eighth, …, rounded down.
     keep / keep_ratio: tokens left after the last stage; the others follow with one λ, rounded half up.
-    rope: off scores without position: by the plain_row of the layer before, as `next_row` has positions in it.
+    rope: off scores without position: the same attention from queries and keys that are not rotated.
 Differs: equal scores go to the earlier token. While it trains the paper asks the last token in front of every answer;
 here there is one prompt.
 Position: *compact*: in later layers everything is renumbered without gaps, as in the official code.
@@ -44,7 +44,7 @@ class PyramidDrop(Staged):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("next_row" if self.rope else "plain_row",)
+        return ("next_row" if self.rope else "next_plain_row",)
 
     def fit(self, site: Site) -> PyramidDrop:
         self.check()

@@ -1,10 +1,10 @@
 """Keep the visual tokens that some token of the question looks at, inside the language model.
 
-hidden [batch, tokens, dim], text_attention [batch, text, tokens], instruction_mask [batch, text] → tokens
+hidden [batch, tokens, dim], plain_head_attention [batch, heads, text, tokens], instruction_mask [batch, text] → tokens
 [batch, keep, dim]; index int64 [batch, keep].
 
-A visual token's score is the most attention that any token behind the image pays it in the layer before `layer`. The
-best stay, in raster order.
+A visual token's score is the most attention that any token behind the image pays it in any head of the layer before `layer`,
+as it would be without RoPE. The best stay, in raster order; the others leave the cache of the layers before as well.
 
 Source: Huang et al. 2024, "PruneVid: Visual Token Pruning for Efficient Video Large Language Models",
 arXiv:2412.16117: its second part. The first one is `prunevid`.
@@ -12,9 +12,9 @@ Knobs:
     layer: before which tokens are dropped, 0-based. By default 11 of 32, at the same part of the depth: the paper looks
         at the attention in layer 10 and drops behind it.
     keep: visual tokens left, over all frames. keep_ratio: the paper's α; 0.4 if neither is given.
-Differs: the paper takes the largest attention over heads too, here it is their mean, which hears a single head less.
-It keeps α of every segment's static tokens and of every frame's moving ones, here of all. It also removes the dropped
-tokens from the cache of the earlier layers, where ours stay. Equal scores go to the earlier token.
+    rope: on scores with position; off as in the official code.
+Differs: the paper keeps α of every segment's static tokens and of every frame's moving ones, here of all. The softmax of the
+official score also runs over what stands behind the token that asks. Equal scores go to the earlier token.
 Position: *keep*: kept tokens keep their ids, holes stay, as in the official code.
 """
 
@@ -39,14 +39,17 @@ class PruneVidL(AtLayer):
     tier: ClassVar[Tier] = "fixed budget"
     paper_layer: ClassVar[int] = 11
     paper_ratio: ClassVar[float] = 0.4
+    everywhere: ClassVar[bool] = True
+
+    rope: bool = False
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("text_attention", "instruction_mask")
+        return ("head_attention" if self.rope else "plain_head_attention", "instruction_mask")
 
     def forward(self, layer: int, signals: Signals) -> Reduced:
-        asks = signals["instruction_mask"].unsqueeze(-1) > 0
-        score = torch.where(asks, signals["text_attention"], 0.0).amax(1)
+        asks = signals["instruction_mask"][:, None, :, None] > 0
+        score = torch.where(asks, signals[self.needs[0]], 0.0).amax((1, 2))
         index = select(snap(score, 1 / score.shape[-1]), self.kept(layer))
         return Reduced(take(signals["hidden"], index), index)
 

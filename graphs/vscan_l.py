@@ -12,20 +12,20 @@ Knobs:
     layer: 0-based, by default half of the layers: the paper's 16 of 32 and 14 of 28.
     keep: visual tokens left, over all frames. keep_ratio: share of those that come in; by default a third: the paper's
         32 of 96.
-    rope: off scores without position: by the plain_row of the layer before, as `next_row` has positions in it.
-Differs: on t/h/w grids the official code scores without position (and lets the softmax run over the whole sequence):
-rope=off is the nearest to it. Equal scores go to the earlier token.
+    rope: off scores without position: the same attention from queries and keys that are not rotated. By default on, and off on
+        t/h/w grids, both as in the official code.
+Differs: equal scores go to the earlier token.
 Position: *compact*: later layers renumber everything without gaps, as in the official code; *keep* on t/h/w grids, as
 there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from graphs._blocks import select, snap, take
-from graphs._contract import Reduced, Signals, Tier
+from graphs._contract import Reduced, Signals, Site, Tier
 from graphs._layers import AtLayer
 
 EXAMPLES = ("vscan_l", "vscan_l:layer=3,keep=96", "vscan_l:keep_ratio=0.5,rope=off")
@@ -41,11 +41,14 @@ class VScanL(AtLayer):
     paper_layer: ClassVar[int] = 16
     paper_ratio: ClassVar[float] = 1 / 3
 
-    rope: bool = True
+    rope: bool | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("next_row" if self.rope else "plain_row",)
+        return ("next_plain_row" if self.rope is False else "next_row",)
+
+    def fit(self, site: Site) -> VScanL:
+        return AtLayer.fit(replace(self, rope=not site.grid_positions if self.rope is None else self.rope), site)
 
     def forward(self, layer: int, signals: Signals) -> Reduced:
         (row,) = (signals[name] for name in self.needs)

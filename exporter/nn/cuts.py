@@ -52,18 +52,19 @@ class Cut(Atom):
     """A reduction before one layer: its signals, and what stays of everything there is per token.
 
     Args:
-        visual: visual tokens present. compact: whether later layers renumber positions.
+        visual: visual tokens present. entered: those that entered the first layer. compact: whether later layers renumber
+            positions.
     """
 
     def __init__(
-        self, spec: DecoderSpec, layer: int, method: InLLM, visual: int, compact: bool, trained: Trained
+        self, spec: DecoderSpec, layer: int, method: InLLM, visual: int, entered: int, compact: bool, trained: Trained
     ) -> None:
         super().__init__()
-        self.spec, self.layer, self.method, self.visual, self.compact = spec, layer, method, visual, compact
-        self.trained = trained
+        self.spec, self.layer, self.method, self.compact, self.trained = spec, layer, method, compact, trained
+        self.visual, self.entered = visual, entered
 
     def key(self) -> Hashable:
-        return self.spec, self.layer, self.method, self.visual, self.compact
+        return self.spec, self.layer, self.method, self.visual, self.entered, self.compact
 
     @property
     def looks_ahead(self) -> bool:
@@ -74,6 +75,7 @@ class Cut(Atom):
         x: Tensor,
         previous: Tensor,
         embeds: Tensor | None,
+        whole: Tensor | None,
         position_ids: Tensor,
         order: Tensor,
         size: Tensor | None,
@@ -82,19 +84,22 @@ class Cut(Atom):
         key: Tensor,
         plain_query: Tensor,
         plain_key: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         *more: Tensor,
     ) -> tuple[Tensor, ...]:
         """Everything of layer l - 1 but x, which enters layer l; embeds: x of layer 0, its visual tokens gathered like all
-        others, or None if nothing looks at it. more: the tower's signals [batch, frames, tokens, dim], in the order in
-        which the method needs them; what `Ahead` returns, then the mask of layer l.
+        others, and whole: nothing of it gone, or None if nothing looks at it. more: the tower's signals [batch, frames, tokens,
+        dim], in the order in which the method needs them; what `Ahead` returns, then the mask of layer l.
 
         Returns x, position_ids, order, then size and embeds if given, all without the dropped tokens, and the kept index
         int64 [batch, kept]."""
         tower = dict(zip(self.method.of_tower, more, strict=False))
         ahead = more[len(tower) :]
+        whole = None if whole is None else whole[:, : self.entered]
         seen = InLLMSeen(
-            self.spec, self.visual, x, previous, embeds, order, size, bias, query, key, plain_query, plain_key, ahead
-        )
+            self.spec, self.visual, x, previous, embeds, whole, order, size, bias, query, key, plain_query, plain_key, cos, sin, ahead
+        )  # fmt: skip
         signals = {
             name: getattr(seen, name)() for name in sorted({"hidden", "size", *self.method.needs} - tower.keys())
         }
@@ -192,18 +197,19 @@ class Withdraw(Atom):
 
 
 class Leave(Atom):
-    """Key and value of a layer before that of a probing method, without the probe and the visual tokens that are dropped."""
+    """Key and value of a layer before that of a method that drops tokens `everywhere`, without them and without its probe."""
 
-    def __init__(self, visual: int) -> None:
+    def __init__(self, visual: int, probed: bool) -> None:
         super().__init__()
-        self.visual = visual
+        self.visual, self.probed = visual, probed
 
     def key(self) -> Hashable:
-        return self.visual
+        return self.visual, self.probed
 
     def forward(self, key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        """key, value [batch, kv_heads, visual + text + 1, head_dim]; index int64 [batch, kept]."""
-        return tuple(prune_cache(x[:, :, :-1], self.visual, index) for x in (key, value))
+        """key, value [batch, kv_heads, visual + text (+ 1), head_dim]; index int64 [batch, kept]."""
+        both = (x[:, :, :-1] if self.probed else x for x in (key, value))
+        return tuple(prune_cache(x, self.visual, index) for x in both)
 
 
 class Route(Atom):

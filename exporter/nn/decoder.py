@@ -5,7 +5,7 @@ first, `order` carries causality."""
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -141,10 +141,12 @@ class Decoder(nn.Module):
         self.pruned: dict[int, Cut] = {}
         self.ahead: dict[int, Ahead] = {}
         self.evicted: dict[int, Evict | Follow] = {}
-        self.looks_back = prunes and any({"embeds", "text_embeds"} & set(method.needs) for _, method in reductions)
+        first = {"embeds", "all_embeds", "text_embeds"}
+        self.looks_back = prunes and any(first & set(method.needs) for _, method in reductions)
         self.watch: dict[int, Watch] = {}
         self.routed: dict[int, Route] = {}
         self.probe: Probe | None = None
+        self.leave: Leave | None = None
         self.of_tower = tuple(name for _, method in reductions for name in method.of_tower) if prunes else ()
         present, shift = visual, 0
         shifts = {0: 0}  # how far positions have moved up, from a layer on
@@ -152,8 +154,9 @@ class Decoder(nn.Module):
             known = Trained(inside.trained.get(name, {}))
             self.add_module(f"{name}_trained", known)
             if isinstance(method, Probing) and prunes:
-                self.probe, self.nudge = Probe(spec, method, known), Nudge()
-                self.leave, self.withdraw = Leave(present), Withdraw()
+                self.probe, self.nudge, self.withdraw = Probe(spec, method, known), Nudge(), Withdraw()
+            if method.everywhere and prunes:
+                self.leave = Leave(present, self.probe is not None)
             if isinstance(method, WhileDecoding):
                 (layer,) = method.layers
                 self.watch[layer - 1] = Watch(spec, method, present, prunes, known)
@@ -165,7 +168,7 @@ class Decoder(nn.Module):
                     self.add_module(f"stay_{layer}", Stay(present))
                 continue
             for layer in method.layers:
-                cut = Cut(spec, layer, method, present, method.position == "compact", known)
+                cut = Cut(spec, layer, method, present, visual, method.position == "compact", known)
                 shift += present - method.kept(layer) if cut.compact else 0
                 present, shifts[layer] = method.kept(layer), shift
                 if prunes:
@@ -260,9 +263,10 @@ class Decoder(nn.Module):
         if self.spec.positions:
             x = self.embed_positions(x, positions)
         embeds = x if self.looks_back else None
+        whole = embeds
         frame = self.frames[0]
         shared: list[Tensor] = []
-        before: tuple[Tensor, ...] = ()  # of the layer before: what entered it, its mask, queries and keys
+        before: tuple[Any, ...] = ()  # of the layer before: what entered it, its mask, queries, keys and rotation
         for i, layer in enumerate(self.layers):
             group = groups[i]
             if i and nudges:
@@ -277,13 +281,14 @@ class Decoder(nn.Module):
                     cos, sin, bias = frame.of_layer(i, shared)
                     ahead = (*self.ahead[i](x, cos, sin), bias)
                 x, positions, order, *more, index = self.pruned[i](
-                    x, previous, embeds, positions, order, size, *seen, *of_tower, *ahead
+                    x, previous, embeds, whole, positions, order, size, *seen, *of_tower, *ahead
                 )
                 size = more.pop(0) if size is not None else None
                 embeds = more.pop(0) if embeds is not None else None
                 kept.append(index)
                 if self.probe is not None:
                     x, positions, order = self.withdraw(x, positions, order)
+                if self.leave is not None:
                     for of in cache.kept:
                         of[:] = [
                             left for pair in zip(of[::2], of[1::2], strict=True) for left in self.leave(*pair, index)
@@ -311,7 +316,7 @@ class Decoder(nn.Module):
             cos, sin, bias = frame.of_layer(i, shared)
             entered = x
             x, key, value, query, plain_query, plain_key, _ = layer(x, cos, sin, bias, *past)
-            before = entered, bias, query, key, plain_query, plain_key
+            before = entered, bias, query, key, plain_query, plain_key, cos, sin
             if i in self.watch:
                 watched = self.watch[i](query, key, bias, orders[group], past_starts, past_state)
             evict = self.evicted.get(i)

@@ -59,9 +59,13 @@ class Attended:
 
     def of_text(self) -> Tensor:
         """Attention of the text float32 [batch, kv_heads, group, text, seq]."""
+        return self.whole_rows(self.q, self.k, slice(self.v, None))
+
+    def whole_rows(self, query: Tensor, key: Tensor, tokens: slice) -> Tensor:
+        """Attention of some of the layer's tokens to all, by its mask: float32 [batch, kv_heads, group, tokens, seq]."""
         seq = self.order.shape[1]
-        bias = self.bias[:, :, self.v : seq]  # the mask is the same for every query head
-        return self.rows(self.q[:, :, self.v :], self.k, bias)
+        bias = self.bias[:, :, :seq][:, :, tokens]  # the mask is the same for every query head
+        return self.rows(query[:, :, tokens], key, bias)
 
     def rows(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
         """Attention float32 [batch, kv_heads, group, queries, keys]; bias [batch, 1, queries, keys]."""
@@ -96,18 +100,20 @@ class InLLMSeen(Attended):
 
     Args:
         x [batch, seq, hidden]: what enters the layer; previous: what entered the one before; embeds: the first.
-        size: float32 [batch, seq]. plain_query, plain_key: without RoPE. ahead: what the layer itself would attend with,
-            rotated queries and keys, plain ones, and its mask.
+        whole: [batch, entered, hidden], the visual tokens of the first before any was dropped.
+        size: float32 [batch, seq]. plain_query, plain_key: without RoPE. cos, sin: of that layer's RoPE [batch, 1, seq, head_dim / 2],
+            None where nothing is turned. ahead: what the layer itself would attend with, rotated queries and keys, plain ones,
+            and its mask.
     """
 
     def __init__(
-        self, spec: DecoderSpec, visual: int, x: Tensor, previous: Tensor, embeds: Tensor | None, order: Tensor,
-        size: Tensor | None, bias: Tensor, query: Tensor, key: Tensor, plain_query: Tensor, plain_key: Tensor,
-        ahead: Sequence[Tensor],
+        self, spec: DecoderSpec, visual: int, x: Tensor, previous: Tensor, embeds: Tensor | None, whole: Tensor | None,
+        order: Tensor, size: Tensor | None, bias: Tensor, query: Tensor, key: Tensor, plain_query: Tensor, plain_key: Tensor,
+        cos: Tensor | None, sin: Tensor | None, ahead: Sequence[Tensor],
     ) -> None:  # fmt: skip
         super().__init__(spec, visual, query, key, bias, order)
-        self.x, self.before, self.first, self.sizes = x, previous, embeds, size
-        self.plain_q, self.plain_k, self.ahead = plain_query, plain_key, ahead
+        self.x, self.before, self.first, self.whole, self.sizes = x, previous, embeds, whole, size
+        self.plain_q, self.plain_k, self.cos, self.sin, self.ahead = plain_query, plain_key, cos, sin, ahead
 
     def hidden(self) -> Tensor:
         return self.x[:, : self.v]
@@ -126,6 +132,10 @@ class InLLMSeen(Attended):
         assert self.first is not None
         return self.first[:, : self.v]
 
+    def all_embeds(self) -> Tensor:
+        assert self.whole is not None
+        return self.whole
+
     def text_hidden(self) -> Tensor:
         return self.x[:, self.v :]
 
@@ -140,8 +150,35 @@ class InLLMSeen(Attended):
         q, k, *_, bias = self.ahead
         return self.rows(q[:, :, -1:], k, bias[:, :, -1:]).mean((1, 2))[:, 0, : self.v]
 
+    def next_plain_row(self) -> Tensor:
+        _, _, q, k, bias = self.ahead
+        return self.rows(q[:, :, -1:], k, bias[:, :, -1:]).mean((1, 2))[:, 0, : self.v]
+
+    def head_attention(self) -> Tensor:
+        return self.of_text().flatten(1, 2)[..., : self.v]
+
     def visual_attention(self) -> Tensor:
-        return self.rows(self.q[:, :, : self.v], self.k, self.bias[:, :, : self.v]).mean((1, 2))[..., : self.v]
+        return self.whole_rows(self.q, self.k, slice(self.v)).mean((1, 2))[..., : self.v]
+
+    def plain_text_attention(self) -> Tensor:
+        return self.plain_of_text().mean((1, 2))[..., : self.v]
+
+    def plain_head_attention(self) -> Tensor:
+        return self.plain_of_text().flatten(1, 2)[..., : self.v]
+
+    def plain_of_text(self) -> Tensor:
+        return self.whole_rows(self.plain_q, self.plain_k, slice(self.v, None))
+
+    def plain_visual_attention(self) -> Tensor:
+        return self.whole_rows(self.plain_q, self.plain_k, slice(self.v)).mean((1, 2))[..., : self.v]
+
+    def rope_response(self) -> Tensor:
+        text, visual = self.x[:, self.v :, :1].float(), self.x[:, : self.v, :1].float()
+        if self.cos is None or self.sin is None:
+            return 0 * text @ visual.transpose(1, 2) + 1
+        both = torch.cat([self.cos, self.sin], -1)[:, 0].float()
+        both = both / both.pow(2).sum(-1, keepdim=True).sqrt()
+        return both[:, self.v :] @ both[:, : self.v].transpose(1, 2)
 
     def next_keys(self) -> Tensor:
         return self.ahead[1][:, :, : self.v]

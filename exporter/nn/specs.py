@@ -287,8 +287,9 @@ class FastVitSpec:
 
 
 IN_LLM_SIGNALS = frozenset(
-    "hidden size previous embeds text_hidden text_embeds text_mask instruction_mask attention_row plain_row next_row "
-    "last_scores last_log_attention text_attention visual_attention keys next_keys next_plain_queries next_plain_keys".split()
+    "hidden size previous embeds all_embeds text_hidden text_embeds text_mask instruction_mask attention_row plain_row next_row "
+    "next_plain_row last_scores last_log_attention text_attention head_attention visual_attention plain_text_attention "
+    "plain_head_attention plain_visual_attention rope_response keys next_keys next_plain_queries next_plain_keys".split()
 )
 """What a reduction inside the language model can look at, see `graphs._contract`."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import _common, decode, prefill
+from benchmarks import _common, decode, in_llm, prefill
 
 MODEL = _common.Model(
     hidden=64, layers=2, intermediate=128, heads=4, kv_heads=2, vocab=96, tower=32, tower_heads=4, image=56, patch=14
@@ -40,6 +40,20 @@ def test_decode(tmp_path: Path, precision: str) -> None:
     assert all(t["rounds"] == DECODE.new_tokens - 1 for t in entry["times"].values())
     assert decode.OURS in decode.text(entry)
     assert (decode.HF in entry["times"]) == (precision == "fp32")
+
+
+def test_in_llm() -> None:
+    specs = ("fastv:layer=1,keep_ratio=0.5", "dycoke_kv:layer=1,keep_ratio=0.25")
+    entry = in_llm.speed(specs, MODEL, rounds=1, threads=1, load=_common.Load())
+    visual = 64
+    for spec, cached in zip(
+        (in_llm.FIRST, *specs), ((visual, visual), (visual, visual // 2), (visual, visual // 4)), strict=True
+    ):
+        tokens = sum(cached) + 2 * in_llm.TEXT
+        wanted = tokens * 2 * MODEL.kv_heads * MODEL.hidden // MODEL.heads * 4
+        assert entry[spec]["cache_bytes"] == entry[spec]["cache_bytes_found"] == wanted, spec
+    assert entry[specs[0]]["flops_share"] < entry[specs[1]]["flops_share"] == 1
+    assert all(entry[spec]["of_ideal"]["median"] > 0 for spec in specs)
 
 
 def test_the_generator_copies_no_keys_or_values(tmp_path: Path) -> None:

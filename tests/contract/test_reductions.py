@@ -84,7 +84,7 @@ SITES = {
     ),
     "in_llm": (
         Site(576, 1, (24, 24), IN_LLM_SIGNALS | PATCHES, 8, dim=DIM, patch_dim=DIM, llm_dim=DIM, heads=4),
-        Site(20, 3, (4, 5), IN_LLM_SIGNALS, 5, dim=DIM, llm_dim=DIM),
+        Site(20, 3, (4, 5), IN_LLM_SIGNALS, 5, dim=DIM, llm_dim=DIM, heads=4),
     ),
     "in_cache": (
         Site(576, 1, (24, 24), IN_CACHE_SIGNALS, 8, llm_dim=DIM, heads=4, kv_heads=2, head_dim=4, qkv_bias=True),
@@ -293,6 +293,7 @@ def attention_from(text: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
 MADE_FOR_LLM = {
     "previous": lambda x, t, m: x.flip(-1),
     "embeds": lambda x, t, m: x.flip(-1),
+    "all_embeds": lambda x, t, m: torch.cat([x, x[:, :2]], 1),
     "text_hidden": lambda x, t, m: t,
     "text_embeds": lambda x, t, m: t.flip(-1),
     "text_mask": lambda x, t, m: m,
@@ -300,10 +301,18 @@ MADE_FOR_LLM = {
     "attention_row": lambda x, t, m: attention_from(t[:, -1:], x)[:, 0],
     "plain_row": lambda x, t, m: attention_from(t[:, -1:], x)[:, 0],
     "next_row": lambda x, t, m: attention_from(t[:, -1:], x)[:, 0],
+    "next_plain_row": lambda x, t, m: attention_from(t[:, -1:], x)[:, 0],
     "last_scores": lambda x, t, m: x[..., :4].transpose(1, 2).float(),
     "last_log_attention": lambda x, t, m: torch.log(torch.softmax(x[..., :4].transpose(1, 2).float(), -1)),
     "text_attention": lambda x, t, m: attention_from(t, x),
+    "plain_text_attention": lambda x, t, m: attention_from(t, x),
+    **dict.fromkeys(
+        ("head_attention", "plain_head_attention"),
+        lambda x, t, m: torch.stack([attention_from(t.roll(i, -1), x.roll(i, -1)) for i in range(4)], 1),
+    ),
+    "rope_response": lambda x, t, m: 1 - torch.round(attention_from(t, x) * 8) / 8,
     "visual_attention": lambda x, t, m: attention_of(x),
+    "plain_visual_attention": lambda x, t, m: attention_of(x),
     "keys": lambda x, t, m: torch.stack([x[..., :4], x[..., 4:]], 1),
     "next_keys": lambda x, t, m: torch.stack([x[..., :4], x[..., 4:]], 1),
     "next_plain_keys": lambda x, t, m: torch.stack([x[..., :4], x[..., 4:]], 1),

@@ -10,7 +10,7 @@ from graphs._contract import ReductionError, Site
 from graphs.dyrate import DyRate
 from tests.graphs.oracle import attention, best, grid
 
-SITE = Site(12, frames=2, grid=(3, 4), signals=frozenset({"attention_row"}), depth=6)
+SITE = Site(12, frames=2, grid=(3, 4), signals=frozenset({"attention_row", "plain_row"}), depth=6)
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "equal"])
@@ -29,6 +29,8 @@ def test_prefill_is_a_cut() -> None:
     tokens, index, _ = method.forward(2, {"attention_row": row, "hidden": hidden})
     assert torch.equal(index, method.shorten(row, 9))
     assert torch.equal(tokens[..., 0], index.float())
+    plain = DyRate(layer=2, keep=9, rope=False).fit(SITE).forward(2, {"plain_row": row, "hidden": hidden})
+    assert torch.equal(plain.index, index)
 
 
 def test_buckets() -> None:

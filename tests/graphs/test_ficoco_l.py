@@ -16,7 +16,7 @@ from tests.graphs.oracle import KINDS, Array, attention, best, features, grid
 
 N, DIM, TEXT = 26, 8, 5
 NEEDS = ("visual_attention", "text_attention", "instruction_mask")
-SITE = Site(13, 2, None, frozenset({"hidden", "size", *NEEDS}), depth=5)
+SITE = Site(13, 2, None, frozenset({"hidden", "size", *NEEDS, *(f"plain_{n}" for n in NEEDS[:2])}), depth=5)
 MASK = np.array([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]], np.float32)
 
 
@@ -113,6 +113,14 @@ def test_text_in_front_and_padding_have_no_say() -> None:
     other[:, 0] = other[0, 1] = attention("ties", (N,), 7)
     a, b = (reduce(method, 1, signals | {"text_attention": t}) for t in (signals["text_attention"], other))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None)
+
+
+def test_without_rope_the_same_from_other_signals() -> None:
+    signals = given("random", features("random", (2, N, DIM)), np.ones((2, N), np.float32), 0)
+    plain = {f"plain_{name}" if "attention" in name else name: value for name, value in signals.items()}
+    a = reduce(FiCoCoL(keep=8).fit(SITE), 1, signals)
+    b = reduce(FiCoCoL(keep=8, rope=False).fit(SITE), 1, plain)
+    assert torch.equal(a.index, b.index) and torch.equal(a.tokens, b.tokens)
 
 
 def test_knobs() -> None:

@@ -9,7 +9,7 @@ from graphs._contract import Site
 from graphs.pdrop import PyramidDrop
 from tests.graphs.oracle import attention, best, grid
 
-SITE = Site(12, frames=2, grid=(3, 4), signals=frozenset({"next_row", "plain_row"}), depth=8)
+SITE = Site(12, frames=2, grid=(3, 4), signals=frozenset({"next_row", "next_plain_row"}), depth=8)
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "equal"])
@@ -18,7 +18,7 @@ SITE = Site(12, frames=2, grid=(3, 4), signals=frozenset({"next_row", "plain_row
 def test_against_the_paper(kind: str, rope: bool, counts: tuple[int, ...]) -> None:
     method = PyramidDrop(layer_list=(2, 4, 6)[: len(counts)], keep_list=counts, rope=rope).fit(SITE)
     (name,) = method.needs
-    assert name == ("next_row" if rope else "plain_row")
+    assert name == ("next_row" if rope else "next_plain_row")
     hidden = torch.arange(24.0)[None, :, None].expand(2, -1, 3)
     present = [list(range(24)), list(range(24))]
     for stage, (layer, keep) in enumerate(zip(method.layers, counts, strict=True)):

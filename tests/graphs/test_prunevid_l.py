@@ -10,13 +10,14 @@ from graphs._contract import Site
 from graphs.prunevid_l import PruneVidL
 from tests.graphs.oracle import KINDS, Array, attention, best, grid
 
-N, TEXT = 24, 7
-SITE = Site(8, 3, (2, 4), frozenset({"text_attention", "instruction_mask"}), 32)
+N, TEXT, HEADS = 24, 7, 3
+SITE = Site(8, 3, (2, 4), frozenset({"head_attention", "plain_head_attention", "instruction_mask"}), 32)
 
 
 def run(method: PruneVidL, paid: Array, asks: Array) -> list[list[int]]:
     hidden = torch.arange(float(N))[None, :, None].expand(len(paid), -1, 2)
-    given = {"text_attention": torch.from_numpy(paid), "instruction_mask": torch.from_numpy(asks), "hidden": hidden}
+    name = "head_attention" if method.rope else "plain_head_attention"
+    given = {name: torch.from_numpy(paid), "instruction_mask": torch.from_numpy(asks), "hidden": hidden}
     tokens, index, size = method.forward(method.layers[0], given)
     assert size is None
     assert torch.equal(tokens[..., 0], index.float())
@@ -25,31 +26,32 @@ def run(method: PruneVidL, paid: Array, asks: Array) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("keep", [1, 10, N])
-def test_against_the_paper(kind: str, keep: int) -> None:
-    paid = attention(kind, (2, TEXT, N))
+@pytest.mark.parametrize(("keep", "rope"), [(1, False), (10, True), (N, False)])
+def test_against_the_paper(kind: str, keep: int, rope: bool) -> None:
+    paid = attention(kind, (2, HEADS, TEXT, N))
     asks = np.array([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]], np.float32)
-    found = run(PruneVidL(keep=keep).fit(SITE), paid, asks)
+    found = run(PruneVidL(keep=keep, rope=rope).fit(SITE), paid, asks)
     for b in range(2):
-        scores = [max(grid(paid[b, t, i], 1 / N) for t in range(TEXT) if asks[b, t]) for i in range(N)]
+        asked = [(h, t) for h in range(HEADS) for t in range(TEXT) if asks[b, t]]
+        scores = [max(grid(paid[b, h, t, i], 1 / N) for h, t in asked) for i in range(N)]
         assert found[b] == sorted(best(scores, keep))
 
 
 def test_what_stands_before_the_image_says_nothing() -> None:
-    paid, asks = attention("random", (2, TEXT, N)), np.zeros((2, TEXT), np.float32)
+    paid, asks = attention("random", (2, HEADS, TEXT, N)), np.zeros((2, TEXT), np.float32)
     asks[:, 4:] = 1
     method = PruneVidL(keep=5).fit(SITE)
-    other = np.where(asks[..., None] > 0, paid, 1.0).astype(np.float32)
+    other = np.where(asks[:, None, :, None] > 0, paid, 1.0).astype(np.float32)
     assert run(method, paid, asks) == run(method, other, asks)
-    longer = np.concatenate([np.ones((2, 3, N), np.float32), paid], 1)
+    longer = np.concatenate([np.ones((2, HEADS, 3, N), np.float32), paid], 2)
     assert run(method, longer, np.pad(asks, ((0, 0), (3, 0)))) == run(method, paid, asks)
 
 
-def test_one_token_that_asks_is_enough() -> None:
-    """Of two tokens with the same mean attention the one that a single question token wants stays."""
-    paid = np.full((1, 2, N), 0.01, np.float32)
-    paid[0, :, 3] = 0.1
-    paid[0, 1, 20] = 0.19
+def test_one_token_in_one_head_is_enough() -> None:
+    """Of two tokens the one that a single head of a single question token wants stays, though its mean attention is less."""
+    paid = np.full((1, HEADS, 2, N), 0.01, np.float32)
+    paid[0, :, :, 3] = 0.1
+    paid[0, 2, 1, 20] = 0.19
     assert run(PruneVidL(keep=1).fit(SITE), paid, np.ones((1, 2), np.float32)) == [[20]]
 
 

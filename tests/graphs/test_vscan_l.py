@@ -9,7 +9,7 @@ from graphs._contract import Site
 from graphs.vscan_l import VScanL
 from tests.graphs.oracle import attention, best, grid
 
-SITE = Site(12, frames=2, grid=(3, 4), signals=frozenset({"next_row", "plain_row"}), depth=7)
+SITE = Site(12, frames=2, grid=(3, 4), signals=frozenset({"next_row", "next_plain_row"}), depth=7)
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "equal"])
@@ -20,7 +20,7 @@ def test_against_the_paper(kind: str, keep: int, rope: bool) -> None:
     hidden = torch.arange(24.0)[None, :, None].expand(3, -1, 2)
     method = VScanL(keep=keep, rope=rope).fit(SITE)
     (name,) = method.needs
-    assert name == ("next_row" if rope else "plain_row")
+    assert name == ("next_row" if rope else "next_plain_row")
     tokens, index, size = method.forward(4, {name: torch.from_numpy(row), "hidden": hidden})
     assert size is None
     assert torch.equal(tokens[..., 0], index.float())
@@ -37,4 +37,8 @@ def test_the_papers_counts(tokens: int, depth: int, keep: int, layer: int) -> No
 
 
 def test_grid_positions_stay() -> None:
-    assert VScanL().fit(Site(12, 1, None, SITE.signals, 8, grid_positions=True)).position == "keep"
+    """And there the official code scores without RoPE."""
+    fitted = VScanL().fit(Site(12, 1, None, SITE.signals, 8, grid_positions=True))
+    assert (fitted.position, fitted.rope, fitted.needs) == ("keep", False, ("next_plain_row",))
+    assert VScanL().fit(SITE).rope is True
+    assert VScanL(rope=True).fit(Site(12, 1, None, SITE.signals, 8, grid_positions=True)).rope is True

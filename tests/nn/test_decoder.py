@@ -100,14 +100,14 @@ def test_windows_hide_what_is_far() -> None:
 
 @pytest.mark.parametrize("spec", [SPEC, GEMMA2], ids=["plain", "capped"])
 def test_a_cut_keeps_what_the_last_token_looks_at(spec: DecoderSpec) -> None:
-    cut, batch, seq = Cut(spec, 2, FITTED, VISUAL, False, Trained({})), 2, VISUAL + TEXT
+    cut, batch, seq = Cut(spec, 2, FITTED, VISUAL, VISUAL, False, Trained({})), 2, VISUAL + TEXT
     generator = torch.Generator().manual_seed(2)
     query = torch.randn(batch, SPEC.heads, seq, SPEC.head_dim, generator=generator)
     key = torch.randn(batch, SPEC.kv_heads, seq, SPEC.head_dim, generator=generator)
     x, order = embeds(batch, seq), torch.arange(seq).expand(batch, -1)
     bias = torch.zeros(batch, 1, SPEC.heads // SPEC.kv_heads * seq, seq)
-    seen = (bias, query, key, query, key)
-    found, found_positions, found_order, found_size, index = cut(x, x, None, order + 7, order, order + 0.5, *seen)
+    seen = (bias, query, key, query, key, None, None)
+    found, found_positions, found_order, found_size, index = cut(x, x, None, None, order + 7, order, order + 0.5, *seen)
     for b in range(batch):
         row = torch.zeros(seq)
         for head in range(SPEC.heads):

@@ -151,6 +151,10 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
         next_q, next_k = rotated(next_plain_q, next_plain_k)
         by_head, ahead = attention(q, k, mask), attention(next_q, next_k, mask).mean(1)
         alone = attention(plain_q[:, :, -1:], plain_k[:, :, image], None).mean(1)
+        plain, plain_ahead = attention(plain_q, plain_k, mask), attention(next_plain_q, next_plain_k, mask).mean(1)
+        ones = torch.ones(1, 1, n, 16)
+        turned, _ = rotated(ones, ones)
+        response = (turned @ turned.transpose(-1, -2) / 16)[:, 0]
         last = q[:, :, -1:] @ k[:, :, image].repeat_interleave(2, 1).transpose(-1, -2) / 4
     rows = by_head.mean(1)
     by_kv_head = torch.stack([by_head[:, :2].mean(1), by_head[:, 2:].mean(1)], 1)
@@ -161,9 +165,13 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
         "attention_row": rows[:, -1, image], "plain_row": alone[:, 0], "next_row": ahead[:, -1, image],
         "last_scores": last[:, :, 0], "last_log_attention": by_head[:, :, -1, image].log(),
         "text_attention": rows[:, words][..., image], "visual_attention": rows[:, image, image],
+        "in_llm head_attention": by_head[:, :, words][..., image], "plain_head_attention": plain[:, :, words][..., image],
+        "plain_text_attention": plain.mean(1)[:, words][..., image], "plain_visual_attention": plain.mean(1)[:, image, image],
+        "next_plain_row": plain_ahead[:, -1, image], "rope_response": response[:, words][..., image],
+        "all_embeds": x[:, image],
         "keys": k[:, :, image], "next_keys": next_k[:, :, image], "next_plain_queries": next_plain_q[:, :, image],
         "next_plain_keys": next_plain_k[:, :, image],
-        "received": by_kv_head[..., image].sum(2), "head_attention": by_kv_head[:, :, words][..., image],
+        "received": by_kv_head[..., image].sum(2), "in_cache head_attention": by_kv_head[:, :, words][..., image],
         "behind": torch.tensor([[n - 1 - place for place in words]]),
     }  # fmt: skip
 
@@ -174,12 +182,12 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 )
 def test_a_signal_is_what_it_says(place: str, name: str, truth: dict[str, Tensor]) -> None:
     found = (SHOWN if place == "in_llm" else SHOWN_OF_CACHE)[name]
-    if name.startswith("text") or name in ("instruction_mask", "behind"):
+    if name.startswith(("text", "plain_text", "rope")) or name in ("instruction_mask", "behind"):
         if name.endswith("mask"):
             assert (found[:, :2] == 0).all(), "padding is no text"
         if name == "behind":
             assert (found[:, :2] == -1).all(), "padding is nowhere"
         found = found[:, 2:]
-    if name == "head_attention":
+    if name.endswith("head_attention"):
         found = found[:, :, 2:]
-    torch.testing.assert_close(found, truth[name], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, truth.get(name, truth.get(f"{place} {name}")), atol=1e-4, rtol=1e-4)

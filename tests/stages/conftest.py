@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from exporter.backends.ort import OnnxRuntime
 from exporter.checkpoint import Checkpoint
@@ -52,7 +53,35 @@ def objections(graph: Path) -> list[Finding]:
     return [found for name in _table.names() for found in findings(graph.name, model, _table.load(name))]
 
 
+AXES = {"qwen2_5_vl": (140, 112), "qwen3_vl": (140, 112)}
+"""Families whose decoder has positions of three axes; Qwen3-VL adds planes behind layers, too. Their image size."""
+DECODERS = (*tiny.DECODERS, *AXES)
+"""Every type of decoder: LLaVA's with it, or that of a family which has its own."""
+
+
+def decoder_of(decoder: str, folder: Path) -> PreTrainedModel:
+    """A model with such a decoder, saved."""
+    found: PreTrainedModel = getattr(tiny, decoder)(folder) if decoder in AXES else tiny.llava(folder, decoder=decoder)
+    return found
+
+
+def some(always: bool, *values: str) -> Any:
+    """One case of a test with many."""
+    return pytest.param(*values, id="-".join(values), marks=() if always else pytest.mark.slow)
+
+
+def in_turn(names: Iterable[str], fits: Callable[[str, str], bool] = lambda name, decoder: True) -> list[Any]:
+    """(name, decoder, what answers): the modules of every name with one decoder in turn; the graphs, with all of them, are slow."""
+    found = []
+    for number, name in enumerate(names):
+        fitting = [decoder for decoder in DECODERS if fits(name, decoder)]
+        found.append(some(True, name, fitting[(3 * number + 2) % len(fitting)], "modules"))
+        found += [some(False, name, decoder, "graphs") for decoder in fitting]
+    return found
+
+
 Export = Callable[..., Exported]
+Decoded = Callable[[str, str, str], tuple[Plan, Generator]]
 Kv = Literal["none", "int8"]
 Engine = Callable[..., Generator]
 
@@ -100,6 +129,31 @@ def exported(checkpoints: dict[str, Path], clip: Path, tmp_path_factory: pytest.
             folder = tmp_path_factory.mktemp("graphs")
             done[key] = Exported(plan, folder, export(plan, folder))
         return done[key]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def saved() -> dict[str, Path]:
+    """Decoder → folder of a model with it, as far as they were asked for."""
+    return {}
+
+
+@pytest.fixture
+def decoded(saved: dict[str, Path], engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Decoded:
+    """decoded(decoder, reduction, "modules" or "graphs"): a plan, and what answers without end: PyTorch's modules, or their plain
+    graphs in ONNX Runtime."""
+
+    def run(decoder: str, spec: str, what: str) -> tuple[Plan, Generator]:
+        if decoder not in saved:
+            saved[decoder] = tmp_path_factory.mktemp(decoder)
+            decoder_of(decoder, saved[decoder])
+        plan = plain(tiny.plan(saved[decoder], (spec,), Request(image_size=AXES.get(decoder))))
+        if what == "modules":
+            runners, graphs, table = reference(plan)
+            return plan, Generator(runners, tiny.endless(graphs), table)
+        folder = tmp_path_factory.mktemp("graphs")
+        return plan, engine(Exported(plan, folder, export(plan, folder)))
 
     return run
 

@@ -1,5 +1,5 @@
-"""Decoders that are not Llama's, exported: the same answers on ONNX Runtime as from PyTorch, and where tokens are dropped
-between their layers, the same as from Hugging Face's layers one by one."""
+"""Decoders that are not Llama's, exported: the same answers on ONNX Runtime as from PyTorch. Against Hugging Face's layers one by
+one, where tokens are dropped between them: test_inside.py."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from exporter.families._contract import Request
 from exporter.stages.export import export
 from tests.families import tiny
-from tests.stages import uncached
-from tests.stages.conftest import SIZES, Engine, Exported
+from tests.stages.conftest import Engine, Exported
 from tests.stages.test_fidelity import FORBIDDEN, NEW_TOKENS, TOLERANCE, relative
 
 FASTV = "fastv:layer=2,keep=4"
-DROPPING = {"fastv": FASTV, "pdrop": "pdrop:layer_list=1+3,keep=3"}
 KINDS = ("qwen3", "gemma", "gemma2", "gemma3_text")
 NORMS = {"qwen3": 4 * 4 + 1, "gemma": 4 * 2 + 1, "gemma2": 4 * 4 + 1, "gemma3_text": 4 * 6 + 1}
 
@@ -31,19 +28,15 @@ Build = Callable[..., Exported]
 
 @pytest.fixture(scope="module")
 def exported_decoder(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """exported_decoder(kind, reductions, profile="cpu_fp32"): LLaVA with such a decoder, or a family that has its own, exported
-    once."""
+    """exported_decoder(kind, reductions, profile="cpu_fp32"): LLaVA with such a decoder, exported once."""
     done: dict[tuple[Any, ...], Exported] = {}
 
     def run(kind: str, reductions: tuple[str, ...] = (), profile: str = "cpu_fp32") -> Exported:
         key = kind, reductions, profile
         if key not in done:
             checkpoint, folder = tmp_path_factory.mktemp(kind), tmp_path_factory.mktemp("graphs")
-            if kind == "qwen2_5_vl":
-                tiny.qwen2_5_vl(checkpoint)
-            else:
-                tiny.llava(checkpoint, decoder=kind)
-            plan = tiny.plan(checkpoint, reductions, Request(image_size=SIZES.get(kind)), profile)
+            tiny.llava(checkpoint, decoder=kind)
+            plan = tiny.plan(checkpoint, reductions, None, profile)
             done[key] = Exported(plan, folder, export(plan, folder))
         return done[key]
 
@@ -95,31 +88,6 @@ def test_graphs_are_plain_and_norms_fuse(kind: str, exported_decoder: Build, tmp
     optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
     kinds = [n.op_type for n in optimized.graph.node]
     assert sum(k in ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization") for k in kinds) == NORMS[kind]
-
-
-def best(row: torch.Tensor, count: int) -> list[int]:
-    return row.topk(count).indices.sort().values.tolist()
-
-
-@pytest.mark.parametrize("name", ["fastv", pytest.param("pdrop", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", [*tiny.DECODERS, "qwen2_5_vl"])
-def test_dropping_tokens_against_a_loop_without_cache(
-    kind: str, name: str, exported_decoder: Build, engine: Engine
-) -> None:
-    """FastV and PyramidDrop as their papers have them, on Hugging Face's layers, everything anew for every token: the same
-    choice, and the same long answer from the pruned caches."""
-    case = exported_decoder(kind, (DROPPING[name],))
-    ((_, method),) = case.plan.in_llm
-    asked, ours = tiny.question(case.graphs), engine(case)
-    result = ours.generate(asked.pixels, [asked.prompt], NEW_TOKENS)
-    expected, kept = uncached.answer(
-        uncached.load(case.plan.family.model_type, case.plan.checkpoint.folder), asked, ours, method.layers,
-        lambda layer, before, ahead: best(before if name == "fastv" else ahead, method.kept(layer)),
-        NEW_TOKENS, method.position == "compact",
-    )  # fmt: skip
-    assert {layer: result.kept[f"kept_{layer}"][0].tolist() for layer in method.layers} == kept
-    assert result.tokens == [expected]
-    assert len(set(expected)) > 4, "a model that repeats itself shows nothing"
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2"])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import LlavaForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from graphs._contract import Site
 from graphs.dyrate import DyRate
-from tests.families import hugging_face, tiny
-from tests.stages.conftest import Engine, Export
+from tests.families import tiny
+from tests.stages import uncached
+from tests.stages.conftest import Decoded, Engine, Export, in_turn
 
 ANSWER = 64
 LAYER, KEEP, BUCKETS = 2, 12, {3: 7, 20: 2}
@@ -80,54 +81,71 @@ def test_a_shared_schedule_waits_for_every_row(weights: dict[int, Path], exporte
     assert (both.cuts[0][0] if both.cuts else ANSWER) >= max(firsts)
 
 
-def test_against_a_loop_without_cache(exported: Export, engine: Engine) -> None:
-    """Hugging Face's layers, everything anew for every token: the choice in prefill and at both buckets made here."""
-    case = exported("llava", (SCHEDULE,))
-    asked = tiny.question(case.graphs)
-    model = LlavaForConditionalGeneration.from_pretrained(
-        case.plan.checkpoint.folder, attn_implementation="eager"
-    ).eval()
-    ours = engine(case)
-    features = ours.reduce(ours.vision(asked.pixels)).embeds
-    assert ours.generate(asked.pixels, [asked.prompt], ANSWER).tokens == [loop(model, asked, features, case.graphs)]
+@pytest.mark.parametrize(("kind", "decoder", "what"), in_turn(["schedule", "linear", "gru"]))
+def test_against_a_loop_without_cache(
+    kind: str, decoder: str, what: str, weights: dict[int, Path], decoded: Decoded
+) -> None:
+    """Hugging Face's layers, everything anew for every token: what stays in prefill and at every cut, and with a classifier when
+    to cut, is settled here."""
+    plan, ours = decoded(decoder, specs(weights)[kind], what)
+    asked = tiny.question(ours.graphs)
+    result = ours.generate(asked.pixels, [asked.prompt], ANSWER)
+    known = {} if kind == "schedule" else load_file(weights[6 if kind == "gru" else 0])
+    model = uncached.load(plan.family.model_type, plan.checkpoint.folder)
+    expected, cuts = loop(uncached.Layers(model), uncached.Given.of(model, asked, ours), known)
+    assert result.cache.shrunk is not None
+    assert result.cache.shrunk.cuts == cuts
+    assert result.tokens == [expected]
 
 
 @torch.no_grad()
-def loop(model: Any, asked: tiny.Question, features: Any, graphs: Any) -> list[int]:
-    """Greedy tokens. What a token sees from LAYER on was settled when it ran."""
-    text = model.model.language_model
-    ids = hugging_face.arguments(asked, graphs)["input_ids"][0].tolist()
-    visual = [p for p, token in enumerate(ids) if token == graphs.text.image_token]
-    embeds = text.embed_tokens(torch.tensor([ids]))
-    embeds[:, visual] = torch.from_numpy(features)
-    prompt, tokens, chosen, present = len(ids), [], [], visual
+def loop(
+    stack: uncached.Layers, given: uncached.Given, known: dict[str, Tensor]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Greedy tokens, and (answer tokens run, visual tokens left) of every cut. What a token sees from LAYER on was settled when
+    it ran. known: the classifier's tensors, or none."""
+    embeds, positions, visual = given.embeds, given.positions, given.visual
+    tokens: list[int] = []
+    chosen: list[list[int]] = []
+    cuts: list[tuple[int, int]] = []
+    present, state = visual, torch.zeros(6)
     while len(tokens) < ANSWER:
-        n = embeds.shape[1]
-        causal = torch.full((n, n), -1e30).triu(1)
-        rotary = text.rotary_emb(embeds, torch.arange(n)[None])
-        x, row = embeds, None
-        for i, block in enumerate(text.layers):
-            mask = causal.clone()
+        x, n = stack.entering(embeds, positions), embeds.shape[1]
+        row, order = torch.empty(0), torch.arange(n)
+        for i in range(len(stack)):
+            unseen = torch.zeros(1, n, n, dtype=torch.bool)
             if i == LAYER and not chosen:
-                assert row is not None
                 present = best(row, present, KEEP)
-                chosen = [present] * prompt
+                chosen = [present] * given.prompt
             if i >= LAYER:
                 for query in range(n):
-                    mask[query, [p for p in visual if p not in chosen[query] and p != query]] = -1e30
-            out, weight = block.self_attn(
-                block.input_layernorm(x), position_embeddings=rotary, attention_mask=mask[None, None]
-            )
-            row = weight[0].mean(0)[-1] if i == LAYER - 1 else row
-            x = x + out
-            x = x + block.mlp(block.post_attention_layernorm(x))
-        tokens.append(int(model.lm_head(text.norm(x)[:, -1]).argmax()))
-        embeds = torch.cat([embeds, text.embed_tokens(torch.tensor([tokens[-1:]]))], 1)
-        assert row is not None
-        if n - prompt in BUCKETS:  # so many have run: the next one sees what the newest looked at
-            present = best(row, present, BUCKETS[n - prompt])
+                    unseen[0, query, [p for p in visual if p not in chosen[query] and p != query]] = True
+            x, attention = stack.run(i, x, positions, order, unseen=unseen)
+            row = attention.mean(0)[-1] if i == LAYER - 1 else row
+            x = given.later(x, i, visual)
+        tokens.append(stack.next(x))
+        if known:
+            parts = (0, visual[0], visual[-1] + 1, given.prompt, n)
+            wanted, state = rate(torch.stack([row[a:b].sum() for a, b in pairwise(parts)]), state, known, len(visual))
+        for step, keep in list(BUCKETS.items())[len(cuts) :]:
+            if (wanted > keep) if known else (n - given.prompt < step):
+                break
+            present = best(row, present, keep)
+            cuts.append((n - given.prompt, keep))
         chosen.append(present)
-    return tokens
+        embeds, positions = given.longer(stack, embeds, positions, tokens[-1])
+    return tokens, cuts
+
+
+def rate(shares: Tensor, state: Tensor, known: dict[str, Tensor], visual: int) -> tuple[int, Tensor]:
+    """Visual tokens that the classifier wants next, and what the GRU remembers."""
+    seen = shares
+    if "reset" in known:
+        reset = torch.sigmoid(torch.cat([shares, state]) @ known["reset"] + known["reset_bias"])
+        update = torch.sigmoid(torch.cat([shares, state]) @ known["update"] + known["update_bias"])
+        new = torch.tanh(torch.cat([shares, reset * state]) @ known["candidate"] + known["candidate_bias"])
+        seen = state = update * state + (1 - update) * new
+    return visual - int((seen @ known["weight"] + known["bias"]).argmax()) * visual // 10, state
 
 
 def best(row: torch.Tensor, present: list[int], keep: int) -> list[int]:

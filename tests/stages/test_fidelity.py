@@ -1,6 +1,6 @@
 """The exported graphs on ONNX Runtime against the PyTorch modules, FP32: the same tokens kept, the same logits, the same
 answer; every place and kind of method, every family, whole batches and single samples, prefill in one go and step by step.
-Every single method as far as the language model: test_methods.py."""
+Every single method as far as the language model: test_methods.py; inside it, against its paper: test_inside.py."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from exporter.errors import UsageError
 from exporter.families._contract import Request
 from exporter.runtime.sequence import split
 from graphs import _spec
-from graphs._contract import InLLM, WhileDecoding
 from tests.families import tiny
-from tests.stages import uncached
 from tests.stages.conftest import SIZES, Engine, Export, Exported, objections
 
 SPLIT = "case"
@@ -191,7 +189,7 @@ def test_prefill_is_decode_unless_the_language_model_prunes(case: Exported) -> N
     pruned = bool(case.plan.in_llm or case.plan.in_cache)
     assert (case.graphs.files["prefill"] != case.graphs.files["decode"]) == pruned
     assert (case.folder / "prefill.onnx").exists() == pruned
-    groups = 1 + sum(len(method.layers) for _, method in case.plan.in_llm)
+    groups = 1 + sum(len(method.layers) for _, method in case.plan.in_llm if not method.everywhere)
     for _, method in case.plan.in_cache:
         groups += 1 if method.shared else case.graphs.text.layers - method.start
         groups -= method.start == 0
@@ -206,63 +204,14 @@ def test_what_does_not_fit_is_refused_in_words(family: str, name: str, checkpoin
         tiny.plan(checkpoints[family], (EXAMPLES[name],), Request(frames, SIZES[family]))
 
 
-PRUNING = [n for n in CHOSEN if issubclass(_spec.load(n), InLLM) and not _spec.parse(EXAMPLES[n]).merges]
-PRUNING = [n for n in PRUNING if not issubclass(_spec.load(n), WhileDecoding)]
-"""What goes on dropping while it decodes: test_dyrate.py."""
-
-
-@pytest.mark.parametrize("name", PRUNING)
-@pytest.mark.parametrize("position", ["keep", pytest.param("compact", marks=pytest.mark.slow)])
-def test_pruned_caches_against_a_loop_without_cache(name: str, position: str, exported: Export, engine: Engine) -> None:
-    """Whatever a method keeps: Hugging Face's layers one by one, everything anew for every token, give the same answer.
-    Other decoders: test_decoders.py."""
-    spec = EXAMPLES[name] + ("," if ":" in EXAMPLES[name] else ":") + f"position={position}"
-    case = exported("llava", (spec,))
-    ((_, method),) = case.plan.in_llm
-    asked, ours = tiny.question(case.graphs), engine(case)
-    result = ours.generate(asked.pixels, [asked.prompt], NEW_TOKENS)
-    kept = {layer: result.kept[f"kept_{layer}"][0].tolist() for layer in method.layers}
-    theirs = uncached.load("llava", case.plan.checkpoint.folder)
-    expected, _ = uncached.answer(
-        theirs, asked, ours, method.layers, lambda layer, *_: kept[layer], NEW_TOKENS, position == "compact"
-    )
-    assert result.tokens == [expected]
-
-
-EVICTING = {n: EXAMPLES[n] for n in CHOSEN if _spec.load(n).place == "in_cache" and n != "voco"} | {
-    "lookm": "lookm:keep=3,mode=none",
-    "sparsemm, heads apart": "sparsemm:capacity_list=1+7+4+4+2+6+8+8",
-}
-"""Only what leaves the prompt as it is; the other: test_voco.py."""
-
-
-@pytest.mark.parametrize("name", EVICTING)
 @pytest.mark.parametrize(
-    "family", [f if f == FAMILIES[0] else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+    "pair",
+    [
+        ("fastv:keep=4", "lookm:keep=2"),
+        ("dycoke_kv:keep=4", "lookm:keep=4"),
+        ("fastv:layer=1,keep=9", "prunevid_l:layer=2,keep=4"),
+    ],
 )
-def test_short_caches_against_a_loop_without_cache(family: str, name: str, exported: Export, engine: Engine) -> None:
-    """Hugging Face's layers one by one, everything anew for every token: the prompt sees all of itself, and what is behind
-    it, in every layer and for every KV head, only the visual tokens that the engine says are in the cache."""
-    case = exported(family, (EVICTING[name],))
-    ((_, method),) = case.plan.in_cache
-    asked, ours = tiny.question(case.graphs), engine(case)
-    result = ours.generate(asked.pixels, [asked.prompt], NEW_TOKENS)
-    heads, chosen = case.graphs.text.kv_heads, {int(k.removeprefix("cached_")): v[0] for k, v in result.kept.items()}
-
-    def cached(layer: int) -> list[list[int]]:
-        if layer < method.start:
-            return [list(range(case.plan.kept))] * heads
-        stay = chosen[max(n for n in chosen if n <= layer)]
-        return [row[row >= 0].tolist() for row in np.broadcast_to(stay, (heads, stay.shape[-1]))]
-
-    theirs = uncached.load(family, case.plan.checkpoint.folder)
-    expected = uncached.answer_with_short_cache(theirs, asked, ours, cached, NEW_TOKENS)
-    assert result.tokens == [expected]
-    whole = engine(exported(family)).generate(asked.pixels, [asked.prompt], NEW_TOKENS)
-    assert result.tokens != whole.tokens, "nothing that went would have mattered"
-
-
-@pytest.mark.parametrize("pair", [("fastv:keep=4", "lookm:keep=2"), ("dycoke_kv:keep=4", "lookm:keep=4")])
 def test_only_one_reduction_decides_over_the_cache(pair: tuple[str, str], checkpoints: Any) -> None:
     with pytest.raises(UsageError, match="Give one of the two"):
         tiny.plan(checkpoints["llava"], pair)

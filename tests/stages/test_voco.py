@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from tests.families import hugging_face, tiny
 from tests.stages import uncached
-from tests.stages.conftest import Engine, Export
+from tests.stages.conftest import Decoded, Engine, Export, in_turn
 
 ANSWER, TOKEN = 64, 9
 
@@ -49,6 +49,30 @@ def test_against_two_passes(m: int, exported: Export, engine: Engine) -> None:
     result = ours.generate(asked.pixels, [asked.prompt], ANSWER)
     assert result.tokens == [tokens]
     assert result.cache.past["past_key_0"].shape()[2] == len(ids) - len(places) + m + ANSWER - 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "decoder", "what"), in_turn(["voco"]))
+def test_against_a_loop_without_cache(name: str, decoder: str, what: str, decoded: Decoded) -> None:
+    """Hugging Face's layers, everything anew for every token: the special tokens see the image, what is behind them does not."""
+    plan, ours = decoded(decoder, f"{name}:token={TOKEN},m=3", what)
+    asked = tiny.question(ours.graphs)
+    end = max(p for p, token in enumerate(asked.prompt) if token == ours.graphs.text.image_token) + 1
+    whole = tiny.Question([*asked.prompt[:end], *[TOKEN] * 3, *asked.prompt[end:]], asked.pixels, asked.side)
+    model = uncached.load(plan.family.model_type, plan.checkpoint.folder)
+    stack, given = uncached.Layers(model), uncached.Given.of(model, whole, ours)
+    embeds, positions, tokens = given.embeds, given.positions, list[int]()
+    while len(tokens) < ANSWER:
+        x, n = stack.entering(embeds, positions), embeds.shape[1]
+        unseen = torch.zeros(1, n, n, dtype=torch.bool)
+        unseen[:, given.visual[-1] + 4 :, given.visual] = True
+        for layer in range(len(stack)):
+            x, _ = stack.run(layer, x, positions, torch.arange(n), unseen=unseen)
+            x = given.later(x, layer, given.visual)
+        tokens.append(stack.next(x))
+        embeds, positions = given.longer(stack, embeds, positions, tokens[-1])
+    assert ours.generate(asked.pixels, [asked.prompt], ANSWER).tokens == [tokens]
+    assert len(set(tokens)) > 4, "a model that repeats itself shows nothing"
 
 
 def test_a_batch_is_its_rows(exported: Export, engine: Engine) -> None:

@@ -3,7 +3,8 @@ the wrong tokens, no graph, none of our code behind the visual features."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,10 @@ from torch import Tensor
 from exporter.runtime.generate import Generator
 from tests.families import hugging_face, tiny
 
-Choose = Callable[[int, Tensor, Tensor], list[int]]
-"""(layer, before, ahead) → the visual tokens that enter it, as places among those still present. before, ahead: attention
-[present], mean over heads, that the last prompt token pays them in the layer before, and would pay them in this one."""
-
 LOADERS = {
     "llava": transformers.LlavaForConditionalGeneration,
     "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
 }
 
 
@@ -29,80 +27,83 @@ def load(family: str, checkpoint: Path) -> Any:
     return LOADERS[family].from_pretrained(checkpoint, attn_implementation="eager").eval()
 
 
-@torch.no_grad()
-def answer(
-    model: Any,
-    asked: tiny.Question,
-    ours: Generator,
-    layers: Iterable[int],
-    choose: Choose,
-    length: int,
-    compact: bool = False,
-) -> tuple[list[int], dict[int, list[int]]]:
-    """`length` greedy tokens, and what was chosen before each of `layers`. compact: from there on positions are counted
-    anew. Sliding windows always reach as far as in the whole prompt."""
-    stack, arguments = Layers(model), hugging_face.arguments(asked, ours.graphs)
-    ids = arguments["input_ids"][0].tolist()
-    visual = [p for p, token in enumerate(ids) if token == ours.graphs.text.image_token]
-    embeds = stack.embed(ids)
-    embeds[:, visual] = torch.from_numpy(ours.reduce(ours.vision(asked.pixels)).embeds)
-    positions = _positions(model, arguments)
-    tokens: list[int] = []
-    chosen: dict[int, list[int]] = {}
-    while len(tokens) < length:
-        places, order, present = positions, torch.arange(embeds.shape[1]), visual
-        x, before = stack.entering(embeds, places), torch.empty(0)
-        for i in range(len(stack)):
-            if i in layers:
-                if not tokens:
-                    at = [n for n, p in enumerate(order.tolist()) if p in present]
-                    ahead = stack.run(i, x, places, order)[1]
-                    chosen[i] = choose(i, before.mean(0)[-1, at], ahead.mean(0)[-1, at])
-                kept = [present[n] for n in chosen[i]]
-                stays = [n for n, p in enumerate(order.tolist()) if p not in present or p in kept]
-                x, places, order, present = x[:, stays], places[..., stays], order[stays], kept
-                if compact:
-                    places = torch.arange(len(stays))[None]
-            x, before = stack.run(i, x, places, order)
-        tokens.append(stack.next(x))
-        embeds = torch.cat([embeds, stack.embed(tokens[-1:])], 1)
-        positions = torch.cat([positions, positions.amax() + 1 + torch.zeros_like(positions[..., :1])], -1)
-    return tokens, chosen
+Stays = Callable[[Tensor, list[int], int], list[list[int]]]
+"""(a prompt's attention in a layer [heads, tokens, visual tokens], where these are, KV heads) → per KV head those that stay."""
 
 
 @torch.no_grad()
 def answer_with_short_cache(
-    model: Any, asked: tiny.Question, ours: Generator, cached: Callable[[int], list[list[int]]], length: int
-) -> list[int]:
-    """`length` greedy tokens. Of the visual tokens, what is behind the prompt sees in a layer only those that each KV head keeps.
+    model: Any,
+    asked: tiny.Question,
+    ours: Generator,
+    start: int,
+    shared: bool,
+    rules: Callable[[int], Stays],
+    length: int,
+) -> tuple[list[int], dict[int, list[list[int]]]]:
+    """`length` greedy tokens, and for every layer that chooses what each KV head keeps. Of the visual tokens, what is behind the
+    prompt sees in a layer only those.
 
     Args:
-        cached: layer → per KV head the visual tokens that stay.
+        start: the first layer whose cache is shortened. shared: whether it chooses for all behind it. rules: of every layer.
     """
-    stack, arguments = Layers(model), hugging_face.arguments(asked, ours.graphs)
-    ids = arguments["input_ids"][0].tolist()
-    visual = [p for p, token in enumerate(ids) if token == ours.graphs.text.image_token]
-    embeds = stack.embed(ids)
-    embeds[:, visual] = torch.from_numpy(ours.reduce(ours.vision(asked.pixels)).embeds)
-    positions = _positions(model, arguments)
-    config = stack.text.config
-    group = config.num_attention_heads // config.num_key_value_heads
-    gone = [
-        [[p for n, p in enumerate(visual) if n not in stay] for stay in cached(layer) for _ in range(group)]
-        for layer in range(len(stack))
-    ]
-    tokens: list[int] = []
+    stack, given = Layers(model), Given.of(model, asked, ours)
+    chosen: dict[int, list[list[int]]] = {}
+    embeds, positions, tokens = given.embeds, given.positions, list[int]()
     while len(tokens) < length:
         x, seq = stack.entering(embeds, positions), embeds.shape[1]
-        for layer, heads in enumerate(gone):
-            hidden = torch.zeros(len(heads), seq, seq, dtype=torch.bool)
-            for head, places in enumerate(heads):
-                hidden[head, len(ids) :, places] = True
-            x, _ = stack.run(layer, x, positions, torch.arange(seq), unseen=hidden)
+        hidden = torch.zeros(stack.heads, seq, seq, dtype=torch.bool)
+        for layer in range(len(stack)):
+            for head in range(stack.heads) if tokens and layer >= start else ():
+                stay = chosen[start if shared else layer][head // stack.group]
+                hidden[head] = False
+                hidden[head, given.prompt :, [p for n, p in enumerate(given.visual) if n not in stay]] = True
+            x, attention = stack.run(layer, x, positions, torch.arange(seq), unseen=hidden)
+            if not tokens and (layer == start or (layer > start and not shared)):
+                chosen[layer] = rules(layer)(attention[..., given.visual], given.visual, stack.heads // stack.group)
+            x = given.later(x, layer, given.visual)
         tokens.append(stack.next(x))
-        embeds = torch.cat([embeds, stack.embed(tokens[-1:])], 1)
-        positions = torch.cat([positions, positions.amax() + 1 + torch.zeros_like(positions[..., :1])], -1)
-    return tokens
+        embeds, positions = given.longer(stack, embeds, positions, tokens[-1])
+    return tokens, chosen
+
+
+@dataclass(frozen=True)
+class Given:
+    """A question as the language model gets it, in the order of the prompt.
+
+    embeds: [1, seq, hidden]. positions: int64 [1, seq], or [3, 1, seq]. visual: where its visual tokens are. planes: what is added
+    to these behind each of the first layers, [visual, hidden]. prompt: its length.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    visual: list[int]
+    planes: list[Tensor]
+    prompt: int
+
+    @classmethod
+    def of(cls, model: Any, asked: tiny.Question, ours: Generator) -> Given:
+        arguments = hugging_face.arguments(asked, ours.graphs)
+        ids = arguments["input_ids"][0].tolist()
+        visual = [p for p, token in enumerate(ids) if token == ours.graphs.text.image_token]
+        embeds = Layers(model).embed(ids)
+        features, *planes = torch.from_numpy(ours.reduce(ours.vision(asked.pixels)).embeds).split(embeds.shape[-1], -1)
+        embeds[:, visual] = features
+        return cls(embeds, _positions(model, arguments), visual, [plane[0] for plane in planes], len(ids))
+
+    def later(self, x: Tensor, layer: int, present: list[int], at: list[int] | None = None) -> Tensor:
+        """x [1, n, hidden] behind a layer, with what is added there. present: places of the visual tokens left; at: in x."""
+        if layer >= len(self.planes):
+            return x
+        x = x.clone()
+        x[0, present if at is None else at] += self.planes[layer][[self.visual.index(p) for p in present]]
+        return x
+
+    @staticmethod
+    def longer(stack: Layers, embeds: Tensor, positions: Tensor, token: int) -> tuple[Tensor, Tensor]:
+        """Embeddings and positions with one more token."""
+        after = positions.amax() + 1 + torch.zeros_like(positions[..., :1])
+        return torch.cat([embeds, stack.embed([token])], 1), torch.cat([positions, after], -1)
 
 
 def _positions(model: Any, arguments: dict[str, Any]) -> Tensor:
@@ -119,6 +120,8 @@ class Layers:
     def __init__(self, model: Any) -> None:
         found = model.model.language_model
         self.text, self.head = getattr(found, "decoder", found), model.lm_head  # OPT's is one deeper
+        self.heads = self.text.config.num_attention_heads
+        self.group = self.heads // self.text.config.num_key_value_heads
 
     def __len__(self) -> int:
         return len(self.text.layers)
@@ -153,18 +156,41 @@ class Layers:
                 does not see in spite of `order`, bool [heads, queries, keys].
         """
         block = self.text.layers[layer]
-        kind = getattr(block.self_attn, "layer_type", None)  # Mistral has one window for all its layers
-        window = getattr(self.text.config if kind is None else block.self_attn, "sliding_window", None)
-        far = order[:, None] - order[None, :]
-        hidden = (far < 0) | (far >= (window or 1 << 30))
-        hidden = hidden[None] if unseen is None else hidden | unseen
-        mask = torch.where(hidden, -1e30, 0.0 if bias is None else bias)[None]
         kept: list[Tensor] = []
         hook = block.self_attn.register_forward_hook(lambda _, given, out: kept.append(out[1]))
-        rotary = self._rotary(layer, x, places)
+        rotary = self.rotary(layer, x, places)
+        mask = self._mask(layer, order, bias, unseen)[None]
         out = block(x, attention_mask=mask, **({} if rotary is None else {"position_embeddings": rotary}))
         hook.remove()
         return out, kept[0][0]
+
+    def attended(self, layer: int, *how: Any) -> tuple[Tensor, Tensor]:
+        """What leaves a layer, and what its MLP is added to, both [1, n, hidden]; how: as `run` takes it."""
+        block, seen = self.text.layers[layer], list[Tensor]()
+        names = ("pre_feedforward_layernorm", "final_layer_norm", "post_attention_layernorm")
+        before = next(found for found in (getattr(block, name, None) for name in names) if found is not None)
+        hook = before.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        out, _ = self.run(layer, *how)
+        hook.remove()
+        return out, seen[0].reshape(out.shape)  # OPT has its tokens in one row there
+
+    def plain(self, layer: int, x: Tensor, places: Tensor, order: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What its softmax would get if nothing were rotated: [heads, queries, keys]."""
+        attention = self.text.layers[layer].self_attn
+        q, k, _ = self.projected(layer, x, places)
+        scores = q @ k.repeat_interleave(self.group, 0).transpose(1, 2) * attention.scaling
+        cap = getattr(self.text.config, "attn_logit_softcapping", None)
+        return (cap * (scores / cap).tanh() if cap else scores) + self._mask(layer, order, bias)
+
+    def _mask(self, layer: int, order: Tensor, bias: Tensor | None = None, unseen: Tensor | None = None) -> Tensor:
+        """[1 or heads, queries, keys]"""
+        attention = self.text.layers[layer].self_attn
+        kind = getattr(attention, "layer_type", None)  # Mistral has one window for all its layers
+        window = getattr(self.text.config if kind is None else attention, "sliding_window", None)
+        far = order[:, None] - order[None, :]
+        hidden = (far < 0) | (far >= (window or 1 << 30))
+        hidden = hidden[None] if unseen is None else hidden | unseen
+        return torch.where(hidden, -1e30, 0.0 if bias is None else bias)
 
     def projected(self, layer: int, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, and keys with their rotation, each [heads, tokens, head_dim], as the layer would make them of x."""
@@ -176,14 +202,14 @@ class Layers:
             extra = getattr(attention, f"{name}_norm", None)
             parts.append((part if extra is None else extra(part))[0].transpose(0, 1))
         q, k = parts
-        rotary = self._rotary(layer, x, places)
+        rotary = self.rotary(layer, x, places)
         if rotary is None:
             return q, k, k
         cos, sin = (part[0] for part in rotary)
         a, b = k.chunk(2, -1)
         return q, k, k * cos + torch.cat([-b, a], -1) * sin
 
-    def _rotary(self, layer: int, x: Tensor, places: Tensor) -> Any:
+    def rotary(self, layer: int, x: Tensor, places: Tensor) -> Any:
         found = getattr(self.text, "rotary_emb", None)
         if found is None:
             return None
