@@ -143,6 +143,8 @@ def _tables(model: ir.Model, pen: Pen, layers: Sequence[Attention]) -> dict[ir.V
         angles = ir.convenience.extract(graph, [positions], made)
     except ValueError as e:
         raise Refused(f"what is rotated by depends on more than positions: {e}") from e
+    for name in sorted(angles.initializers):  # `extract` has them in a set's order
+        angles.register_initializer(angles.initializers.pop(name))
     for value in angles.outputs:
         value.name = (value.name or "").removeprefix(f"{ANGLES}_")
     kept = ir.external_data.load_to_model(ir.Model(angles, ir_version=model.ir_version))
