@@ -271,7 +271,8 @@ def find_family(checkpoint: Checkpoint) -> Family:
             f"{checkpoint.folder}/config.json says model_type '{kind}', and there is no such family. "
             f"Known: {', '.join(known)}. A family is one file, see CONTRIBUTING.md."
         )
-    return cast(Family, _discover.load(exporter.families, "family", file).FAMILY)
+    named = cast(Family, _discover.load(exporter.families, "family", file).FAMILY)
+    return named.of(checkpoint.config)
 
 
 def _check_limits(request: Request, profile: Profile) -> None:
