@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from exporter.graphset import PAD
+
 Array = npt.NDArray[Any]
 Log = Callable[[str], None]
 
@@ -116,6 +118,10 @@ class Runner(ABC):
         grown = {PAST + name[len(PRESENT) :]: found.pop(name) for name in list(found) if name.startswith(PRESENT)}
         return found, grown
 
+    def steps(self, feeds: Mapping[str, Array], words: Array, past: Mapping[str, Any]) -> Steps:
+        """Many runs of one token per row, see `Steps`. A runner may have ways of its own."""
+        return Steps(self, feeds, words, past)
+
     @abstractmethod
     def numpy(self, value: Any) -> Array:
         """Bring a value to the host."""
@@ -153,6 +159,46 @@ class Runner(ABC):
     def rows(self, past: Mapping[str, Any], rows: npt.NDArray[np.int64]) -> Mapping[str, Any]:
         """Rows of a cache, see `grow` and `gather`: one of its own."""
         return {name: self.gather(value, rows) for name, value in past.items()}
+
+
+class Steps:
+    """Runs a language model again and again with one token per row, each standing one behind that of the run before.
+
+    Args:
+        feeds: of the first run, as `Runner.grow` takes them; what `inputs_embeds` [rows, 1, width] hold is only kept behind `hidden`.
+            They are written to.
+        words: a row for every token [vocab, hidden].
+        past: as `Runner.grow` takes it.
+    """
+
+    def __init__(self, runner: Runner, feeds: Mapping[str, Array], words: Array, past: Mapping[str, Any]) -> None:
+        self._runner, self._feeds, self._words, self._past = runner, feeds, words, past
+        self._embeds = self._rows(feeds["inputs_embeds"])
+        self._moves = (feeds["order"] != PAD).astype(np.int64)
+
+    @property
+    def past(self) -> Mapping[str, Any]:
+        """The cache behind the last run."""
+        return self._past
+
+    def __call__(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """The outputs that are not the cache, of the next token of every row."""
+        feeds = self._feeds
+        for embeds, token in zip(self._embeds, tokens, strict=True):
+            embeds[...] = self._words[token]
+        found, self._past = self._runner.grow(feeds, self._past, 1)
+        self._move(self._moves)
+        return found
+
+    def _rows(self, embeds: Array) -> list[Array]:
+        """Where each row's token goes in [rows, 1, width]."""
+        return [row[0, : self._words.shape[1]] for row in embeds]
+
+    def _move(self, by: npt.NDArray[np.int64]) -> None:
+        """by: int64 [rows, 1], 0 where a row is padding."""
+        for name in ("position_ids", "order", "reach"):
+            if name in self._feeds:
+                self._feeds[name][...] += by
 
 
 class Backend(ABC):

@@ -1,23 +1,27 @@
 """Runs a graph that appends to its cache in place (`exporter.flavours.ort`), with the inputs and outputs of the plain one.
 
-All that a step reads and writes is memory that is bound once: keys and values (`Memory`), logits, and the few numbers that are
-new in every step. Only another number of rows or tokens, or a cache that lies elsewhere, is bound anew; the cache goes from step
-to step as one value. For a small model that is what a step costs beside the graph: ONNX Runtime takes some microseconds to
-bind, to hand out or to wrap a value, and Python as much to look at one of every layer.
+All that a step reads and writes is memory that is bound once: keys and values (`Memory`), tables of angles (`Tables`), logits, and the
+few numbers that are new in every step, which are counted up where they lie (`again`). Only another number of rows or tokens, or a cache
+that lies elsewhere, is bound anew; the cache goes from step to step as one value. For a small model that is what a step costs beside
+the graph: ONNX Runtime takes some microseconds to bind, to hand out or to wrap a value, and Python as much to look at one of every layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from exporter.backends._contract import PAST, PRESENT, Array
+from exporter.backends._ort_angles import Angles, Tables
 from exporter.backends._ort_cache import Grown, Memory
 from exporter.errors import UsageError
-from exporter.flavours._contract import LAST, LENGTH, PLACES, ROOM, TOTAL
+from exporter.flavours._contract import COS, LAST, LENGTH, PLACES, SIN, TOTAL
 from exporter.graphset import PAD
+
+_OURS = (LAST, PLACES, COS, SIN, LENGTH, TOTAL)
+"""How inputs begin that the plain graph does not have."""
 
 
 class Appending:
@@ -26,55 +30,109 @@ class Appending:
     Args:
         session: of a graph with the input `LAST`.
         types: of its inputs.
+        angles: positions → what its tokens are rotated by.
         make: array → OrtValue of the same memory.
         numpy: a value that was fed → array.
     """
 
     def __init__(
-        self, session: Any, types: Mapping[str, np.dtype[Any]], make: Callable[[Array], Any], numpy: Callable[[Any], Array]
+        self, session: Any, types: Mapping[str, np.dtype[Any]], angles: Angles, make: Callable[[Array], Any],
+        numpy: Callable[[Any], Array],
     ) -> None:  # fmt: skip
         self._session, self._make, self._numpy = session, make, numpy
         self._binding = session.io_binding()
         axes = {i.name: list(i.shape) for i in session.get_inputs()}
         self._groups = {f"past_order_{n[len(LENGTH) :]}": n[len(LENGTH) :] for n in axes if n.startswith(LENGTH)}
         self._cache = {name: PRESENT + name[len(PAST) :] for name in axes if name.startswith(PAST)}
-        self._axes = {n: a for n, a in axes.items() if "seq" in a and n != PLACES}
-        self._has_room = ROOM in axes
+        self._axes = {n: a for n, a in axes.items() if not n.startswith((PAST, *_OURS))}
+        self._axes["position_ids"] = angles.axes
         self._vocab = session.get_outputs()[0].shape[1]
-        self.new = {**{name: types[name] for name in self._axes}, "order": np.dtype(np.int64)}
+        kinds = {**types, "position_ids": np.dtype(np.int64), "order": np.dtype(np.int64)}
+        self.new = {name: kinds[name] for name in (*self._axes, "order")}
         """Inputs that are not the cache, and their types."""
         orders = dict.fromkeys(self._groups, np.dtype(np.int64))
         self.inputs = {**self.new, **{name: types[name] for name in self._cache}, **orders}
         self.outputs = ("logits", *self._cache.values(), *(PRESENT + name[len(PAST) :] for name in self._groups))
+        self._tables = Tables(angles, lambda name, array: self._binding.bind_ortvalue_input(name, make(array)))
         self._memory: Memory | None = None
+        self._longest = 0
         self._row: int | None = None
         self._known: tuple[tuple[int, int], dict[str, tuple[int, ...]]] = (0, 0), {}
         self._shape = 0, 0
         self._new: dict[str, Array] = {}
+        self._counters: Sequence[tuple[Array, list[int]]] = ()
+        self._orders: Sequence[tuple[Array, int]] = ()
+        self._next: list[int] = []
+        self.user: object = None
+        """Who may go on by `again`: nobody else has run the graph since."""
 
     def grow(self, feeds: Mapping[str, Any], past: Mapping[str, Any]) -> tuple[dict[str, Any], Grown]:
         """As `Runner.grow`. feeds: as many as `new`, on the host."""
+        self.user = None
         order = self._checked("order", feeds["order"])
         batch, seq = order.shape
         given = {name: self._checked(name, feeds[name], shape) for name, shape in self._shapes(batch, seq).items()}
         if not isinstance(past, Grown):
             past = {name: self._checked(name, value) for name, value in past.items()}
         before = Grown.of(past, seq)
-        padding = (order == PAD).sum(axis=1) if order.max() == PAD else None
+        padding = (order == PAD).sum(axis=1, dtype=np.int32) if order.max() == PAD else None
         if seq > 1:  # the padding goes last
             rank = order.argsort(axis=1, kind="stable")
             order = np.take_along_axis(order, rank, axis=1)
-            given = {name: _sorted(value, rank, self._axes[name].index("seq")) for name, value in given.items()}
-        begins = []
+            given = {name: _sorted(given[name], rank, axes.index("seq")) for name, axes in self._axes.items()}
+        first = True
         for name in self._groups:
-            first = before.length(name)
-            before.memory.arrays[name][:, first : first + seq] = order
-            begins.append(first == 0)
-        if batch == 1 or (seq == 1 and not any(begins)) or (all(begins) and self._alike(given["position_ids"])):
+            length = before.length(name)
+            before.memory.arrays[name][:, length : length + seq] = order
+            first = first and length == 0
+        if batch == 1 or (seq == 1 and not first) or (first and _alike(given["position_ids"])):
             logits = self._run(given, before, padding, batch, seq)
         else:
             logits = np.concatenate([self._run(given, before, padding, 1, seq, row) for row in range(batch)])
         return {"logits": logits}, before.grown(seq, padding)
+
+    def hand_over(self, user: object, past: Grown, order: Array) -> int:
+        """Let somebody go on by `again`, whose rows, one token each, have just been run together; how often that is possible.
+
+        Args:
+            past: what they have got. order: int64 [batch, 1] of their next tokens.
+        """
+        memory, new = past.memory, self._new
+        if self._row is not None or self._shape[1] > 1 or memory is not self._memory:
+            return 0
+        self.user = user
+        self._counters = [(array.reshape(-1), array.reshape(-1).tolist()) for array in (new[PLACES], *self._lengths())]
+        self._orders = [(memory.arrays[name], past.length(name)) for name in self._groups]
+        self._next = order.reshape(-1).tolist()
+        return min(memory.room - past.tokens, self._tables.left(new[PLACES]))
+
+    def again(self, count: int) -> Array:
+        """Logits [batch, vocab] of one more token per row, the embeddings of which are in `embeds`. count: runs since `hand_over`.
+
+        numpy takes a microsecond to add one to an array, and a twentieth of that to set an item.
+        """
+        for array, begins in self._counters:
+            for row, begin in enumerate(begins):
+                array[row] = begin + count + 1
+        for array, begin in self._orders:
+            for row, order in enumerate(self._next):
+                array[row, begin + count] = order + count
+        user, self.user = self.user, None  # nobody's, should it fail
+        self._session.run_with_iobinding(self._binding)
+        self.user = user
+        found: Array = self._new["logits"].copy()
+        return found
+
+    @property
+    def embeds(self) -> Array:
+        """Memory that is bound: float32 [batch, seq, width]."""
+        return self._new["inputs_embeds"]
+
+    def _lengths(self) -> Iterator[Array]:
+        """Memory that is bound, int32: of every KV group, the tokens of each row less one [batch], and of all there may be [1]."""
+        for group in self._groups.values():
+            yield self._new[LENGTH + group]
+            yield self._new[TOTAL + group]
 
     def _run(
         self, given: Mapping[str, Array], before: Grown, padding: Array | None, batch: int, seq: int, row: int | None = None
@@ -88,55 +146,48 @@ class Appending:
         counts = before.padding
         if row is not None:
             only = slice(row, row + 1)
-            given = {n: value[_at(self._axes[n].index("batch"), only)] for n, value in given.items()}
+            given = {name: given[name][_at(axes.index("batch"), only)] for name, axes in self._axes.items()}
             counts = {name: count[only] for name, count in counts.items()}
             padding = None if padding is None else padding[only]
         self._bind(before.memory, row, batch, seq)
         new = self._new
-        for name, value in given.items():
-            new[name][...] = value
+        for name in self._axes:
+            new[name][...] = given[name]
+        self._tables.turn(new["position_ids"], self._longest, new[PLACES])
         if seq > 1:
             new[LAST][...] = seq - 1 if padding is None else np.maximum(seq - 1 - padding, 0)[:, None]
         for name, group in self._groups.items():
             total = before.length(name) + seq
-            new[LENGTH + group][...] = total - 1 - counts[name]
+            new[LENGTH + group][...] = total - 1 - counts.get(name, 0)
             new[TOTAL + group][0] = total
         self._session.run_with_iobinding(self._binding)
         found: Array = new["logits"].copy()
         return found
 
-    def _alike(self, positions: Array) -> bool:
-        """Whether a first prompt's rows are rotated alike, as GroupQueryAttention does it, or by another node. positions: [..., batch, seq]"""
-        return not self._has_room or bool((positions == positions[..., :1, :]).all())
-
     def _bind(self, memory: Memory, row: int | None, batch: int, seq: int) -> None:
         """Bind a cache, or one row of it, and memory for so many new rows and tokens, where they are not bound."""
-        moved, other = (memory, row) != (self._memory, self._row), (batch, seq) != self._shape
-        if moved:
+        if memory is not self._memory or row != self._row:
             self._memory = None
             for name, present in self._cache.items():
                 array = memory.arrays[name]
                 value = self._make(array if row is None else array[row : row + 1])
                 self._binding.bind_ortvalue_input(name, value)
                 self._binding.bind_ortvalue_output(present, value)
+            self._longest = max(memory.arrays[name].shape[2] for name in self._cache)
             self._memory, self._row = memory, row
-        if other:
+        if (batch, seq) != self._shape:
             self._lay_out(batch, seq)
-        if self._has_room and (moved or other):
-            longest = max(memory.arrays[name].shape[2] for name in self._cache)
-            self._new[ROOM][2] = max(longest - batch * seq, 0)
 
     def _lay_out(self, batch: int, seq: int) -> None:
         """Bind memory for so many rows and tokens."""
         self._shape = 0, 0
         new = {name: np.empty(shape, self.new[name]) for name, shape in self._shapes(batch, seq).items()}
-        new[PLACES], new[LAST] = np.arange(batch * seq).reshape(batch, seq), np.zeros((batch, 1), np.int64)
-        if self._has_room:
-            new[ROOM] = np.zeros(4, np.int64)
+        new[PLACES], new[LAST] = np.empty((batch, seq), np.int64), np.zeros((batch, 1), np.int64)
         for group in self._groups.values():
             new[LENGTH + group], new[TOTAL + group] = np.empty(batch, np.int32), np.empty(1, np.int32)
         for name, array in new.items():
-            self._binding.bind_ortvalue_input(name, self._make(array))
+            if name != "position_ids":
+                self._binding.bind_ortvalue_input(name, self._make(array))
         new["logits"] = np.empty((batch, self._vocab), np.float32)
         self._binding.bind_ortvalue_output("logits", self._make(new["logits"]))
         self._new, self._shape = new, (batch, seq)
@@ -157,6 +208,11 @@ class Appending:
         if shape is not None and array.shape != shape:
             raise UsageError(f"Input '{name}' has shape {list(array.shape)}, expected {list(shape)}.")
         return array
+
+
+def _alike(positions: Array) -> bool:
+    """Whether GroupQueryAttention rotates a first prompt's rows rightly: all like the first one. positions: [..., batch, seq]"""
+    return bool((positions == positions[..., :1, :]).all())
 
 
 def _sorted(value: Array, rank: Array, axis: int) -> Array:

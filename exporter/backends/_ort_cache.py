@@ -15,6 +15,7 @@ BLOCK = 256
 """Tokens. A cache is copied once per block, when it outgrows its memory."""
 
 Ints = npt.NDArray[np.int64]
+Counts = npt.NDArray[np.int32]
 
 
 @dataclass(eq=False)
@@ -55,8 +56,8 @@ class Grown(Mapping[str, Array]):
 
     __slots__ = ("memory", "padding", "tokens")
 
-    def __init__(self, memory: Memory, tokens: int, padding: Mapping[str, Ints]) -> None:
-        """padding: of every `order`, how many tokens of each row are that, int64 [batch]."""
+    def __init__(self, memory: Memory, tokens: int, padding: Mapping[str, Counts]) -> None:
+        """padding: of every `order`, how many tokens of each row are that, int32 [batch]; empty where none is."""
         self.memory, self.tokens, self.padding = memory, tokens, padding
 
     @classmethod
@@ -67,8 +68,8 @@ class Grown(Mapping[str, Array]):
             if past.tokens == memory.used and tokens <= memory.room - past.tokens:
                 return past
             return cls(Memory.of(past, tokens), 0, past.padding)
-        padding = {name: (value == PAD).sum(axis=1) for name, value in past.items() if value.ndim == 2}
-        return cls(Memory.of(past, tokens), 0, padding)
+        padding = {n: (value == PAD).sum(axis=1, dtype=np.int32) for n, value in past.items() if value.ndim == 2}
+        return cls(Memory.of(past, tokens), 0, padding if any(map(np.any, padding.values())) else {})
 
     def rows(self, rows: Ints) -> Grown:
         """A copy of some rows, int64 [n], in any order and each as often as named."""
@@ -80,12 +81,13 @@ class Grown(Mapping[str, Array]):
                 _first(array[new : new + 1], end)[...] = _first(old[row : row + 1], end)
         return Grown(memory, 0, {name: count[rows] for name, count in self.padding.items()})
 
-    def grown(self, tokens: int, padding: Ints | None) -> Grown:
-        """With the tokens that a run has appended. padding: [batch], how many of them are that; None is none."""
+    def grown(self, tokens: int, padding: Counts | None) -> Grown:
+        """With the tokens that a run has appended. padding: int32 [batch], how many of them are that; None is none."""
         self.memory.used = self.tokens + tokens
         counts = self.padding
         if padding is not None:
-            counts = {name: before + padding for name, before in counts.items()}
+            orders = [name for name, array in self.memory.arrays.items() if array.ndim == 2]
+            counts = {name: counts.get(name, np.int32(0)) + padding for name in orders}
         return Grown(self.memory, self.memory.used, counts)
 
     def length(self, name: str) -> int:

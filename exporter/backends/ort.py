@@ -29,14 +29,28 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.backends import _ort_profile
-from exporter.backends._contract import PAST, PRESENT, Array, Backend, EngineRecord, Layer, Log, Runner, ShapeProfile
+from exporter.backends._contract import (
+    PAST,
+    PRESENT,
+    Array,
+    Backend,
+    EngineRecord,
+    Layer,
+    Log,
+    Runner,
+    ShapeProfile,
+    Steps,
+)
 from exporter.backends._gather import Gather
 from exporter.backends._onnx_file import OnnxFile, external_files
+from exporter.backends._ort_angles import Angles
 from exporter.backends._ort_append import Appending
 from exporter.backends._ort_cache import Grown
+from exporter.backends._ort_steps import AppendingSteps
 from exporter.bundle import sha256
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
 from exporter.flavours._contract import LAST
+from exporter.graphset import PAD
 
 OPTIONS = ("provider", "threads", "accuracy_level")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -162,7 +176,8 @@ class OnnxRuntimeRunner(Runner):
         self._value_type: type[Any] = _ort().OrtValue
         if LAST in self._inputs:
             self._require_cpu()
-            self._appending = Appending(session, self._inputs, self._value_type.ortvalue_from_numpy, self.numpy)
+            angles = Angles(session.get_modelmeta().custom_metadata_map, _open_small)
+            self._appending = Appending(session, self._inputs, angles, self._value_type.ortvalue_from_numpy, self.numpy)
             self._inputs, self._outputs = self._appending.inputs, self._appending.outputs
         self._gather = Gather(PROVIDERS[self._backend.provider], self._backend.provider, self._backend.threads)
         self._session = session
@@ -226,6 +241,12 @@ class OnnxRuntimeRunner(Runner):
             return self._appending.grow(feeds, past)
         except Exception as e:
             raise self._failed(e, feeds) from e
+
+    def steps(self, feeds: Mapping[str, Array], words: Array, past: Mapping[str, Any]) -> Steps:
+        self._loaded()
+        if self._appending is None or feeds["order"].max() == PAD:
+            return super().steps(feeds, words, past)
+        return AppendingSteps(self, self._appending, feeds, words, past)
 
     def numpy(self, value: Any) -> Array:
         if isinstance(value, self._value_type):
@@ -351,6 +372,13 @@ def _open(
     if provider not in session.get_providers():
         raise _no_provider(backend.provider)
     return session
+
+
+def _open_small(model: bytes) -> Any:
+    """A session of a model that is hardly anything, on the CPU."""
+    options = _ort().SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, _ERROR
+    return _ort().InferenceSession(model, options, providers=[PROVIDERS["cpu"]])
 
 
 def _no_provider(provider: str) -> EnvironmentMismatch:

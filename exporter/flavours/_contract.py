@@ -11,8 +11,12 @@ if TYPE_CHECKING:
 CAPACITY = "capacity"
 """How the name of an axis begins along which an input may be longer than what it holds."""
 
-LAST, PLACES, ROOM, LENGTH, TOTAL = "last", "places", "room", "length_", "total_"
-"""Inputs of a graph that appends to its cache in place, see `exporter.flavours.ort`; the latter two before a KV group's name."""
+LAST, PLACES, COS, SIN, LENGTH, TOTAL = "last", "places", "cos_", "sin_", "length_", "total_"
+"""Inputs of a graph that appends to its cache in place, see `exporter.flavours.ort`; COS and SIN before a number, the latter two
+before a KV group's name."""
+
+ANGLES = "angles"
+"""Key in the metadata of such a graph: an ONNX model of its own, base64, from `position_ids` to COS and SIN [tokens, head_dim / 2]."""
 
 
 class Refused(Exception):

@@ -30,22 +30,24 @@ GroupQueryAttention knows tokens by where they stand, so they are sorted: by the
 reduction's nodes want visual tokens in front (a prefill graph of its own). Several tokens of several rows are more than it takes
 behind a past: rows have to be run one after another.
 
-It rotates, too, and is given projected queries, keys and values as the one matrix makes them. Its kernel asks for a table of as
+It rotates, too, and is given projected queries, keys and values as the one matrix makes them. Its kernel asks for a table of at least as
 many rows as there are tokens in all, and takes a token's row from `position_ids`; of a first prompt it looks at the first of those
-only, and goes on from there, for every row of a batch (`group_query_attention.cc`, ONNX Runtime 1.31). So the table is that of this run's
-tokens in the order in which they come, whatever their positions are, with `room` behind it for the kernel's check, and
-`position_ids` are `places`. That is exact as long as the rows of a first prompt have the same positions;
-where they have not, they have to be run one after another, too. Heads whose size is no multiple
-of 16 it does not rotate: `RotaryEmbedding` does, and there is no `room`.
+only, and goes on from there, for every row of a batch (`group_query_attention.cc`, ONNX Runtime 1.31). So tables, `cos_0` and `sin_0`
+float32 [rows, head_dim / 2], are inputs, and `position_ids` are `places` in them: the runner lays a table out for a run's own tokens in
+the order in which they come, whatever their positions are, or for many steps at once. That is exact as long as the rows of a
+first prompt have the same positions; where they have not, they have to be run one after another, too. What makes tables of
+positions is a model of its own in the graph's metadata (`ANGLES`). Heads whose size is no multiple of 16 GroupQueryAttention does not rotate: `RotaryEmbedding`
+does.
 """
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from exporter.flavours._contract import CAPACITY, LAST, LENGTH, PLACES, ROOM, TOTAL, Flavour, Refused
+from exporter.flavours._contract import ANGLES, CAPACITY, COS, LAST, LENGTH, PLACES, SIN, TOTAL, Flavour, Refused
 from exporter.flavours._pen import Pen
 from exporter.flavours._plain import Attention, Mask, SkipNorm, attention, skip_norm, static
 
@@ -72,7 +74,7 @@ class Ort(Flavour):
         if layers[0].past is None:
             _sort_around(graph, pen, layers)
         else:
-            _append(graph, pen, layers)
+            _append(model, pen, layers)
         for norm in [n for n in map(skip_norm, (n for n in graph if n.op_type == "Pow")) if n is not None]:
             _fuse(norm, pen)
         pen.done()
@@ -89,18 +91,17 @@ def _fuse(norm: SkipNorm, pen: Pen) -> None:
     norm.out.replace_all_uses_with(made[0])
 
 
-def _append(graph: ir.Graph, pen: Pen, layers: Sequence[Attention]) -> None:
-    """Attend to a cache that the runner keeps: it sorts the tokens, and counts them."""
-    order = layers[0].mask.order
+def _append(model: ir.Model, pen: Pen, layers: Sequence[Attention]) -> None:
+    """Attend to a cache that the runner keeps: it sorts the tokens, counts them, and draws their angles."""
+    graph, order = model.graph, layers[0].mask.order
     if any(a.mask.order is not order or a.mask.past is None for a in layers) or not order.is_graph_input():
         raise Refused("tokens change places between layers")
     int64, int32 = (ir.TensorType(kind) for kind in (ir.DataType.INT64, ir.DataType.INT32))
     last, places = _input(graph, LAST, ["batch", 1], int64), _input(graph, PLACES, ["batch", "seq"], int64)
     node = _last_token(graph)
     node.outputs[0].replace_all_uses_with(pen("GatherND", [node.inputs[0], last], batch_dims=1))
-    tables, groups = _Tables(pen), dict[ir.Value, tuple[ir.Value, ir.Value]]()
+    tables, groups = _tables(model, pen, layers), dict[ir.Value, tuple[ir.Value, ir.Value]]()
     inside = all(static(a.q, 3) % ROTATED == 0 for a in layers)
-    room = _input(graph, ROOM, [4], int64) if inside else None
     for a in layers:
         past, total = a.mask.past, a.mask.total
         assert past is not None and past.name is not None
@@ -110,14 +111,41 @@ def _append(graph: ir.Graph, pen: Pen, layers: Sequence[Attention]) -> None:
             for output in [v for v in graph.outputs if v is total or _copies(v, total)]:
                 graph.outputs.remove(output)
         before = [*(a.past or ()), *groups[past]]
-        if room is None:
-            out = _attend(pen, a, [*tables.rotated(a, places), _flat(pen, a.v), *before])
+        if inside:
+            out = _attend(pen, a, [*_projected(pen, a), *before, *tables[a.cos], places], do_rotary=1)
         else:
-            out = _attend(pen, a, [*_projected(pen, a), *before, *tables.longer(a, room), places], do_rotary=1)
+            out = _attend(pen, a, [*_rotated(pen, a, places, tables[a.cos]), _flat(pen, a.v), *before])
         a.out.replace_all_uses_with(out)
         for value in a.past or ():
             assert value.shape is not None
             value.shape = ir.Shape([*value.shape[:2], str(value.shape[2]).replace("past", CAPACITY), value.shape[3]])
+
+
+def _tables(model: ir.Model, pen: Pen, layers: Sequence[Attention]) -> dict[ir.Value, tuple[ir.Value, ir.Value]]:
+    """Per cos of a layer, the inputs for its cos and sin; what makes them of positions moves from the graph into its metadata."""
+    graph, made, found = model.graph, list[ir.Value](), dict[ir.Value, tuple[ir.Value, ir.Value]]()
+    for a in layers:
+        if a.cos in found:
+            continue
+        half, kind = static(a.cos, 3), ir.TensorType(ir.DataType.FLOAT)
+        names = [f"{name}{len(found)}" for name in (COS, SIN)]
+        for name, value in zip(names, (a.cos, a.sin), strict=True):
+            flat = pen("Reshape", [value, pen.ints(-1, half)])
+            flat.name, flat.type, flat.shape = f"{ANGLES}_{name}", kind, ir.Shape(["tokens", half])
+            made.append(flat)
+        cos, sin = (_input(graph, name, ["rows", half], kind) for name in names)
+        found[a.cos] = cos, sin
+    positions = next(v for v in graph.inputs if v.name == "position_ids")
+    graph.sort()
+    try:
+        angles = ir.convenience.extract(graph, [positions], made)
+    except ValueError as e:
+        raise Refused(f"what is rotated by depends on more than positions: {e}") from e
+    for value in angles.outputs:
+        value.name = (value.name or "").removeprefix(f"{ANGLES}_")
+    kept = ir.external_data.load_to_model(ir.Model(angles, ir_version=model.ir_version))
+    model.metadata_props[ANGLES] = base64.b64encode(ir.to_proto(kept).SerializeToString()).decode()
+    return found
 
 
 def _input(graph: ir.Graph, name: str, shape: Sequence[int | str], kind: ir.TensorType) -> ir.Value:
@@ -128,10 +156,10 @@ def _input(graph: ir.Graph, name: str, shape: Sequence[int | str], kind: ir.Tens
 
 def _sort_around(graph: ir.Graph, pen: Pen, layers: Sequence[Attention]) -> None:
     """Sort queries, keys and values for the attention alone, and put its result back."""
-    frames, tables = _Frames(pen), _Tables(pen)
+    frames = _Frames(pen)
     for a in layers:
         there, back = frames.permutation(a.mask)
-        rotated = tables.rotated(a, frames.places(a.mask))
+        rotated = _rotated(pen, a, frames.places(a.mask), frames.table(a))
         given = [pen("GatherND", [x, there], batch_dims=1) for x in (*rotated, _flat(pen, a.v))]
         out = _attend(pen, a, [*given, None, None, *frames.lengths(a.mask)])
         a.out.replace_all_uses_with(pen("GatherND", [out, back], batch_dims=1))
@@ -191,7 +219,9 @@ def _check_cache(graph: ir.Graph, layers: Sequence[Attention]) -> None:
                     raise Refused(f"`{node.name}` reads the cache")
         if a.mask.node.graph is not None:
             raise Refused("something else than attention reads the mask")
-    for value in [v for v in graph.inputs if v.name == "order" or (v.name or "").startswith("past_order_")]:
+    for value in [
+        v for v in graph.inputs if v.name in ("order", "position_ids") or (v.name or "").startswith("past_order_")
+    ]:
         if value.consumers() or value.is_graph_output():
             raise Refused(f"something else than attention reads `{value.name}`")
         graph.inputs.remove(value)
@@ -200,43 +230,23 @@ def _check_cache(graph: ir.Graph, layers: Sequence[Attention]) -> None:
             raise Refused(f"it also returns `{value.name}`")
 
 
-class _Tables:
-    """The angles of a run's tokens, which layers share, drawn once: cos and sin [tokens, head_dim / 2], a row for each."""
-
-    def __init__(self, pen: Pen) -> None:
-        self._pen = pen
-        self._tables: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
-        self._longer: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
-
-    def of(self, a: Attention) -> tuple[ir.Value, ir.Value]:
-        pen = self._pen
-        if a.cos not in self._tables:
-            rows = pen.ints(-1, static(a.cos, 3))
-            self._tables[a.cos] = pen("Reshape", [a.cos, rows]), pen("Reshape", [a.sin, rows])
-        return self._tables[a.cos]
-
-    def longer(self, a: Attention, room: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The same with rows behind that nobody reads. room: int64 [4]."""
-        if a.cos not in self._longer:
-            cos, sin = self.of(a)
-            self._longer[a.cos] = self._pen("Pad", [cos, room]), self._pen("Pad", [sin, room])
-        return self._longer[a.cos]
-
-    def rotated(self, a: Attention, places: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Queries and keys [batch, seq, heads * head_dim], rotated. places: int64 [batch, seq], a token's row."""
-        pen = self._pen
-        q, k = (pen("RotaryEmbedding", [_flat(pen, x), places, *self.of(a)], contrib=True) for x in (a.q, a.k))
-        return q, k
-
-
 class _Frames:
     """What the layers of a KV group share in a graph without a past, drawn once."""
 
     def __init__(self, pen: Pen) -> None:
         self._pen = pen
+        self._tables: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self._places: dict[ir.Value, ir.Value] = {}
         self._lengths: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self._permutations: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+
+    def table(self, a: Attention) -> tuple[ir.Value, ir.Value]:
+        """cos and sin [tokens, head_dim / 2], a row for each."""
+        pen = self._pen
+        if a.cos not in self._tables:
+            rows = pen.ints(-1, static(a.cos, 3))
+            self._tables[a.cos] = pen("Reshape", [a.cos, rows]), pen("Reshape", [a.sin, rows])
+        return self._tables[a.cos]
 
     def places(self, mask: Mask) -> ir.Value:
         """int64 [batch, seq], counting all tokens."""
@@ -269,6 +279,12 @@ class _Frames:
                 values = rank
             self._permutations[mask.order] = found[0], found[1]
         return self._permutations[mask.order]
+
+
+def _rotated(pen: Pen, a: Attention, places: ir.Value, table: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:
+    """Queries and keys [batch, seq, heads * head_dim], rotated. places: int64 [batch, seq], a token's row."""
+    q, k = (pen("RotaryEmbedding", [_flat(pen, x), places, *table], contrib=True) for x in (a.q, a.k))
+    return q, k
 
 
 def _projected(pen: Pen, a: Attention) -> tuple[ir.Value | None, ...]:

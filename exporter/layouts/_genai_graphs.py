@@ -20,14 +20,15 @@ Kept tokens are put in the order of the prompt here, as genai's sequence is the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from exporter.flavours._contract import CAPACITY, LAST, LENGTH, PLACES, ROOM, TOTAL
+from exporter.flavours._contract import ANGLES, CAPACITY, LAST, LENGTH, PLACES, TOTAL
 from exporter.flavours._pen import Pen
 from exporter.graphset import GraphSet, VisualLayout
 
@@ -50,7 +51,7 @@ def vision(graphs: GraphSet, folder: Path) -> ir.Model:
     model = ir.load(folder / graphs.files["vision"])
     graph, pen = model.graph, Pen(model, "genai")
     signals = {value.name: value for value in graph.outputs}
-    made = _append(graph, ir.load(folder / graphs.files["reduce"]).graph, signals)
+    made = _append(graph, ir.load(folder / graphs.files["reduce"]).graph, signals, "reduce")
     _as_float32(graph, "pixel_values", pen)
     kept, width = graphs.visual.kept, graphs.text.width
     embeds = pen("Cast", [pen("Reshape", [made["visual_embeds"], pen.ints(kept, width)])], to=FLOAT)
@@ -182,11 +183,12 @@ def decoder(graphs: GraphSet, folder: Path) -> ir.Model:
         if axes == 1
         else pen("Concat", [pen("Unsqueeze", [v, pen.ints(0)]) for v in here[1 : 1 + axes]], axis=0)
     )
-    ours = {"inputs_embeds": pen("Cast", [_slice(embeds, 0, width, pen)], to=kind), "position_ids": positions}
+    ours = {"inputs_embeds": pen("Cast", [_slice(embeds, 0, width, pen)], to=kind)}
     if LAST in old:
-        ours |= {name: value for name, value in _counted(mask, places, pen).items() if name in old}
+        tables = _append(graph, _angles(model), {"position_ids": positions}, ANGLES)
+        ours |= _counted(mask, places, tables, pen)
     else:
-        ours |= {"order": here[0], "past_order_0": _past_order(mask, places, pen)}
+        ours |= {"position_ids": positions, "order": here[0], "past_order_0": _past_order(mask, places, pen)}
     if graphs.reaches:
         ours["reach"] = here[-1]
     for name, value in ours.items():
@@ -206,6 +208,14 @@ def decoder(graphs: GraphSet, folder: Path) -> ir.Model:
     return model
 
 
+def _angles(model: ir.Model) -> ir.Graph:
+    """Taken out of a graph's metadata: positions → what its tokens are rotated by."""
+    from onnx import ModelProto
+
+    found = ir.from_proto(ModelProto.FromString(base64.b64decode(model.metadata_props.pop(ANGLES))))
+    return found.graph
+
+
 def grows_in_place(model: ir.Model) -> bool:
     """Whether a decoder's past and present may be the same memory, longer than what it holds."""
     past = next(value for value in model.graph.inputs if value.name == "past_key_0")
@@ -220,16 +230,17 @@ def _past_order(mask: ir.Value, places: ir.Value, pen: Pen) -> ir.Value:
     return pen("Expand", [counted, pen("Concat", [pen("Shape", [mask], start=0, end=1), length], axis=0)])
 
 
-def _counted(mask: ir.Value, places: ir.Value, pen: Pen) -> dict[str, ir.Value]:
+def _counted(mask: ir.Value, places: ir.Value, tables: Mapping[str, ir.Value], pen: Pen) -> dict[str, ir.Value]:
     """What a graph that appends to its cache in place wants to know (`exporter.flavours.ort`). genai's tokens come in the order of the
-    prompt, and none is padding."""
+    prompt, and none is padding. tables: of their angles, a row for each; there have to be as many as tokens in all."""
     batch, seq = (pen("Shape", [places], start=axis, end=axis + 1) for axis in (0, 1))
     one, total = pen.ints(1), pen("Shape", [mask], start=1, end=2)
     numbers = pen("Range", [pen.integer(0), pen("Size", [places]), pen.integer(1)])
     less = pen("Cast", [pen("Sub", [total, one])], to=ir.DataType.INT32)
     none, room = pen.ints(0), pen("Sub", [total, pen("Reshape", [pen("Size", [places]), one])])
+    behind = pen("Concat", [none, none, room, none], axis=0)
     return {
-        ROOM: pen("Concat", [none, none, room, none], axis=0),
+        **{name: pen("Pad", [table, behind]) for name, table in tables.items()},
         LAST: pen("Expand", [pen("Sub", [seq, one]), pen("Concat", [batch, one], axis=0)]),
         PLACES: pen("Reshape", [numbers, pen("Shape", [places])]),
         f"{LENGTH}0": pen("Expand", [less, batch]),
@@ -237,7 +248,7 @@ def _counted(mask: ir.Value, places: ir.Value, pen: Pen) -> dict[str, ir.Value]:
     }
 
 
-def _append(graph: ir.Graph, other: ir.Graph, given: dict[str | None, ir.Value]) -> dict[str, ir.Value]:
+def _append(graph: ir.Graph, other: ir.Graph, given: Mapping[str | None, ir.Value], scope: str) -> dict[str, ir.Value]:
     """Put another graph's nodes behind those of `graph`; its inputs are `given` by name. Returns its outputs by name."""
     outputs = {value.name or "": value for value in other.outputs}
     for value in other.inputs:
@@ -247,10 +258,10 @@ def _append(graph: ir.Graph, other: ir.Graph, given: dict[str | None, ir.Value])
     other.remove(nodes)
     for name in list(other.initializers):
         value = other.initializers.pop(name)
-        value.name = f"reduce/{name}"
+        value.name = f"{scope}/{name}"
         graph.initializers[value.name] = value
     for value in (value for node in nodes for value in node.outputs):
-        value.name = f"reduce/{value.name}"
+        value.name = f"{scope}/{value.name}"
     graph.extend(nodes)
     for domain, version in other.opset_imports.items():
         graph.opset_imports.setdefault(domain, version)

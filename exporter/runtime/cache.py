@@ -37,10 +37,10 @@ class Cache:
         return positions, np.where(real, self.next_order[:, None] + count, PAD)
 
     def next(self, active: npt.NDArray[np.bool_] | None = None) -> tuple[Ints, Ints]:
-        """Position ids and order of one new token per row, both int64 [batch, 1]. active: [batch], False where it is padding."""
+        """Position ids and order of one new token per row, both int64 [batch]. active: [batch], False where it is padding."""
         if active is None:
-            return self.next_position[:, None], self.next_order[:, None]
-        return self.places(active[:, None])
+            return self.next_position, self.next_order
+        return np.where(active, self.next_position, 0), np.where(active, self.next_order, PAD)
 
     def rows(self, rows: Ints, runner: Runner) -> Cache:
         """A cache of its own with rows of this one, int64 [n], in any order and each as often as named. runner: the decode graph's."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from exporter.runtime.cache import Cache
 from exporter.runtime.sampling import Logits, Sampler, greedy, pick
 from exporter.runtime.sequence import Ints, Prompts, Text, Tokens, arrange, check_ids, pad, split
 from exporter.runtime.shrink import Shrinking
+from exporter.runtime.step import Stepping, check_longest
 from exporter.runtime.warp import at_rest
 
 OnToken = Callable[[int, int], object]
@@ -343,12 +345,16 @@ class Generator:
         Args:
             cache: the conversation.
             tokens: int64 [batch].
-            active: [batch]; rows that are False have ended: what they are fed is never attended to.
+            active: [batch]; rows that are False have ended, see `Stepping`.
         """
-        if self._shrinking is not None and cache.shrunk is not None:
-            cache.past = self._shrinking.cut(cache.shrunk, cache.past, active)
-        logits = self._run(cache, self._words(tokens[:, None], *cache.next(active)))
-        cache.advance(1 if active is None else active.astype(np.int64))
+        shrinking, shrunk = self._shrinking, cache.shrunk
+        if shrinking is None or shrunk is None:
+            with self._stepping(cache, active) as step:
+                return step(tokens)
+        cache.past = shrinking.cut(shrunk, cache.past, active)
+        with self._stepping(cache, active) as step:
+            logits = step(tokens)
+            shrinking.ran(shrunk, step.found)
         return logits
 
     def rows(self, cache: Cache, rows: Ints) -> Cache:
@@ -396,21 +402,33 @@ class Generator:
         live, eos = list(range(len(tokens))), set(self.graphs.text.eos)
         picked = pick(sampler, logits)
         timings.ttft_ms = _ms(begin)
-        for left in range(max_new_tokens - 1, -1, -1):
-            said = picked.tolist()
-            for row in live:
-                tokens[row].append(said[row])
-                if on_token is not None:
-                    on_token(row, said[row])
-            live = [row for row in live if said[row] not in eos]
-            if not left or not live:
-                break
-            mark = time.perf_counter()
-            active = None if len(live) == len(tokens) else np.isin(np.arange(len(tokens)), live)
-            picked = pick(sampler, self.step(cache, picked, active))
-            timings.decode_ms.append(_ms(mark))
+        with ExitStack() as stack:
+            step: Callable[[Ints], Logits] | None = None
+            for left in range(max_new_tokens - 1, -1, -1):
+                said, before = picked.tolist(), len(live)
+                for row in live:
+                    tokens[row].append(said[row])
+                    if on_token is not None:
+                        on_token(row, said[row])
+                live = [row for row in live if said[row] not in eos]
+                if not left or not live:
+                    break
+                mark = time.perf_counter()
+                if step is None or len(live) < before:
+                    stack.close()
+                    step = self._steps(cache, live, stack)
+                picked = pick(sampler, step(picked))
+                timings.decode_ms.append(_ms(mark))
         cache.pending = [[said[-1]] if row in live else [] for row, said in enumerate(tokens)]
         return tokens
+
+    def _steps(self, cache: Cache, live: Sequence[int], stack: ExitStack) -> Callable[[Ints], Logits]:
+        """Runs one token per row until the stack is closed. live: rows that have not ended."""
+        rows = len(cache.pending)
+        active = None if len(live) == rows else np.isin(np.arange(rows), live)
+        if cache.shrunk is None:
+            return stack.enter_context(self._stepping(cache, active))
+        return lambda tokens: self.step(cache, tokens, active)
 
     def _search(
         self, logits: Logits, cache: Cache, max_new_tokens: int, on_token: OnToken | None, beams: Beams,
@@ -426,6 +444,9 @@ class Generator:
                 on_token(row, token)
         cache.pending = [[token for token in answer if token not in eos] for answer in tokens]
         return tokens
+
+    def _stepping(self, cache: Cache, active: npt.NDArray[np.bool_] | None) -> Stepping:
+        return Stepping(self._decode, self.graphs, self._embedding, cache, active)
 
     def _words(self, ids: Ints, positions: Ints, order: Ints) -> Tokens:
         """Text to run behind a cache, all [batch, seq]."""
@@ -460,11 +481,7 @@ class Generator:
         return _logits(runner, found)
 
     def _feeds(self, runner: Runner, tokens: Tokens) -> dict[str, Any]:
-        most = self.graphs.text.longest
-        if most and (last := int(tokens.position_ids.max(initial=0)) + 1) > most:
-            raise UsageError(
-                f"The conversation comes to {last} tokens; this model has positions for {most}. Ask for less."
-            )
+        check_longest(int(tokens.position_ids.max(initial=0)), self.graphs)
         feeds = {"inputs_embeds": tokens.embeds, "position_ids": tokens.position_ids, "order": tokens.order}
         if tokens.size is not None:
             feeds["size"] = tokens.size

@@ -61,7 +61,7 @@ def pick(sampler: Sampler, logits: Logits) -> Ints:
     """The sampler's tokens, int64 [batch]. Raises ExportError: a logit that was picked is NaN."""
     picked = sampler(logits)
     # argmax stops at the first NaN, so looking at the chosen logit is enough.
-    refuse_nan(logits[row, token] for row, token in enumerate(picked.tolist()))
+    refuse_nan(map(logits.item, range(len(logits)), picked.tolist()))
     return picked
 
 
