@@ -8,6 +8,7 @@ its parts are encoded apart, as the published code does it. Prompts are Vicuna's
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -66,7 +67,7 @@ TEMPLATE = (
 
 class Original(Llava):
     compressors: ClassVar[dict[str, str]] = {}
-    """`mm_projector_type` → the spec of ours that it is; a family whose config tells it."""
+    """What the model's own projector is known by, `mm_projector_type` or a tensor that only it has → the spec of ours that it is."""
 
     def of(self, config: dict[str, Any]) -> Family:
         return self
@@ -87,7 +88,8 @@ class Original(Llava):
                 "Take the checkpoint in transformers' layout, model_type llava_next or llava_onevision."
             )
         found = super().geometry(_as_llava(checkpoint), request)
-        compressor = self.compressors.get(_projector_type(config), "")
+        known = {_projector_type(config), *_tensors(checkpoint)}
+        compressor = next((spec for mark, spec in self.compressors.items() if mark in known), "")
         return replace(found, image_token=IMAGE_TOKEN, spliced=IMAGE, template=TEMPLATE, compressor=compressor)
 
     def vision(
@@ -135,6 +137,14 @@ class WithTower(Checkpoint):
                 f"{self.folder} does not hold its tower, {self.config.get('mm_vision_tower')}. Name that checkpoint: --clip-model."
             )
         return super()._found(name)
+
+
+def _tensors(checkpoint: Checkpoint) -> Collection[str]:
+    """Their names in the files; none where there is nothing but a config, which is enough to plan."""
+    try:
+        return {place.key for place in checkpoint._where.values()}
+    except CheckpointError:
+        return ()
 
 
 def _projector_type(config: dict[str, Any]) -> str:

@@ -15,8 +15,11 @@ from transformers import AutoConfig
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.families._contract import Request, decoder_spec
+from exporter.job import Job
 from exporter.plan import make_plan
 from exporter.stages._modules import load_reference
+from exporter.stages.validate import controls
+from exporter.trained import trained_tensors
 from tests.families import tiny
 
 SIZED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -139,6 +142,81 @@ def test_a_tower_that_nobody_brings(tmp_path: Path) -> None:
         CheckpointError, match=r"does not hold its tower, somebody/small-clip. Name that checkpoint: --clip-model"
     ):
         load_reference(tiny.plan(tmp_path))
+
+
+def test_two_layouts_are_called_llava(tmp_path: Path) -> None:
+    """LLaVA's own code called its layout so before transformers did, and `llava_llama` afterwards."""
+    tiny.llava_llama(tmp_path)
+    newer, config = parameters(tmp_path, "llava_llama"), json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "vision_config"}))
+    rename(tmp_path, model_type="llava", mm_vision_tower="openai/clip-vit-large-patch14")
+    assert tiny.plan(tmp_path).family.model_type == "llava_llama"
+    rename(tmp_path, **config)
+    assert same(parameters(tmp_path, "llava_llama"), newer)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'.*llava_next"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
+        ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature 'cls_patch'"),
+        ({"mm_vision_tower": None}, "names no `mm_vision_tower`.*VILA"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type 'linear' is not supported.*--reduce"),
+    ],
+)
+def test_what_is_not_read_of_the_original_layout(said: dict[str, Any], words: str, tmp_path: Path) -> None:
+    tiny.llava_llama(tmp_path)
+    rename(tmp_path, **said)
+    with pytest.raises(CheckpointError, match=words):
+        load_reference(tiny.plan(tmp_path))
+
+
+PUBLISHED = ("tokenpacker", "mqt", "hires", "llava_stf")
+"""Compressors of which whole models are published in LLaVA's own layout."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_compressor_is_known_by_its_tensors(name: str, tmp_path: Path) -> None:
+    """Beside the rest of a checkpoint, under the names of its authors; all others are none of these."""
+    tiny.llava_llama(tmp_path)
+    assert tiny.plan(tmp_path).steps == ()
+    (step,) = tiny.unchecked(tmp_path, (name,)).steps
+    tensors = {k: x for k, x in load_file(tmp_path / "model.safetensors").items() if "mm_projector" not in k}
+    own = load_file(tiny.weights(step, tmp_path / "own.safetensors"))
+    save_file(tensors | {f"{step.method.prefixes[1]}{k}": x for k, x in own.items()}, tmp_path / "model.safetensors")
+    (found,) = tiny.plan(tmp_path).steps
+    assert found.method == step.method
+    plan = tiny.plan(tmp_path, (f"{name}:weights={tmp_path / 'own.safetensors'}",))
+    assert {k: s.shape for k, s in trained_tensors(tiny.plan(tmp_path), found).items()} == {
+        k: s.shape for k, s in trained_tensors(plan, plan.steps[0]).items()
+    }
+
+
+def test_a_projector_of_the_model_is_no_reduction(tmp_path: Path) -> None:
+    """With all that it was trained to give it is what a reduced model is compared with; what else shortens is left out."""
+    tiny.llava_llama(tmp_path)
+    (step,) = tiny.unchecked(tmp_path, ("mqt",)).steps
+    tensors = {k: x for k, x in load_file(tmp_path / "model.safetensors").items() if "mm_projector" not in k}
+    own = load_file(tiny.weights(step, tmp_path / "own.safetensors"))
+    save_file(tensors | {f"model.mm_projector.{k}": x for k, x in own.items()}, tmp_path / "model.safetensors")
+
+    def reduced(*specs: str) -> tuple[bool, tuple[str, ...]]:
+        job = Job(str(tmp_path), specs, "cpu_fp32")
+        return job.reduces, job.unreduced().reductions
+
+    assert reduced() == (False, ())
+    assert reduced("mqt:heads=2") == (False, ("mqt:heads=2",))
+    assert reduced("mqt:keep=6,heads=2", "fastv:layer=1,keep=3") == (True, ("mqt:heads=2",))
+    assert reduced(f"mqt:keep=6,weights={tmp_path}") == (True, ())
+    named = [(c.kept, [s.name for s in c.steps]) for _, c in controls(tiny.plan(tmp_path, ("mqt:keep=6",)))]
+    assert named == [(6, ["mqt", "random"]), (6, ["mqt", "uniform"])]
+
+
+def rename(folder: Path, **said: Any) -> None:
+    """Other facts in config.json; None takes one away."""
+    config = json.loads((folder / "config.json").read_text()) | said
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
 def test_weights_that_are_pickles(tmp_path: Path) -> None:

@@ -336,7 +336,9 @@ def test_a_step_binds_nothing(exported: Any, opened: Open, monkeypatch: pytest.M
         generator.step(cache, np.array([token]))
         counts.append(len(bound))
     layers, groups = case.graphs.text.layers, 2
-    assert counts == [4 * layers + 4 * groups + 4] * 5, "caches in and out, lengths and tables, three inputs and the logits; once"
+    assert counts == [4 * layers + 4 * groups + 4] * 5, (
+        "caches in and out, lengths and tables, three inputs and the logits; once"
+    )
 
 
 def test_it_is_fed_as_the_plain_graph(exported: Any) -> None:
