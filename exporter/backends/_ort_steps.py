@@ -6,7 +6,7 @@ times what it costs in a loop of its own. So there are few.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,9 @@ import numpy as np
 from exporter.backends._contract import Array, Runner, Steps
 from exporter.backends._ort_append import Appending
 from exporter.backends._ort_cache import Grown
+
+Failed = Callable[[Exception, Mapping[str, Any]], Exception]
+"""(what went wrong, feeds) → what to raise."""
 
 
 class AppendingSteps(Steps):
@@ -23,10 +26,11 @@ class AppendingSteps(Steps):
     _past: Grown
 
     def __init__(
-        self, runner: Runner, appending: Appending, feeds: Mapping[str, Array], words: Array, past: Mapping[str, Any]
-    ) -> None:
+        self, runner: Runner, appending: Appending, failed: Failed, feeds: Mapping[str, Array], words: Array,
+        past: Mapping[str, Any],
+    ) -> None:  # fmt: skip
         super().__init__(runner, feeds, words, past)
-        self._appending = appending
+        self._appending, self._failed = appending, failed
         self._left, self._count = 0, 0
 
     @property
@@ -44,7 +48,10 @@ class AppendingSteps(Steps):
             return found
         for embeds, token in zip(self._bound, tokens, strict=True):
             embeds[...] = self._words[token]
-        logits = appending.again(self._count)
+        try:
+            logits = appending.again(self._count)
+        except Exception as e:
+            raise self._failed(e, self._feeds) from e
         self._count += 1
         self._left -= 1
         self._past.memory.used += 1

@@ -246,7 +246,7 @@ class OnnxRuntimeRunner(Runner):
         self._loaded()
         if self._appending is None or feeds["order"].max() == PAD:
             return super().steps(feeds, words, past)
-        return AppendingSteps(self, self._appending, feeds, words, past)
+        return AppendingSteps(self, self._appending, self._failed, feeds, words, past)
 
     def numpy(self, value: Any) -> Array:
         if isinstance(value, self._value_type):

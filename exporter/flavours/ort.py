@@ -43,7 +43,7 @@ does.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
@@ -73,8 +73,10 @@ class Ort(Flavour):
         pen = Pen(model, "ort")
         if layers[0].past is None:
             _sort_around(graph, pen, layers)
+            _take_early(graph, lambda x: pen("Gather", [x, pen.integer(-1)], axis=1))
         else:
-            _append(model, pen, layers)
+            last = _append(model, pen, layers)
+            _take_early(graph, lambda x: pen("GatherND", [x, last], batch_dims=1))
         for norm in [n for n in map(skip_norm, (n for n in graph if n.op_type == "Pow")) if n is not None]:
             _fuse(norm, pen)
         pen.done()
@@ -91,15 +93,14 @@ def _fuse(norm: SkipNorm, pen: Pen) -> None:
     norm.out.replace_all_uses_with(made[0])
 
 
-def _append(model: ir.Model, pen: Pen, layers: Sequence[Attention]) -> None:
-    """Attend to a cache that the runner keeps: it sorts the tokens, counts them, and draws their angles."""
+def _append(model: ir.Model, pen: Pen, layers: Sequence[Attention]) -> ir.Value:
+    """Attend to a cache that the runner keeps: it sorts the tokens, counts them, and draws their angles. Returns the place of the
+    last token int64 [batch, 1]."""
     graph, order = model.graph, layers[0].mask.order
     if any(a.mask.order is not order or a.mask.past is None for a in layers) or not order.is_graph_input():
         raise Refused("tokens change places between layers")
     int64, int32 = (ir.TensorType(kind) for kind in (ir.DataType.INT64, ir.DataType.INT32))
     last, places = _input(graph, LAST, ["batch", 1], int64), _input(graph, PLACES, ["batch", "seq"], int64)
-    node = _last_token(graph)
-    node.outputs[0].replace_all_uses_with(pen("GatherND", [node.inputs[0], last], batch_dims=1))
     tables, groups = _tables(model, pen, layers), dict[ir.Value, tuple[ir.Value, ir.Value]]()
     inside = all(static(a.q, 3) % ROTATED == 0 for a in layers)
     for a in layers:
@@ -119,6 +120,7 @@ def _append(model: ir.Model, pen: Pen, layers: Sequence[Attention]) -> None:
         for value in a.past or ():
             assert value.shape is not None
             value.shape = ir.Shape([*value.shape[:2], str(value.shape[2]).replace("past", CAPACITY), value.shape[3]])
+    return last
 
 
 def _tables(model: ir.Model, pen: Pen, layers: Sequence[Attention]) -> dict[ir.Value, tuple[ir.Value, ir.Value]]:
@@ -162,7 +164,9 @@ def _sort_around(graph: ir.Graph, pen: Pen, layers: Sequence[Attention]) -> None
         rotated = _rotated(pen, a, frames.places(a.mask), frames.table(a))
         given = [pen("GatherND", [x, there], batch_dims=1) for x in (*rotated, _flat(pen, a.v))]
         out = _attend(pen, a, [*given, None, None, *frames.lengths(a.mask)])
-        a.out.replace_all_uses_with(pen("GatherND", [out, back], batch_dims=1))
+        plain = pen("GatherND", [out, back], batch_dims=1)
+        plain.type, plain.shape = a.out.type, a.out.shape
+        a.out.replace_all_uses_with(plain)
     for mask in {id(a.mask.order): a.mask for a in layers}.values():
         found = [i for i, v in enumerate(graph.outputs) if v is mask.order or _copies(v, mask.order)]
         if not found:
@@ -177,6 +181,7 @@ def _sort_around(graph: ir.Graph, pen: Pen, layers: Sequence[Attention]) -> None
 def _attend(pen: Pen, a: Attention, given: Sequence[ir.Value | None], do_rotary: int = 0) -> ir.Value:
     """GroupQueryAttention in place of one layer's. Where its present is the graph's, it takes the name over."""
     made = [ir.Value(name=None, type=a.out.type) for _ in range(3)]
+    made[0].shape = a.out.shape
     node = pen.node(
         "GroupQueryAttention", given, made, contrib=True, num_heads=static(a.q, 2), kv_num_heads=static(a.k, 2),
         scale=a.scale, do_rotary=do_rotary,
@@ -191,6 +196,70 @@ def _attend(pen: Pen, a: Attention, given: Sequence[ir.Value | None], do_rotary:
         new.name, old.name = old.name, f"{old.name}_plain"
         new.shape = ir.Shape([*old.shape[:2], None, old.shape[3]])
     return made[0]
+
+
+def _take_early(graph: ir.Graph, take: Callable[[ir.Value], ir.Value]) -> None:
+    """Take the last token as soon as nobody wants the others: behind the last attention. What follows, each token by itself, is a
+    large part of a layer. take: [batch, seq, dim] → [batch, dim]."""
+    graph.sort()
+    gather = _last_token(graph)
+    alone = {gather}
+    for node in reversed(graph):
+        read = [user for value in node.outputs for user in value.consumers()]
+        shown = any(value.is_graph_output() for value in node.outputs)
+        if read and not shown and alone.issuperset(read) and _each_by_itself(node):
+            alone.add(node)
+    taken: dict[ir.Value, ir.Value] = {}
+    for node in alone - {gather}:
+        for i, value in enumerate(node.inputs):
+            if value is not None and _of_tokens(value) and value.producer() not in alone:
+                if value not in taken:
+                    taken[value] = one = take(value)
+                    assert value.shape is not None
+                    one.type, one.shape = value.type, ir.Shape([value.shape[0], value.shape[2]])
+                node.replace_input_with(i, taken[value])
+        for value in node.outputs:
+            assert value.shape is not None
+            value.shape = ir.Shape([value.shape[0], *value.shape[2:]])
+    (x, _), (out,) = gather.inputs, gather.outputs
+    assert x is not None
+    out.replace_all_uses_with(x if x.producer() in alone else take(x))
+
+
+EACH_BY_ITSELF = (
+    *(
+        "Add",
+        "Cast",
+        "Div",
+        "Erf",
+        "LayerNormalization",
+        "MatMul",
+        "Mul",
+        "Neg",
+        "Pow",
+        "ReduceMean",
+        "Reciprocal",
+        "Relu",
+    ),
+    *("Sigmoid", "Sqrt", "Sub", "Tanh"),
+)
+"""What computes a token without looking at others, or at how many axes there are in front."""
+
+
+def _each_by_itself(node: ir.Node) -> bool:
+    if node.op_type not in EACH_BY_ITSELF or not all(map(_of_tokens, node.outputs)):
+        return False
+    if any(value is not None and value.shape is None for value in node.inputs):
+        return False
+    if node.op_type == "ReduceMean":
+        axes = node.inputs[1].const_value if len(node.inputs) > 1 and node.inputs[1] is not None else None
+        return axes is not None and axes.numpy().tolist() == [-1]
+    return node.attributes.get_int("axis", -1) == -1
+
+
+def _of_tokens(value: ir.Value) -> bool:
+    """Whether it is [batch, seq, dim]."""
+    return value.const_value is None and value.shape is not None and len(value.shape) == 3
 
 
 def _last_token(graph: ir.Graph) -> ir.Node:

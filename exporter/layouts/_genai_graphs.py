@@ -212,7 +212,7 @@ def _angles(model: ir.Model) -> ir.Graph:
     """Taken out of a graph's metadata: positions → what its tokens are rotated by."""
     from onnx import ModelProto
 
-    found = ir.from_proto(ModelProto.FromString(base64.b64decode(model.metadata_props.pop(ANGLES))))
+    found: ir.Model = ir.from_proto(ModelProto.FromString(base64.b64decode(model.metadata_props.pop(ANGLES))))
     return found.graph
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ import pytest
 from exporter.backends import _ort_cache
 from exporter.backends._ort_cache import Grown
 from exporter.backends.ort import OnnxRuntime
-from exporter.errors import UsageError
+from exporter.errors import ExportError, UsageError, VerificationError
 from exporter.families._contract import Request
 from exporter.flavours import _apply
 from exporter.graphset import PAD, GraphSet
@@ -120,7 +121,33 @@ def test_every_layer_is_one_operator(exported: Any, family: str, reductions: tup
         assert set(plain.opset_imports) == {""}, "the graph of record stays plain"
     decode = operators(case.folder / case.graphs.files["decode"])
     assert decode["Softmax"] == 0
-    assert decode["SkipSimplifiedLayerNormalization"] == 2 * layers - 1, "all but the first norm and the last token's"
+    assert decode["SkipSimplifiedLayerNormalization"] == 2 * layers, "all but the first norm"
+
+
+@pytest.mark.parametrize(("family", "reductions"), CASES)
+def test_behind_the_last_attention_only_the_last_token_goes_on(
+    exported: Any, family: str, reductions: tuple[str, ...]
+) -> None:
+    case = exported(family, reductions)
+    graph = ir.load(case.folder / case.graphs.files["decode"]).graph
+    *_, last = (n for n in graph if n.op_type == "GroupQueryAttention")
+    (taken,) = last.outputs[0].consumers()
+    assert taken.op_type == "GatherND"
+    seen = [shape for shape in (n.outputs[0].shape for n in behind(taken)) if shape is not None]
+    assert seen
+    assert not [shape for shape in seen if "seq" in map(str, shape)]
+
+
+def behind(node: ir.Node) -> list[ir.Node]:
+    """All that depends on a node."""
+    found: dict[ir.Node, None] = {}
+    waiting = [node]
+    while waiting:
+        for user in (user for value in waiting.pop().outputs for user in value.consumers()):
+            if user not in found:
+                found[user] = None
+                waiting.append(user)
+    return list(found)
 
 
 @pytest.mark.parametrize(("family", "reductions"), CASES)
@@ -161,6 +188,66 @@ def test_logits_and_kept_tokens_are_the_plain_graphs(
     assert all(np.array_equal(a.kept[name], b.kept[name]) for name in b.kept)
     for token in (21, 22, 23):
         close(ours.step(a.cache, np.array([token])), plain.step(b.cache, np.array([token])))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_somebody_else_runs_the_graph_between_two_steps(exported: Any, opened: Open, family: str) -> None:
+    """Another conversation, of two rows, and other rows of this one: what is bound and counted up belongs to them then."""
+    case = exported(family)
+    one, two, three = (case.question(seed) for seed in range(3))
+    alone, generator = opened(case.folder, case.graphs), opened(case.folder, case.graphs)
+    pixels, prompts = np.concatenate([two.pixels, three.pixels]), [two.prompt, three.prompt]
+    asides: list[Any] = []
+
+    def aside(row: int, token: int) -> None:
+        if token and len(told) in (2, 3, 9):
+            asides.append(generator.generate(pixels, prompts, 5).tokens)
+        told.append(token)
+
+    told: list[int] = []
+    answer = generator.generate(one.pixels, [one.prompt], 40, aside)
+    assert answer.tokens == alone.generate(one.pixels, [one.prompt], 40).tokens
+    assert asides == [alone.generate(pixels, prompts, 5).tokens] * 3
+    turn = [[31, 32]]
+    close(generator.extend(answer.cache, turn), alone.extend(alone.generate(one.pixels, [one.prompt], 40).cache, turn))
+
+
+def test_a_step_that_fails_is_told_and_can_be_made_again(
+    exported: Any, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = exported("llava")
+    q = case.question()
+    generator = opened(case.folder, case.graphs)
+    expected = generator.generate(q.pixels, [q.prompt], 12)
+    appending: Any = generator._decode._appending  # type: ignore[attr-defined]
+    real = appending.again
+    monkeypatch.setattr(appending, "again", lambda count: real(count) if count < 4 else appending._session.nothing())
+    told: list[int] = []
+    prefilled = generator.prefill(generator.reduce(generator.vision(q.pixels)), [q.prompt])
+
+    def all_of_them() -> None:
+        with generator._stepping(prefilled.cache, None) as step:
+            for token in expected.tokens[0]:
+                step(np.array([token]))
+                told.append(token)
+
+    with pytest.raises(ExportError, match=r"decode.ort.onnx: .*nothing"):
+        all_of_them()
+    assert told == expected.tokens[0][:5], "one by `grow`, four by `again`"
+    monkeypatch.undo()
+    for token in expected.tokens[0][5:11]:
+        logits = generator.step(prefilled.cache, np.array([token]))
+    assert logits.argmax() == expected.tokens[0][11]
+
+
+def test_graphs_of_an_earlier_version_are_refused(exported: Any, tmp_path: Path) -> None:
+    case = exported("llava")
+    model = ir.load(case.folder / case.graphs.files["decode"])
+    model.metadata_props.clear()
+    ir.save(model, tmp_path / "decode.ort.onnx")
+    shutil.copy(case.folder / "llm.data", tmp_path)
+    with pytest.raises(VerificationError, match=r"an earlier version exported it\. Run export again"):
+        OnnxRuntime().runner(tmp_path / "decode.ort.onnx").__enter__()
 
 
 def test_rows_that_have_ended_and_further_turns(exported: Any, opened: Open) -> None:
