@@ -16,7 +16,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.families._contract import Request, decoder_spec
 from exporter.job import Job
-from exporter.plan import make_plan
+from exporter.plan import Step, make_plan
 from exporter.stages._modules import load_reference
 from exporter.stages.validate import controls
 from exporter.trained import trained_tensors
@@ -172,45 +172,43 @@ def test_what_is_not_read_of_the_original_layout(said: dict[str, Any], words: st
         load_reference(tiny.plan(tmp_path))
 
 
-PUBLISHED = ("tokenpacker", "mqt", "hires", "llava_stf")
-"""Compressors of which whole models are published in LLaVA's own layout."""
+def with_projector_of(spec: str, folder: Path) -> Step:
+    """A whole model with this compressor, its tensors under the names of its authors."""
+    tiny.llava_llama(folder)
+    (step,) = tiny.unchecked(folder, (spec,)).steps
+    tensors = {k: x for k, x in load_file(folder / "model.safetensors").items() if "mm_projector" not in k}
+    own = load_file(tiny.weights(step, folder / "own.safetensors"))
+    save_file(tensors | {f"{step.method.prefixes[1]}{k}": x for k, x in own.items()}, folder / "model.safetensors")
+    return step
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_compressor_is_known_by_its_tensors(name: str, tmp_path: Path) -> None:
-    """Beside the rest of a checkpoint, under the names of its authors; all others are none of these."""
-    tiny.llava_llama(tmp_path)
-    assert tiny.plan(tmp_path).steps == ()
-    (step,) = tiny.unchecked(tmp_path, (name,)).steps
-    tensors = {k: x for k, x in load_file(tmp_path / "model.safetensors").items() if "mm_projector" not in k}
-    own = load_file(tiny.weights(step, tmp_path / "own.safetensors"))
-    save_file(tensors | {f"{step.method.prefixes[1]}{k}": x for k, x in own.items()}, tmp_path / "model.safetensors")
-    (found,) = tiny.plan(tmp_path).steps
-    assert found.method == step.method
-    plan = tiny.plan(tmp_path, (f"{name}:weights={tmp_path / 'own.safetensors'}",))
-    assert {k: s.shape for k, s in trained_tensors(tiny.plan(tmp_path), found).items()} == {
-        k: s.shape for k, s in trained_tensors(plan, plan.steps[0]).items()
-    }
+@pytest.mark.parametrize("spec", ["tokenpacker", "mqt:keep=6", "hires", "llava_stf:blocks=1"])
+def test_a_compressor_is_known_by_its_tensors(spec: str, tmp_path: Path) -> None:
+    """And they are found: `check_weights` asks for every one."""
+    step = with_projector_of(spec, tmp_path)
+    plan = tiny.plan(tmp_path, (spec,))
+    assert plan.geometry.compressor == spec.partition(":")[0]
+    (found,) = plan.steps
+    assert (found.method, found.weights) == (step.method, "")
+    assert len(trained_tensors(plan, found)) == len(load_file(tmp_path / "own.safetensors"))
 
 
 def test_a_projector_of_the_model_is_no_reduction(tmp_path: Path) -> None:
     """With all that it was trained to give it is what a reduced model is compared with; what else shortens is left out."""
-    tiny.llava_llama(tmp_path)
-    (step,) = tiny.unchecked(tmp_path, ("mqt",)).steps
-    tensors = {k: x for k, x in load_file(tmp_path / "model.safetensors").items() if "mm_projector" not in k}
-    own = load_file(tiny.weights(step, tmp_path / "own.safetensors"))
-    save_file(tensors | {f"model.mm_projector.{k}": x for k, x in own.items()}, tmp_path / "model.safetensors")
 
     def reduced(*specs: str) -> tuple[bool, tuple[str, ...]]:
-        job = Job(str(tmp_path), specs, "cpu_fp32")
+        job = Job("any", specs, "cpu_fp32")
         return job.reduces, job.unreduced().reductions
 
     assert reduced() == (False, ())
     assert reduced("mqt:heads=2") == (False, ("mqt:heads=2",))
     assert reduced("mqt:keep=6,heads=2", "fastv:layer=1,keep=3") == (True, ("mqt:heads=2",))
-    assert reduced(f"mqt:keep=6,weights={tmp_path}") == (True, ())
-    named = [(c.kept, [s.name for s in c.steps]) for _, c in controls(tiny.plan(tmp_path, ("mqt:keep=6",)))]
-    assert named == [(6, ["mqt", "random"]), (6, ["mqt", "uniform"])]
+    assert reduced("mqt:keep=6,weights=file") == (True, ())
+    with_projector_of("tokenpacker", tmp_path)
+    plan = tiny.plan(tmp_path, ("fastv:layer=1,keep=2",))
+    assert [step.name for step in plan.unreduced().steps] == ["tokenpacker"]
+    named = [(c.kept, [s.name for s in c.steps]) for _, c in controls(plan)]
+    assert named == [(2, ["tokenpacker", "random"]), (2, ["tokenpacker", "uniform"])]
 
 
 def rename(folder: Path, **said: Any) -> None:
