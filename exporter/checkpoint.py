@@ -27,6 +27,9 @@ TOKENIZER_FILES = (
 SENTENCEPIECE = "tokenizer.model"
 """What older checkpoints have in the place of `tokenizer.json`."""
 
+QUANTIZATION_FILE = "hf_quant_config.json"
+"""Where checkpoints of NVIDIA's ModelOpt say how they are quantised; newer ones say it in config.json too."""
+
 INSTRUCTION_FOLDER = "qformer_tokenizer"
 """Where a checkpoint has the tokenizer that its Q-Former reads the question with, and where a copy of its small files has it."""
 
@@ -53,7 +56,13 @@ def resolve(name: str, revision: str | None = None, weights: bool = True) -> Pat
             f"'{name}' is no folder here, and downloading a hub id needs huggingface_hub. Install edgetrim[export]."
         ) from e
     try:
-        patterns = ["*.safetensors.index.json", *TOKENIZER_FILES, SENTENCEPIECE, f"{INSTRUCTION_FOLDER}/*.json"]
+        patterns = [
+            "*.safetensors.index.json",
+            *TOKENIZER_FILES,
+            SENTENCEPIECE,
+            QUANTIZATION_FILE,
+            f"{INSTRUCTION_FOLDER}/*.json",
+        ]
         patterns += ["*.safetensors"] if weights else []
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
@@ -230,13 +239,11 @@ class Checkpoint:
 
     @cached_property
     def _packing(self) -> tuple[Packing, dict[str, Any]] | None:
-        """The layout of quantised matrices that config.json names, if it names one, and what it says about it."""
+        """The layout of quantised matrices that the checkpoint names, if it names one, and what it says about it."""
         import exporter.packings
         from exporter import _discover
 
-        text = self.config.get("text_config")
-        nested = text.get("quantization_config") if isinstance(text, dict) else None
-        found = self.config.get("quantization_config") or self.config.get("compression_config") or nested
+        found = self._quantization()
         if not found:
             return None
         method = str(found.get("quant_method", "")) if isinstance(found, dict) else ""
@@ -244,16 +251,34 @@ class Checkpoint:
         name = method.replace("-", "_")
         if name not in known:
             raise CheckpointError(
-                f"{self.folder}/config.json says that its weights are quantised by '{method}', which is not read. "
+                f"{self.folder} says that its weights are quantised by '{method}', which is not read. "
                 f"Read are {', '.join(known)}; or take the checkpoint that is not quantised."
             )
         packing: Packing = _discover.load(exporter.packings, "packing", name).PACKING
-        packing.bits(found)
+        try:
+            packing.check(found)
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise CheckpointError(
+                f"{self.folder}: what it says of how '{method}' quantised it cannot be read ({type(e).__name__}: {e}). Download it again."
+            ) from e
         return packing, found
+
+    def _quantization(self) -> Any:
+        """What config.json says of quantised weights, or what ModelOpt wrote beside it before it wrote it there."""
+        text = self.config.get("text_config")
+        nested = text.get("quantization_config") if isinstance(text, dict) else None
+        found = self.config.get("quantization_config") or self.config.get("compression_config") or nested
+        if found:
+            return found
+        beside = self.optional_json(QUANTIZATION_FILE)
+        producer, told = beside.get("producer"), beside.get("quantization")
+        if not isinstance(told, dict) or not told.get("quant_algo"):
+            return None
+        return {"quant_method": producer.get("name") if isinstance(producer, dict) else "modelopt", **told}
 
     @property
     def quantized(self) -> bool:
-        """Whether config.json says that matrices are quantised. Raises CheckpointError where they cannot be read."""
+        """Whether the checkpoint says that matrices are quantised. Raises CheckpointError where they cannot be read."""
         return self._packing is not None
 
     def matrix(self, name: str) -> Matrix | None:

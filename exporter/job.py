@@ -42,8 +42,8 @@ class Job:
     """What the user asked for; written to job.json so that every verb can go on from the folder alone.
 
     checkpoint: as typed. profile: a name or a path. image_size: height, width or None. clip: the CLIP checkpoint that
-    the model's tower came from, as typed, or None. quantizer, kv: in place of the profile's. calibration: a file of questions for
-    the quantizer; None: some of the embedded set's kind.
+    the model's tower came from, as typed, or None. quantizer, kv, islands: in place of the profile's. calibration: a file of questions
+    for the quantizer and the islands; None: some of the embedded set's kind.
     """
 
     checkpoint: str
@@ -55,6 +55,7 @@ class Job:
     quantizer: str | None = None
     calibration: str | None = None
     kv: Literal["none", "int8"] | None = None
+    islands: Literal["none", "auto"] | None = None
     folder: Path | None = field(default=None, compare=False)
     """The output folder that it was read from. A profile of the user's own lies there too, and travels with the bundle."""
 
@@ -98,6 +99,7 @@ class Job:
         given = [("--reduce", spec) for spec in self.reductions] + [
             ("--profile", self.profile), ("--frames", str(self.frames) if self.frames > 1 else None), ("--image-size", size),
             ("--clip-model", self.clip), ("--quantizer", self.quantizer), ("--calibration", self.calibration),
+            ("--kv", self.kv), ("--islands", self.islands),
         ]  # fmt: skip
         return [self.checkpoint, *(word for name, value in given if value is not None for word in (name, value))]
 
@@ -105,7 +107,8 @@ class Job:
         """Raises as `_schema.load`. A profile of the user's own is read from the output folder, once there is one."""
         profile = _schema.load(self._profile_file if _schema.is_path(self.profile) else self.profile)
         profile = profile if self.quantizer is None else _schema.with_quantizer(profile, self.quantizer)
-        return profile if self.kv is None else _schema.with_kv(profile, self.kv)
+        profile = profile if self.kv is None else _schema.with_kv(profile, self.kv)
+        return profile if self.islands is None else _schema.with_islands(profile, self.islands)
 
     @property
     def _profile_file(self) -> Path:

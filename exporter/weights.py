@@ -63,12 +63,12 @@ class Source:
         matrix = checkpoint.matrix(name)
         return checkpoint.tensor_bytes(name) if matrix is None else matrix.bytes
 
-    def is_int4(self, checkpoint: Checkpoint) -> bool:
-        """Whether the checkpoint has it as INT4 already, so that `int4` gives it."""
+    def numbers(self, checkpoint: Checkpoint) -> str | None:
+        """What its numbers are called (`Form.numbers`) where the checkpoint has it quantised already and `quantized` gives it."""
         matrix = checkpoint.matrix(self.name) if self.transposed else None
-        return matrix is not None and matrix.int4
+        return None if matrix is None else matrix.numbers
 
-    def int4(self, checkpoint: Checkpoint) -> Quantized:
+    def quantized(self, checkpoint: Checkpoint) -> Quantized:
         """The tensor [in, out] as the checkpoint has it quantised, without loss. Raises CheckpointError as `read`."""
         matrix = checkpoint.matrix(self.name)
         assert matrix is not None
@@ -105,17 +105,19 @@ class PackedSource(Source):
     def bytes(self, checkpoint: Checkpoint) -> int:
         return sum(part.bytes(checkpoint) for part in self.parts)
 
-    def is_int4(self, checkpoint: Checkpoint) -> bool:
-        return all(part.is_int4(checkpoint) for part in self.parts)
+    def numbers(self, checkpoint: Checkpoint) -> str | None:
+        first, *others = {part.numbers(checkpoint) for part in self.parts}
+        return None if others else first
 
-    def int4(self, checkpoint: Checkpoint) -> Quantized:
+    def quantized(self, checkpoint: Checkpoint) -> Quantized:
         from exporter.quantize._contract import side_by_side
 
-        whole = side_by_side([part.int4(checkpoint) for part in self.parts])
+        whole = side_by_side([part.quantized(checkpoint) for part in self.parts])
         if whole is None:
             names = ", ".join(part.name for part in self.parts)
             raise CheckpointError(
-                f"{checkpoint.folder}: {names} read the same input, but differ in blocks or in the order of their channels (g_idx). "
+                f"{checkpoint.folder}: {names} read the same input, but differ in blocks, in the scale of the whole matrix or in the "
+                "order of their channels (g_idx). "
                 "Take a checkpoint in which they do not, or the one that is not quantised."
             )
         return whole
@@ -141,8 +143,8 @@ class FileSource(Source):
         """What it takes in float32, as such files usually are."""
         return 4 * math.prod(self.shape)
 
-    def is_int4(self, checkpoint: Checkpoint) -> bool:
-        return False
+    def numbers(self, checkpoint: Checkpoint) -> str | None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,11 @@ class CheckpointSource(Source):
     def bytes(self, checkpoint: Checkpoint) -> int:
         return super().bytes(self.checkpoint)
 
-    def is_int4(self, checkpoint: Checkpoint) -> bool:
-        return super().is_int4(self.checkpoint)
+    def numbers(self, checkpoint: Checkpoint) -> str | None:
+        return super().numbers(self.checkpoint)
 
-    def int4(self, checkpoint: Checkpoint) -> Quantized:
-        return super().int4(self.checkpoint)
+    def quantized(self, checkpoint: Checkpoint) -> Quantized:
+        return super().quantized(self.checkpoint)
 
 
 def elsewhere(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> dict[str, Source]:

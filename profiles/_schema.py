@@ -254,6 +254,16 @@ def with_kv(profile: Profile, kv: Literal["none", "int8"]) -> Profile:
     return replace(profile, precision=replace(profile.precision, kv=kv))
 
 
+def with_islands(profile: Profile, islands: Literal["none", "auto"]) -> Profile:
+    """The profile with or without a search for overflows. Raises UsageError: there is nothing that could overflow."""
+    if islands == "auto" and profile.precision.compute != "fp16":
+        raise UsageError(
+            f"--islands auto is for FP16, and profile `{profile.name}` computes in {profile.precision.compute.upper()}. Leave it out, or "
+            "choose one with FP16, see `edgetrim list profiles`."
+        )
+    return replace(profile, precision=replace(profile.precision, islands=islands))
+
+
 def _read(path: Path) -> Profile:
     table = read_toml(path, "profile")
     if "name" in table:

@@ -5,6 +5,7 @@ Written against TensorRT's documented Python interface, 10.3 and newer and Tenso
 
 from __future__ import annotations
 
+import logging
 import mmap
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from exporter.backends._device_memory import Device, DeviceArray
 from exporter.backends._engine_cache import EngineCache
 from exporter.backends._slots import Place, Slots
 from exporter.errors import EnvironmentMismatch, ExportError, UsageError, nearest
+
+LOG = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
@@ -261,22 +264,32 @@ class TensorRtRunner(Runner):
 
     def _record(self) -> int | None:
         """Record the run that was just made: what has to happen once for its shapes has happened. None for an engine that
-        cannot be recorded (one with loops, say): it is run as before."""
+        cannot be recorded (one with loops, say): it is run as before, and that is said once."""
         cuda = self._device.cuda
         capturable = getattr(self._context, "is_stream_capturable", None)  # TensorRT-RTX has it
         if not self._recordable or (capturable is not None and not capturable(cuda.stream)):
             return None
-        cuda.begin_recording()
-        enqueued = self._context.execute_async_v3(cuda.stream)
         try:
+            cuda.begin_recording()
+            enqueued = self._context.execute_async_v3(cuda.stream)
             graph = cuda.end_recording()
-        except CudaError:
-            self._recordable = False
+        except CudaError as e:
+            self._unrecorded(f": {e}")
             return None
         if not enqueued:
             cuda.drop(graph)
-            self._recordable = False
-        return graph if enqueued else None
+            self._unrecorded(self._said())
+            return None
+        return graph
+
+    def _unrecorded(self, why: str) -> None:
+        """It is not tried again."""
+        self._recordable = False
+        LOG.warning(
+            "%s cannot be recorded as a CUDA graph%s Its kernels are launched one by one, which is slower.",
+            self._path.name,
+            why,
+        )
 
     def _load(self) -> Any:
         """The engine. Code of the host's that lies in a plan is not run (`engine_host_code_allowed`)."""

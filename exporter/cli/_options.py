@@ -248,6 +248,14 @@ def kv_option(function: F) -> F:
     )(function)  # fmt: skip
 
 
+def islands_option(function: F) -> F:
+    """--islands → "none", "auto" or None."""
+    return click.option(
+        "--islands", type=click.Choice(["none", "auto"]),
+        help="Run the graphs on the calibration questions, and compute in FP32 what comes near FP16's end. Default: the profile's.",
+    )(function)  # fmt: skip
+
+
 def seed_option(function: F) -> F:
     """--seed → int."""
     return click.option(
@@ -289,16 +297,17 @@ def job_options(function: F) -> F:
     @functools.wraps(function)
     def with_job(
         checkpoint: str, reductions: tuple[str, ...], profile: str, frames: int, image_size: tuple[int, int] | None,
-        clip: str | None, quantizer: str | None, calibration: str | None, kv: Literal["none", "int8"] | None, **others: Any,
+        clip: str | None, quantizer: str | None, calibration: str | None, kv: Literal["none", "int8"] | None,
+        islands: Literal["none", "auto"] | None, **others: Any,
     ) -> Any:  # fmt: skip
         from exporter.job import Job
 
-        job = Job(checkpoint, reductions, profile, frames, image_size, clip, quantizer, calibration, kv)
+        job = Job(checkpoint, reductions, profile, frames, image_size, clip, quantizer, calibration, kv, islands)
         return function(job=job, **others)
 
     options: tuple[Callable[[Any], Any], ...] = (
         checkpoint_argument(required=False), reduce_option, profile_option(), frames_option, image_size_option,
-        clip_model_option, quantizer_options, kv_option,
+        clip_model_option, quantizer_options, kv_option, islands_option,
     )  # fmt: skip
     for option in reversed(options):
         with_job = option(with_job)

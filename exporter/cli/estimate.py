@@ -118,7 +118,8 @@ def _jobs(
             raise UsageError(
                 f"{checkpoint} is an output folder, whose reductions and input are settled. Pass its checkpoint instead: {job.checkpoint}"
             )
-        return [replace(job, profile=profile, kv=kv or job.kv) for profile in profiles or (job.profile,)]
+        job = replace(job, kv=kv or job.kv)
+        return [replace(job, profile=profile, folder=None) for profile in profiles] or [job]
     if not profiles:
         raise UsageError("Which device? Pass --profile, once or more. `edgetrim list profiles` shows them.")
     return [Job(checkpoint, reductions, profile, frames, image_size, clip, kv=kv) for profile in profiles]

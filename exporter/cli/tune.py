@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -58,6 +58,7 @@ class KeepType(click.ParamType[tuple[float, ...]]):
 @options.image_size_option
 @options.clip_model_option
 @options.quantizer_options
+@options.kv_option
 @options.questions_option
 @options.threads_option
 @options.rounds_option
@@ -80,6 +81,7 @@ def command(
     clip: str | None,
     quantizer: str | None,
     calibration: str | None,
+    kv: Literal["none", "int8"] | None,
     questions: Path | None,
     per_kind: int,
     threads: int | None,
@@ -107,7 +109,7 @@ def command(
     if not profiles:
         raise UsageError("Which device? Pass --profile, once or more. `edgetrim list profiles` shows them.")
     wanted = Wanted(
-        Job(checkpoint, (), profiles[0], frames, image_size, clip, quantizer, calibration),
+        Job(checkpoint, (), profiles[0], frames, image_size, clip, quantizer, calibration, kv),
         tuple(dict.fromkeys(profiles)), methods, keep, parse_all(budgets), finalists,
         Asking(None if questions is None else questions.resolve(), per_kind, seed), rounds, threads,
     )  # fmt: skip

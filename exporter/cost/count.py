@@ -64,7 +64,8 @@ def count(plan: Plan, load: Load, most: Load) -> Work:
             weights = runs[0][0].weights
             engines.append(
                 Engine(name, tuple(roles), sum(weights.values()), max(found.peak(out) for found, out in runs),
-                       *max(((n, b) for n, b in weights.items()), key=lambda item: item[1], default=("", 0)))
+                       *max(((n, b) for n, b in weights.items()), key=lambda item: item[1], default=("", 0)),
+                       max(found.widest for found, _ in runs))
             )  # fmt: skip
     held_by = [held for name, held in _decoded(plan, modules, most, dtype).items() if name.startswith("past_")]
     return Work(stages, tuple(engines), tuple(t.nbytes for t in held_by))
@@ -217,6 +218,12 @@ class Counting(TorchDispatchMode):
     def weights(self) -> dict[str, int]:
         """Parameter → bytes in the graph."""
         return {name: self.stored(name) for name in self._parameters}
+
+    @property
+    def widest(self) -> int:
+        """Bytes of the largest quantised parameter, were it stored as floats."""
+        floats = {name: p.numel() * self._dtype.itemsize for name, p in self._parameters.items()}
+        return max((size for name, size in floats.items() if self.stored(name) < size), default=0)
 
     def peak(self, outputs: Any) -> int:
         """Bytes of activations that are alive at once, at most: what leaves the stage is not among them, and no scores."""

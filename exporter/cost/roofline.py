@@ -23,6 +23,10 @@ BUILD_PEAK = {"none": 3.5, "int8": 5.0, "int4": 5.0, "fp8": 5.0, "nvfp4": 5.0}
 """Memory of TensorRT while it builds, in weights of the engine. Measured with TensorRT-RTX 1.7 on decoders up to 2.4 GB; FP8 is taken
 to be like INT8, NVFP4 like INT4."""
 
+WRITTEN_OUT = {("tensorrt_rtx", "nvfp4")}
+"""Where the engine writes a quantised matrix out as floats before it multiplies, in every run, one after another: TensorRT-RTX 1.7 with
+NVFP4 (docs/quantisation.md#nvfp4)."""
+
 FIRST = ("vision", "question", "reduce", "prefill")
 """What runs before the first token."""
 
@@ -67,7 +71,8 @@ class StageTime:
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """What an engine holds at the profile's limits, and what building it takes where TensorRT builds it."""
+    """What an engine holds at the profile's limits, and what building it takes where TensorRT builds it. activation_bytes: and of
+    weights that are written out, see `WRITTEN_OUT`."""
 
     name: str
     weight_bytes: int
@@ -227,7 +232,12 @@ def _memory(engine: Engine, profile: Profile) -> EngineMemory:
     if {"prefill", "decode"} & set(engine.roles):
         factor = BUILD_PEAK.get(profile.precision.weights, factor)
     build = None if profile.stack.module is None else int(factor * engine.weight_bytes)
-    return EngineMemory(engine.name, engine.weight_bytes, engine.activation_bytes, build)
+    scratch = engine.widest_bytes if _writes_out(profile) else 0
+    return EngineMemory(engine.name, engine.weight_bytes, engine.activation_bytes + scratch, build)
+
+
+def _writes_out(profile: Profile) -> bool:
+    return (profile.stack.module, profile.precision.weights) in WRITTEN_OUT
 
 
 def _refusals(found: Estimate) -> list[str]:
@@ -267,6 +277,11 @@ def _warnings(found: Estimate, profile: Profile) -> list[str]:
                 f"Activations of {engine.name} take {gib(engine.activation_bytes)} GiB at the profile's limits, in one piece, "
                 f"{found.device} gives {gib((block or 0) * 2**20)}: lower `text` or `batch` under [limits] in a profile of your own."
             )
+    if _writes_out(profile):
+        said.append(
+            f"Profile `{found.profile}`: TensorRT-RTX writes every NVFP4 matrix out as FP16 before it multiplies, so that a token takes "
+            "longer than its roofline. INT4 weights do not; FP8 weights are nearer to the model."
+        )
     worst = max(found.engines, key=lambda e: e.build_bytes or 0)
     build = worst.build_bytes or 0
     shared = (

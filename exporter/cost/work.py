@@ -40,7 +40,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Engine:
-    """What is loaded as one. activation_bytes: alive at once, scores left out. largest: its largest weight."""
+    """What is loaded as one. activation_bytes: alive at once, scores left out. largest: its largest weight. widest_bytes: of its largest
+    quantised matrix, as the floats that it stands for; 0 where none is quantised."""
 
     name: str
     roles: tuple[str, ...]
@@ -48,6 +49,7 @@ class Engine:
     activation_bytes: int
     largest: str
     largest_bytes: int
+    widest_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,10 @@ EACH_BY_ITSELF = (
 def _each_by_itself(node: ir.Node) -> bool:
     if node.op_type not in EACH_BY_ITSELF or not all(map(_of_tokens, node.outputs)):
         return False
-    if any(value is not None and value.shape is None for value in node.inputs):
+    shapes = [value.shape for value in node.inputs if value is not None]
+    if any(
+        shape is None or len(shape) > 3 for shape in shapes
+    ):  # blocks of channels, where zero points are published, have 4 axes
         return False
     if node.op_type == "ReduceMean":
         axes = node.inputs[1].const_value if len(node.inputs) > 1 and node.inputs[1] is not None else None

@@ -1,4 +1,5 @@
-"""How a published checkpoint holds quantised matrices, and what all layouts have in common: integers packed into words."""
+"""How a published checkpoint holds quantised matrices, and what layouts have in common: integers packed into words,
+NVFP4, eight bits with a scale per channel."""
 
 from __future__ import annotations
 
@@ -42,16 +43,20 @@ class Packing(ABC):
     """A matrix is in this layout where any of these tensors is there."""
 
     @abstractmethod
-    def bits(self, config: Mapping[str, Any]) -> int:
-        """Bits of an integer; 0 where they are floats. Raises CheckpointError for a variant that is not read."""
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises CheckpointError for a variant that is not read."""
+
+    def numbers(self, config: Mapping[str, Any], parts: Parts) -> str | None:
+        """What a matrix's numbers are called (`Form.numbers`) where `quantized` gives them; None: it is only read as floats."""
+        return None
+
+    def quantized(self, config: Mapping[str, Any], parts: Parts) -> Quantized:
+        """The matrix [in, out] without loss; only asked for where it has `numbers`."""
+        raise AssertionError(f"{parts.name} has no numbers")
 
     @abstractmethod
-    def quantized(self, config: Mapping[str, Any], parts: Parts) -> Quantized:
-        """The matrix [in, out] without loss; only asked for where it is INT4."""
-
     def read(self, config: Mapping[str, Any], parts: Parts) -> Tensor:
         """The matrix as float32 [in, out]."""
-        return self.quantized(config, parts).dequantized()
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,8 @@ class Matrix:
     parts: Parts
 
     @cached_property
-    def int4(self) -> bool:
-        return self.packing.bits(self.config) == 4
+    def numbers(self) -> str | None:
+        return self.packing.numbers(self.config, self.parts)
 
     def quantized(self) -> Quantized:
         return self.packing.quantized(self.config, self.parts)
@@ -118,3 +123,78 @@ def assembled(q: Tensor, zero: Tensor | None, scale: Tensor, group: Tensor | Non
     if zero is not None and bool((zero != 0).any()):
         offset = -block * scale * zero.float()
     return Quantized.of(q, scale, 4, offset, order)
+
+
+def nvfp4(packed: Tensor, scale: Tensor, whole: Tensor) -> Quantized:
+    """E2M1 codes, E4M3 scales and the scale of these as the matrix [in, out] that they are.
+
+    Args:
+        packed: uint8 [out, in / 2], the first of two in the low half. scale: float8_e4m3fn [out, in / 16]. whole: float32, one.
+    Raises:
+        CheckpointError: other types or shapes, or a scale that is no positive number.
+    """
+    import torch
+
+    from exporter.quantize._contract import Quantized
+    from exporter.quantize.nvfp4 import BLOCK, FORM, LEAST
+
+    outputs, pairs = packed.shape
+    if (
+        packed.dtype != torch.uint8
+        or scale.dtype != torch.float8_e4m3fn
+        or scale.shape != (outputs, 2 * pairs // BLOCK)
+    ):
+        raise CheckpointError(
+            f"NVFP4 of {outputs} × {2 * pairs} has to be uint8 with {outputs} × {2 * pairs // BLOCK} scales in float8_e4m3fn, blocks of "
+            f"{BLOCK}; found {packed.dtype} with {' × '.join(map(str, scale.shape))} in {scale.dtype}."
+        )
+    scales, factor = scale.float(), float(whole) if whole.numel() == 1 else 0.0
+    if not 0 < factor < float("inf") or not bool((scales >= 0).all()):
+        raise CheckpointError("scales of NVFP4 have to be positive numbers, and that of the whole matrix one.")
+    codes = torch.stack([packed & 0xF, packed >> 4], 2).view(outputs, -1)
+    empty = scales == 0  # TensorRT refuses zero: zeros with the smallest scale are the same
+    codes = codes.masked_fill(empty.repeat_interleave(BLOCK, 1), 0)
+    by_input = codes.t()
+    q = (by_input[:, 0::2] | (by_input[:, 1::2] << 4)).contiguous().view(-1)
+    return Quantized(FORM, q, scales.masked_fill(empty, LEAST).t().contiguous(), whole=factor)
+
+
+def eight_bits(parts: Parts) -> str | None:
+    """ "int8" or "fp8" where `weight` [out, in] has one scale for all, or one per output channel; else None."""
+    import torch
+
+    weight, scale = parts("weight"), parts("weight_scale")
+    by_row = scale.numel() == len(weight) == scale.shape[0] if scale.ndim else False
+    if weight.ndim != 2 or not (scale.numel() == 1 or by_row):
+        return None
+    return {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(weight.dtype)
+
+
+def per_channel(weight: Tensor, scale: Tensor) -> Quantized:
+    """int8 or float8_e4m3fn [out, in] and the scales of `eight_bits` as the matrix [in, out] that they are."""
+    import torch
+
+    from exporter.quantize._contract import Form, Quantized
+
+    outputs, inputs = weight.shape
+    floats = weight.dtype == torch.float8_e4m3fn
+    scales = scale.float().reshape(1, -1).expand(1, outputs).contiguous()
+    if not bool((scales >= 0).all()):
+        raise CheckpointError("scales of eight bits have to be positive numbers.")
+    empty = scales == 0  # as above
+    numbers = weight.view(torch.uint8 if floats else torch.int8).t().masked_fill(empty, 0).contiguous()
+    return Quantized(Form(8, inputs, floats=floats), numbers.view(-1), scales.masked_fill(empty, 1))
+
+
+def spread(scale: Tensor, weight: Tensor) -> Tensor:
+    """Scales, one for all, for each row, for each group of a row or each rectangle, as many as there are weights [out, in]."""
+    if scale.numel() == 1:
+        return scale.reshape(1, 1)
+    if scale.ndim == 1:
+        return scale[:, None]
+    for axis in (0, 1):
+        if scale.shape[axis] not in (1, weight.shape[axis]):
+            size = -(-weight.shape[axis] // scale.shape[axis])
+            size = 1 << (size - 1).bit_length() if weight.shape[axis] % scale.shape[axis] else size
+            scale = scale.repeat_interleave(size, axis).narrow(axis, 0, weight.shape[axis])
+    return scale

@@ -23,19 +23,24 @@ PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 class Awq(Packing):
     marker = ("qweight",)
 
-    def bits(self, config: Mapping[str, Any]) -> int:
+    def check(self, config: Mapping[str, Any]) -> None:
         bits, version = int(config.get("bits", 4)), str(config.get("version", "gemm")).lower()
         if bits != 4 or version != "gemm":
             raise CheckpointError(
                 f'This AWQ checkpoint has {bits} bits in version "{version}". Read are 4 bits in version "gemm", which most are '
                 "published in."
             )
-        return bits
+
+    def numbers(self, config: Mapping[str, Any], parts: Parts) -> str:
+        return "int4"
 
     def quantized(self, config: Mapping[str, Any], parts: Parts) -> Quantized:
         q = _columns(parts("qweight"))
         zero = _columns(parts("qzeros")) if "qzeros" in parts else None
         return assembled(q - 8, None if zero is None else zero - 8, parts("scales"))
+
+    def read(self, config: Mapping[str, Any], parts: Parts) -> Tensor:
+        return self.quantized(config, parts).dequantized()
 
 
 def _columns(words: Tensor) -> Tensor:

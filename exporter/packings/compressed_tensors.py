@@ -1,9 +1,11 @@
-"""compressed-tensors (llm-compressor): weights [out, in] as packed INT4, INT8 or FP8.
+"""compressed-tensors (llm-compressor): weights [out, in] as packed INT4, INT8, FP8 or NVFP4; one checkpoint may have several.
 
 "pack-quantized": `weight_packed` int32 [out, in / 8] holds q + 8, `weight_scale` [out, groups], `weight_shape`, and, if asymmetric,
 `weight_zero_point` int32 [out / 8, groups] packed alike (int8 [out, groups] in old files), and `weight_g_idx` where groups are
 scattered. Weight = scale * (q - zero). "int-quantized" and "float-quantized" hold `weight` in int8 or float8 beside `weight_scale`
-[out, groups], [out, 1], [1], or one for every square of a weight cut into blocks. Quantised activations are not imitated.
+[out, groups], [out, 1], [1], or one for every square of a weight cut into blocks. "nvfp4-pack-quantized": `weight_packed` uint8
+[out, in / 2] holds E2M1 codes, `weight_scale` float8 [out, in / 16] is divided by `weight_global_scale`. Quantised activations are not
+imitated.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from exporter.errors import CheckpointError
-from exporter.packings._contract import Packing, Parts, assembled, unpacked
+from exporter.packings._contract import Packing, Parts, assembled, eight_bits, nvfp4, per_channel, spread, unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,35 +22,36 @@ if TYPE_CHECKING:
     from exporter.quantize._contract import Quantized
 
 PACKED = "pack-quantized"
-FORMATS = (PACKED, "int-quantized", "float-quantized", "naive-quantized")
+GLOBAL = "weight_global_scale"
+FORMATS = (PACKED, "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized")
 
 
 class CompressedTensors(Packing):
     marker = ("weight_packed", "weight_scale")
 
-    def bits(self, config: Mapping[str, Any]) -> int:
-        layouts = {str(config.get("format"))}
-        groups = list((config.get("config_groups") or {}).values())
-        layouts |= {str(g["format"]) for g in groups if g.get("format")}
-        layouts -= {"mixed-precision"}
+    def check(self, config: Mapping[str, Any]) -> None:
+        groups = [(g.get("format") or config.get("format"), g) for g in (config.get("config_groups") or {}).values()]
+        layouts = {str(config.get("format")), *(str(layout) for layout, _ in groups)} - {"mixed-precision"}
         if unknown := sorted(layouts - set(FORMATS)):
             raise CheckpointError(
                 f"This compressed-tensors checkpoint has format {', '.join(unknown)}. Read are {', '.join(FORMATS)}."
             )
-        bits = {int(g["weights"]["num_bits"]) for g in groups if g.get("weights")}
-        if PACKED in layouts and len(layouts) == 1:
-            if len(bits) != 1 or not bits <= {4, 8}:
-                raise CheckpointError(
-                    f"This compressed-tensors checkpoint packs {sorted(bits)} bits. Read are 4 or 8, the same everywhere."
-                )
-            return bits.pop()
-        if PACKED in layouts:
-            raise CheckpointError(
-                f"This compressed-tensors checkpoint mixes {' and '.join(sorted(layouts))}. Read is one format at a time."
-            )
-        return 8
+        bits = {int(g["weights"]["num_bits"]) for layout, g in groups if layout == PACKED and g.get("weights")}
+        if not bits <= {4, 8}:
+            raise CheckpointError(f"This compressed-tensors checkpoint packs {sorted(bits)} bits. Read are 4 and 8.")
+
+    def numbers(self, config: Mapping[str, Any], parts: Parts) -> str | None:
+        if GLOBAL in parts:
+            return "fp4"
+        if "weight_packed" in parts:
+            return "int4" if _bits(parts) == 4 else None
+        return None if "weight_zero_point" in parts else eight_bits(parts)
 
     def quantized(self, config: Mapping[str, Any], parts: Parts) -> Quantized:
+        if GLOBAL in parts:
+            return nvfp4(parts("weight_packed"), parts("weight_scale"), parts(GLOBAL).float().reciprocal())
+        if "weight_packed" not in parts:
+            return per_channel(parts("weight"), parts("weight_scale"))
         outputs, inputs = (int(n) for n in parts("weight_shape"))
         q = unpacked(parts("weight_packed"), 1)[:outputs, :inputs] - 8
         scale, zero = parts("weight_scale"), _zero(parts, 4)
@@ -58,8 +61,8 @@ class CompressedTensors(Packing):
         return assembled(q.t(), None if zero is None else zero.t(), scale.t(), group)
 
     def read(self, config: Mapping[str, Any], parts: Parts) -> Tensor:
-        if self.bits(config) == 4:
-            return super().read(config, parts)
+        if self.numbers(config, parts) is not None:
+            return self.quantized(config, parts).dequantized()
         if "weight_packed" in parts:
             outputs, inputs = (int(n) for n in parts("weight_shape"))
             weight = unpacked(parts("weight_packed"), 1, 8)[:outputs, :inputs].float() - 128
@@ -69,6 +72,12 @@ class CompressedTensors(Packing):
         if zero is not None:
             weight = weight - spread(zero.float(), weight)
         return (weight * spread(parts("weight_scale").float(), weight)).t()
+
+
+def _bits(parts: Parts) -> int:
+    """Of an integer in a packed matrix, 4 or 8."""
+    inputs = int(parts("weight_shape")[1])
+    return 4 if parts("weight_packed").shape[1] * 8 < inputs + 8 else 8
 
 
 def _zero(parts: Parts, bits: int) -> Tensor | None:
@@ -83,20 +92,6 @@ def _zero(parts: Parts, bits: int) -> Tensor | None:
     outputs = len(parts("weight_scale"))
     values: Tensor = unpacked(found, 0, bits)[:outputs].to(torch.int16) - 2 ** (bits - 1)
     return values
-
-
-def spread(scale: Tensor, weight: Tensor) -> Tensor:
-    """Scales, one for all, for each row, for each group of a row or each rectangle, as many as there are weights [out, in]."""
-    if scale.numel() == 1:
-        return scale.reshape(1, 1)
-    if scale.ndim == 1:
-        return scale[:, None]
-    for axis in (0, 1):
-        if scale.shape[axis] not in (1, weight.shape[axis]):
-            size = -(-weight.shape[axis] // scale.shape[axis])
-            size = 1 << (size - 1).bit_length() if weight.shape[axis] % scale.shape[axis] else size
-            scale = scale.repeat_interleave(size, axis).narrow(axis, 0, weight.shape[axis])
-    return scale
 
 
 PACKING = CompressedTensors()

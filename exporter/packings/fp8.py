@@ -10,17 +10,12 @@ from exporter.packings._contract import Packing, Parts
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from exporter.quantize._contract import Quantized
-
 
 class Fp8(Packing):
     marker = ("weight_scale_inv",)
 
-    def bits(self, config: Mapping[str, Any]) -> int:
-        return 0
-
-    def quantized(self, config: Mapping[str, Any], parts: Parts) -> Quantized:
-        raise AssertionError("only asked for where it is INT4")
+    def check(self, config: Mapping[str, Any]) -> None:
+        """There is one variant."""
 
     def read(self, config: Mapping[str, Any], parts: Parts) -> Tensor:
         weight, scale = parts("weight").float(), parts("weight_scale_inv").float()

@@ -24,13 +24,15 @@ BEFORE = {"gptq": 1, "gptq_v2": 0}
 class Gptq(Packing):
     marker = ("qweight",)
 
-    def bits(self, config: Mapping[str, Any]) -> int:
-        bits, layout = int(config.get("bits", 4)), _layout(config)
+    def check(self, config: Mapping[str, Any]) -> None:
+        bits, layout = _bits(config), _layout(config)
         if bits not in (4, 8) or layout not in BEFORE:
             raise CheckpointError(
                 f'This GPTQ checkpoint has {bits} bits in format "{layout}". Read are 4 and 8 bits in {" and ".join(BEFORE)}.'
             )
-        return bits
+
+    def numbers(self, config: Mapping[str, Any], parts: Parts) -> str | None:
+        return "int4" if _bits(config) == 4 else None
 
     def quantized(self, config: Mapping[str, Any], parts: Parts) -> Quantized:
         q, zero = unpacked(parts("qweight"), 0), unpacked(parts("qzeros"), 1)
@@ -38,9 +40,9 @@ class Gptq(Packing):
         return assembled(q - 8, zero - 8 + BEFORE[_layout(config)], parts("scales"), group)
 
     def read(self, config: Mapping[str, Any], parts: Parts) -> Tensor:
-        bits = self.bits(config)
+        bits = _bits(config)
         if bits == 4:
-            return super().read(config, parts)
+            return self.quantized(config, parts).dequantized()
         q, zero = unpacked(parts("qweight"), 0, bits).float(), unpacked(parts("qzeros"), 1, bits).float()
         scale = parts("scales").float()
         if "g_idx" in parts:
@@ -50,6 +52,10 @@ class Gptq(Packing):
 
             group = torch.arange(len(q)) // (len(q) // len(scale))
         return scale[group] * (q - zero[group] - BEFORE[_layout(config)])
+
+
+def _bits(config: Mapping[str, Any]) -> int:
+    return int(config.get("bits", 4))
 
 
 def _layout(config: Mapping[str, Any]) -> str:

@@ -144,10 +144,10 @@ def packed(q: Tensor) -> Tensor:
 
 
 def side_by_side(parts: Sequence[Quantized]) -> Quantized | None:
-    """Matrices of one input as one; None where they differ in form or order."""
+    """Matrices of one input as one; None where they differ in form, order or the scale of nested scales."""
     first, *rest = parts
     plain = replace(first.form, offset=False)
-    if any(replace(p.form, offset=False) != plain for p in rest):
+    if any(replace(p.form, offset=False) != plain or p.whole != first.whole for p in rest):
         return None
     if first.order is not None and any(p.order is None or not torch.equal(first.order, p.order) for p in rest):
         return None
@@ -157,7 +157,7 @@ def side_by_side(parts: Sequence[Quantized]) -> Quantized | None:
     rows = first.shape[0]
     q = torch.cat([p.q.view(rows, -1) for p in parts], 1).view(-1)
     scale = torch.cat([p.scale for p in parts], 1)
-    return Quantized(replace(plain, offset=offset is not None), q, scale, offset, first.order)
+    return Quantized(replace(plain, offset=offset is not None), q, scale, offset, first.order, first.whole)
 
 
 def block_size(inputs: int, candidates: Sequence[int] = BLOCKS) -> int | None:

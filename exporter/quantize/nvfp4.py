@@ -22,6 +22,7 @@ CHANNELS = 128
 TOPS = (6.0, 4.0)
 """What a block's largest weight may become, the preferred first."""
 LARGEST_SCALE = 256.0
+FORM = Form(4, BLOCK, floats=True)
 LEAST, MOST = 2.0**-9, 448.0
 """Of E4M3; TensorRT refuses scales that are zero."""
 
@@ -31,7 +32,7 @@ class Nvfp4(Quantizer):
     calibrated = False
 
     def form(self, inputs: int, blocks: Sequence[int]) -> Form | None:
-        return None if inputs % BLOCK else Form(4, BLOCK, floats=True)
+        return None if inputs % BLOCK else FORM
 
     def quantize(self, weight: Tensor, block: int, seen: Seen | None = None) -> Quantized:
         by_output = weight.t()
@@ -46,8 +47,7 @@ class Nvfp4(Quantizer):
             codes = codes.view_as(channels)
             pairs[start // 2 : (start + CHANNELS) // 2] = codes[0::2] | (codes[1::2] << 4)
             scales[start : start + CHANNELS] = scale.view(len(channels), -1)
-        form = Form(4, BLOCK, floats=True)
-        return Quantized(form, pairs.t().contiguous().view(-1), scales.t().contiguous(), whole=float(whole))
+        return Quantized(FORM, pairs.t().contiguous().view(-1), scales.t().contiguous(), whole=float(whole))
 
 
 def _nearest(blocks: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from exporter.runtime.sequence import Ints
 
 
 class Stepping:
-    """Runs the decode graph for the rows of a cache that have not ended. A context manager: the cache goes on when it is left.
+    """Runs the decode graph for the rows of a cache that have not ended. A context manager: the cache is empty until it is left.
 
     Args:
         runner: the decode graph's. embedding: [vocab, hidden].
@@ -45,9 +45,10 @@ class Stepping:
         own = {name: np.array(value, kinds.get(name, value.dtype), order="C") for name, value in feeds.items()}
         self._runner, self._graphs, self._cache, self._active = runner, graphs, cache, active
         self._steps = runner.steps(own, embedding, cache.past)
+        cache.past = {}  # or it would be held twice
         self._next, self._longest, self._count = int(positions.max()), text.longest or math.inf, 0
         self.found: Mapping[str, Any] = {}
-        """What the last run returned beside the cache."""
+        """What the last run returned beside logits and cache."""
 
     def __enter__(self) -> Stepping:
         return self
@@ -63,10 +64,12 @@ class Stepping:
         """Logits [rows, vocab] behind one more token per row. tokens: int64 [rows]."""
         if self._next >= self._longest:
             check_longest(self._next, self._graphs)
-        self.found = self._steps(tokens.tolist())
+        found = self._steps(tokens.tolist())
         self._next += 1
         self._count += 1
-        return self._runner.numpy(self.found["logits"]).astype(np.float32, copy=False)
+        logits = self._runner.numpy(found.pop("logits")).astype(np.float32, copy=False)
+        self.found = found
+        return logits
 
 
 def check_longest(last: int, graphs: GraphSet) -> None:

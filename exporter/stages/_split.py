@@ -33,11 +33,11 @@ class Columns(Source):
     def expect(self, checkpoint: Checkpoint) -> None:
         self.whole.expect(checkpoint)
 
-    def is_int4(self, checkpoint: Checkpoint) -> bool:
-        return self.whole.is_int4(checkpoint)
+    def numbers(self, checkpoint: Checkpoint) -> str | None:
+        return self.whole.numbers(checkpoint)
 
-    def int4(self, checkpoint: Checkpoint) -> Quantized:
-        return self.whole.int4(checkpoint).columns(self.start, self.stop)
+    def quantized(self, checkpoint: Checkpoint) -> Quantized:
+        return self.whole.quantized(checkpoint).columns(self.start, self.stop)
 
     def bytes(self, checkpoint: Checkpoint) -> int:
         """Shares of the whole's; those of all blocks add up to it."""

@@ -16,6 +16,7 @@ import torch
 import exporter.quantize
 from exporter import _discover
 from exporter.checkpoint import Checkpoint
+from exporter.cost.work import BITS
 from exporter.errors import CheckpointError
 from exporter.journal import DataFile, Journal, Part
 from exporter.quantize._contract import Form, Quantized, Quantizer
@@ -161,14 +162,16 @@ class WeightFile:
         return self.quantizable(source) if _is_matrix(value) else None
 
     def _stays(self, value: ir.Value, source: Source) -> bool:
-        """Whether the checkpoint has it in INT4 already, and may keep it."""
-        int4 = self.precision is not None and self.precision.weights == "int4"
-        return int4 and _is_matrix(value) and source.is_int4(self.checkpoint)
+        """Whether the checkpoint has it in the profile's type already, and may keep it."""
+        wanted = KEPT.get(self.precision.weights) if self.precision is not None else None
+        return wanted is not None and _is_matrix(value) and source.numbers(self.checkpoint) == wanted
 
     def _published(self, source: Source) -> Quantized:
-        """A matrix as the checkpoint has it quantised, in blocks that the profile takes."""
+        """A matrix as the checkpoint has it quantised; INT4 in blocks that the profile takes, all else has one form."""
         assert self.precision is not None
-        found = source.int4(self.checkpoint)
+        found = source.quantized(self.checkpoint)
+        if found.form.numbers != "int4":
+            return found
         block = next((b for b in self.precision.blocks if found.form.block % b == 0), None)
         if block is None:
             raise CheckpointError(
@@ -186,7 +189,9 @@ class WeightFile:
         if value.name in self.written or value.name in self.notes:
             return
         form = self._chosen(value, source)
-        bits = 4 if self._stays(value, source) else 8 * self.dtype.itemsize if form is None else form.bits
+        bits = 8 * self.dtype.itemsize if form is None else form.bits
+        if self.precision is not None and self._stays(value, source):
+            bits = BITS[self.precision.weights]
         if math.prod(source.shape) * bits > 8 * self.largest:
             blocks = blocks_of_columns(source, bits, self.largest)
             names = [f"{value.name}.columns_{block.start}" for block in blocks]
@@ -299,6 +304,8 @@ class WeightFile:
 
 SMALLEST = 2.0**-24
 """Of a scale: in float16 anything smaller is zero, which TensorRT refuses. So are weights that it is the scale of, or nearly."""
+KEPT = {"int4": "int4", "int8": "int8", "fp8": "fp8", "nvfp4": "fp4"}
+"""What a profile's `weights` are called in a checkpoint that has them already."""
 NUMBERS = {
     "int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN, "fp4": ir.DataType.FLOAT4E2M1,
 }  # fmt: skip

@@ -136,8 +136,9 @@ def export(plan: Plan, folder: Path, log: Log = lambda text: None, calibration: 
     if target.flavour is not None:
         files |= apply(target.flavour, target.backend, folder, files, log, plan.places_shared)
     graphs = describe(plan, files, {v.name or "": static_sizes(v) for v in vision.graph.outputs})
-    islands = _islands.insert(plan, graphs, folder, calibration, log) if precision.islands == "auto" else []
-    if quantize is not None or islands:
+    looked = precision.islands == "auto"
+    islands = _islands.insert(plan, graphs, folder, calibration, log) if looked else []
+    if quantize is not None or looked:
         record = _precision_record(plan, weight_files["llm"].notes, len(calibration), islands)
         (folder / PRECISION).write_text(json.dumps(record, indent=1) + "\n")
     graphs = replace(graphs, lookup=lookup(folder, files.values()))

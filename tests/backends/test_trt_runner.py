@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from exporter.backends import _cuda, trt
 from exporter.backends._contract import EngineRecord
-from exporter.backends._cuda import Cuda, Gpu, first_gpu
+from exporter.backends._cuda import Cuda, CudaError, Gpu, first_gpu
 from exporter.backends._device_memory import Device, Pool, size_class
 from exporter.backends._trt_layers import layers
 from exporter.backends._trt_runner import TensorRtRunner
@@ -150,6 +150,29 @@ def test_an_engine_that_cannot_be_recorded_is_run(driver: ctypes.CDLL, tmp_path:
                 runner.numpy(runner.run({"new": numbers(seed), "past": EMPTY})["present"]), numbers(seed)
             )
         assert (context.executed, driver.fake_launches()) == (4, 0)
+
+
+@pytest.mark.parametrize("at", ["begin_recording", "end_recording"])
+def test_a_recording_that_fails_is_said_once(
+    at: str, driver: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the runs go on without; what is said goes to stderr, where a program has set up no logging."""
+
+    def fail(self: Cuda) -> int:
+        raise CudaError(
+            901, "The NVIDIA driver's cuStreamEndCapture failed: CUDA_ERROR_STREAM_CAPTURE_INVALIDATED (901)."
+        )
+
+    monkeypatch.setattr(Cuda, "begin_recording", lambda self: None)
+    monkeypatch.setattr(Cuda, at, fail)
+    with on_fake(cache(tmp_path / "g.onnx"), [GROWS]) as runner:
+        for seed in range(5):
+            found = runner.run({"new": numbers(seed), "past": EMPTY})
+            assert np.array_equal(runner.numpy(found["present"]), numbers(seed))
+            del found
+    said = capsys.readouterr().err
+    assert said.count("cannot be recorded as a CUDA graph: The NVIDIA driver's cuStreamEndCapture failed") == 1
+    assert said.strip().endswith("(901). Its kernels are launched one by one, which is slower.")
 
 
 def test_shapes_outside_every_profile_are_told(driver: ctypes.CDLL, tmp_path: Path) -> None:

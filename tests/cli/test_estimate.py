@@ -82,7 +82,7 @@ def test_an_accounting_and_a_power_mode(edgetrim: Run) -> None:
         (("-p", NANO, "--accounting", "llmviewer"),
          "Unknown accounting 'llmviewer'. Did you mean 'llm_viewer'? Known: llm_viewer."),
         (("-p", NANO, "--power-mode", "MAXN_SUPR"),
-         "Profile `orin_nano_8gb_int4`: unknown power mode 'MAXN_SUPR'. Did you mean 'MAXN_SUPER'? Known: 15W, MAXN_SUPER."),
+         "Profile `orin_nano_8gb_int4`: unknown power mode 'MAXN_SUPR'. Did you mean 'MAXN_SUPER'? Known: 15W, 25W, MAXN_SUPER."),
         (("-p", NANO, "--text", "600"),
          "Profile `orin_nano_8gb_int4` allows text = 512, and 600 is asked for. Ask for less, or raise `text` under [limits] in a "
          "profile of your own."),
@@ -124,6 +124,9 @@ def test_export_warns_and_build_refuses(edgetrim: Run, small: Path, tmp_path: Pa
     again = json.loads(edgetrim("estimate", out, "--json").out)
     assert again["estimates"] == [foreseen]
     assert again["reductions"][0]["name"] == "visionzip"
+    elsewhere = json.loads(edgetrim("estimate", out, "-p", NANO, "-p", small, "--json").out)
+    assert elsewhere["estimates"][1] == foreseen, "a file of one's own, which lies elsewhere than in the folder"
+    assert elsewhere["estimates"][0]["profile"] == NANO
     said = edgetrim("estimate", out, "-r", "tome:keep=8")
     assert said.code == 2
     assert "is an output folder, whose reductions and input are settled." in said.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from exporter.cli import _options as o
 from exporter.errors import UsageError
+from exporter.job import Job
 from profiles import _schema
 
 
@@ -42,6 +44,26 @@ def command(got: dict[str, Any]) -> click.Command:
 
 def run(command: click.Command, *arguments: str) -> Any:
     return CliRunner().invoke(command, list(arguments))
+
+
+def test_what_a_job_says_of_itself_is_what_was_typed(tmp_path: Path) -> None:
+    """Every option of `run`, out of `Job.words`, which reports and `tune` print, into the same job again."""
+
+    @click.command()
+    @o.job_options
+    def verb(job: Job) -> None:
+        found.append(job)
+
+    found: list[Job] = []
+    (tmp_path / "mine.jsonl").touch()
+    calibration = str((tmp_path / "mine.jsonl").resolve())
+    asked = Job(
+        "m", ("visionzip:keep=64", "fastv"), "cpu_int4", 4, (448, 672), "clip", "gptq", calibration, "int8", "auto"
+    )
+    for job in (asked, Job("m", (), "cpu_fp32")):
+        assert run(verb, *job.words()).exit_code == 0
+        assert found.pop() == job
+    assert all(getattr(asked, f.name) != f.default for f in fields(Job) if f.compare), "an option is not in this test"
 
 
 def test_defaults(command: click.Command, got: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ ARGUMENTS = (
 
 def test_tune(edgetrim: Callable[..., Said], tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    said = edgetrim(*ARGUMENTS, "--budget", "memory=100000", "-o", folder)
+    said = edgetrim(*ARGUMENTS, "--kv", "int8", "--budget", "memory=100000", "-o", folder)
     assert said.code == 0, said.err
     found = json.loads(said.out)
     assert {e["role"] for e in found["entries"]} == {"method", "control", "unreduced"}
@@ -33,17 +33,20 @@ def test_tune(edgetrim: Callable[..., Said], tmp_path: Path) -> None:
     winner = json.loads((folder / "winner.json").read_text())
     assert winner == found["winner"] and winner["command"] in (folder / "tune.html").read_text().replace("&#39;", "'")
     assert shlex.split(winner["command"])[:3] == ["edgetrim", "run", "embedded"]
+    assert "--kv int8" in winner["command"]
 
     # Again, with another budget: everything is known, another one wins.
     before = (folder / "tune.jsonl").read_bytes()
-    said = edgetrim(*ARGUMENTS, "--budget", "ttft=0.0001", "-o", folder)
+    said = edgetrim(*ARGUMENTS, "--kv", "int8", "--budget", "ttft=0.0001", "-o", folder)
     assert said.code == 4 and "Nothing is within ttft ≤ 0.0001 ms: the best has" in said.err
     assert (folder / "tune.jsonl").read_bytes() == before
     assert not (folder / "winner.json").exists()
 
     # With other questions it is another search.
-    said = edgetrim(*ARGUMENTS, "--seed", "1", "--budget", "ttft=1", "-o", folder)
+    said = edgetrim(*ARGUMENTS, "--kv", "int8", "--seed", "1", "--budget", "ttft=1", "-o", folder)
     assert said.code == 2 and "is of another search: questions differ" in said.err
+    said = edgetrim(*ARGUMENTS, "--budget", "ttft=1", "-o", folder)
+    assert said.code == 2 and "is of another search: profiles differ" in said.err
     assert (folder / "tune.jsonl").read_bytes() == before
 
 

@@ -57,6 +57,20 @@ def test_engines_of_a_device_are_for_its_gpu(profile: _schema.Profile) -> None:
     assert own is None or profile.stack.compute_capabilities == (own,)
 
 
+@pytest.mark.parametrize("device", [name for name in _schema.devices() if name not in ("cpu", "rtx")])
+def test_a_device_has_a_profile_of_every_type_of_weights_that_its_gpu_has(device: str) -> None:
+    """FP8 and NVFP4 where it multiplies FP8 and FP4; INT8 where there is no FP8 to take instead. And of every JetPack all of them."""
+    found = defaultdict(set)
+    for loaded in map(_schema.load, NAMES):
+        if f'device = "{device}"' in (_schema.FOLDER / f"{loaded.name}.toml").read_text():
+            found[loaded.stack.jetpack].add(loaded.precision.weights)
+            gpu = loaded.device.compute_capability or 0
+    wanted = {"none", "int4", *(["fp8"] if gpu >= 89 else ["int8"]), *(["nvfp4"] if gpu >= 100 else [])}
+    assert all(types == wanted for types in found.values()), found
+    jetpacks = {"orin_n": {"6.2", "7.2"}, "agx_or": {"6.2", "7.2", "7.2.2"}, "thor": {"7.2", "7.2.2"}}
+    assert set(found) == jetpacks.get(device[:6], {None})
+
+
 def test_peaks_fall_with_the_width_of_a_type(profile: _schema.Profile) -> None:
     """Dense figures of tensor cores: the narrower type is at least as fast, and no more than 4.5 times."""
     for mode in profile.device.modes.values():

@@ -88,6 +88,7 @@ def test_weights_of_vicuna(llava: tuple[Plan, Work]) -> None:
     whole = 4096 * 32064 + 65 * 4096
     assert engine.weight_bytes == quantised // 2 + quantised // 128 * 2 + whole * 2
     assert (engine.largest, engine.largest_bytes) == ("lm_head.weight", 4096 * 32064 * 2)
+    assert engine.widest_bytes == 4096 * 12288 * 2, "queries, keys and values are one matrix, wider than the MLP's"
 
 
 def test_a_reduction_counts_where_it_acts(llava: tuple[Plan, Work], pruned: tuple[Plan, Work]) -> None:

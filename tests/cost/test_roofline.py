@@ -79,6 +79,15 @@ def test_what_is_not_known_is_not_reckoned() -> None:
     assert by_bandwidth.stages[1].ms == pytest.approx(4 * 102 / 273)
 
 
+def test_what_tensorrt_rtx_writes_out_is_at_work_too() -> None:
+    """The largest quantised matrix as FP16, with NVFP4 only and with TensorRT-RTX only."""
+    work = replace(WORK, engines=(replace(WORK.engines[1], widest_bytes=3 * 2**20),))
+    for name, written in (("rtx_5090_nvfp4", 3), ("rtx_5090_int4", 0), ("thor_nvfp4", 0)):
+        found = against(plan_of("llava", profile=name), work, Use())
+        assert found.engines[0].activation_bytes == (1 + written) * 2**20
+        assert any("writes every NVFP4 matrix out as FP16" in text for text in found.warnings) == bool(written)
+
+
 def test_a_slower_power_mode() -> None:
     plan = plan_of("llava")
     fast, slow = (against(replace(plan, profile=p), WORK, Use()) for p in (plan.profile, plan.profile.in_mode("15W")))

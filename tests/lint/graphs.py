@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -815,9 +816,140 @@ def contrib_matmul_bits() -> onnx.ModelProto:
     return g.model(made, shape=[4, 8])
 
 
+# --- what the parsers of full TensorRT document, besides ---------------------------------------------------------------
+
+
+@case
+def lp_normalization_3() -> onnx.ModelProto:
+    g = Graph()
+    return g.model(g.op("LpNormalization", g.input("x", [4, 8]), axis=-1, p=3), shape=[4, 8])
+
+
+@case
+def lp_pool_3() -> onnx.ModelProto:
+    g = Graph()
+    return g.model(g.op("LpPool", g.input("x", [1, 4, 8, 8]), kernel_shape=[2, 2], p=3))
+
+
+@case
+def pow_whole_exponent() -> onnx.ModelProto:
+    g = Graph()
+    return g.model(g.op("Pow", g.input("x", [4, 8]), g.ints(2)))
+
+
+@case
+def pad_computed_axes() -> onnx.ModelProto:
+    g = Graph()
+    return g.model(g.op("Pad", g.input("x", [4, 8]), g.ints(1, 1), "", g.input("axes", [1], I64)), shape=[4, 10])
+
+
+@case
+def squeeze_computed_axes() -> onnx.ModelProto:
+    g = Graph()
+    return g.model(g.op("Squeeze", g.input("x", [1, 4, 8]), g.input("axes", [1], I64)), shape=[4, 8])
+
+
+@case
+def dropout_computed_mode() -> onnx.ModelProto:
+    g = Graph()
+    ratio = g.constant(np.array(0.5, np.float16))
+    return g.model(g.op("Dropout", g.input("x", [4, 8]), ratio, g.input("training", [], BOOL)))
+
+
+@case
+def unsqueeze_computed_axes() -> onnx.ModelProto:
+    g = Graph()
+    return g.model(g.op("Unsqueeze", g.input("x", [4, 8]), g.input("axes", [1], I64)), shape=[1, 4, 8])
+
+
+def recurrent(kind: str, gates: int, **attributes: int) -> onnx.ModelProto:
+    """x [3, 2, 8]: three steps of two samples, or with layout 1 two steps of three."""
+    g = Graph()
+    weights = g.weight(1, 4 * gates, 8), g.weight(1, 4 * gates, 4)
+    return g.model(g.op(kind, g.input("x", [3, 2, 8]), *weights, hidden_size=4, **attributes))
+
+
+RECURRENT = {"LSTM": 4, "GRU": 3, "RNN": 1}
+"""Operator → gates."""
+
+
+def recurrent_cases() -> None:
+    def add(name: str, *settings: Any, **attributes: int) -> None:
+        CASES[name] = lambda: recurrent(*settings, **attributes)
+
+    for kind, gates in RECURRENT.items():
+        add(kind.lower(), kind, gates)
+        add(f"{kind.lower()}_layout", kind, gates, layout=1)
+    add("lstm_coupled", "LSTM", 4, input_forget=1)
+
+
+recurrent_cases()
+
+
+def cast_and_back(to: int) -> onnx.ModelProto:
+    g = Graph(23)
+    return g.model(g.op("Cast", g.op("Cast", g.input("x", [4, 8]), to=to), to=F16), shape=[4, 8])
+
+
+def cast_cases() -> None:
+    for name, to in {
+        "float8": TensorProto.FLOAT8E4M3FN,
+        "float4": TensorProto.FLOAT4E2M1,
+        "int4": INT4,
+        "int8": I8,
+        "bfloat16": BF16,
+    }.items():
+        CASES[f"cast_{name}"] = partial(cast_and_back, to)
+
+
+cast_cases()
+
+
+def mean_variance(dtype: int) -> onnx.ModelProto:
+    g = Graph()
+    return g.model(g.op("MeanVarianceNormalization", g.input("x", [1, 4, 8, 8], dtype)))
+
+
+CASES["mean_variance_float16"], CASES["mean_variance_float32"] = (
+    partial(mean_variance, F16),
+    partial(mean_variance, F32),
+)
+
+
+def sequence_lengths(dtype: int) -> onnx.ModelProto:
+    g = Graph()
+    weights = [g.constant(np.zeros(shape), dtype) for shape in ((1, 16, 8), (1, 16, 4))]
+    lengths = g.constant(np.array([3, 1], np.int32))
+    return g.model(g.op("LSTM", g.input("x", [3, 2, 8], dtype), *weights, "", lengths, hidden_size=4))
+
+
+CASES["lstm_lengths_float16"], CASES["lstm_lengths_float32"] = (
+    partial(sequence_lengths, F16),
+    partial(sequence_lengths, F32),
+)
+
+
+@case
+def rotary_int32_ids() -> onnx.ModelProto:
+    g = Graph(23)
+    ids = g.input("ids", [1, 8], I32)
+    made = g.op("RotaryEmbedding", g.input("x", [1, 4, 8, 32]), g.weight(16, 16), g.weight(16, 16), ids)
+    return g.model(made, shape=[1, 4, 8, 32])
+
+
+@case
+def function_input_shadows() -> onnx.ModelProto:
+    """The function's input is called x, as is the graph's other one."""
+    g = Graph()
+    x = g.input("x", [4, 8])
+    g.function("d", "F", unary("Neg"))
+    return g.model(g.op("Add", x, g.op("F", g.input("a", [4, 8]), domain="d")))
+
+
 TWINS: dict[str, Callable[[], onnx.ModelProto]] = {
     "attention_nonpad": lambda: attend(24),
     "attention_window": lambda: attend(25),
+    **{f"{kind.lower()}_layout": partial(recurrent, kind, gates) for kind, gates in RECURRENT.items()},
     "function_same_name": lambda: call_functions("Neg"),
     "function_attribute": lambda: nested("LeakyRelu", "alpha", False, 0.5),
     "function_attribute_ints": lambda: nested("Constant", "value_ints", False, [3, 4, 8]),

@@ -143,6 +143,23 @@ def test_causal_decode_is_what_onnx_says(tmp_path: Path) -> None:
     assert found(attend(24, seq=1, is_causal=1), "tensorrt-11.4", tmp_path) == []
 
 
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("graphs")
+    for name, made in CASES.items():
+        onnx.save(made(), folder / f"{name}.onnx")
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_rule_has_a_graph(name: str, graphs: list[Path]) -> None:
+    """None that no graph could meet: a condition of another input, an attribute that no operator has."""
+    table = TABLES[name]
+    said = {finding.what for path in graphs for finding in _check.lint(path, table)}
+    rules = [*table.functions, *(rule for rules in table.rules.values() for rule in rules)]
+    assert {rule.what for rule in rules} - said == set()
+
+
 def test_slow_is_not_fatal(tmp_path: Path) -> None:
     findings = found(CASES["non_zero"](), "tensorrt-10.3", tmp_path)
     assert [(f.verdict, f.fatal) for f in findings] == [("slow", False)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -77,6 +78,49 @@ def compressed(r: Rounded, symmetric: bool, bits: int = 4) -> dict[str, torch.Te
     if (np.diff(r.group) < 0).any():
         found["weight_g_idx"] = torch.from_numpy(r.group.astype(np.int32))
     return found
+
+
+class Nested(NamedTuple):
+    """weight[o, i] = codes[o, i] * scale[o, i // 16] * whole, codes of E2M1 and scales of E4M3 as their bytes."""
+
+    codes: Ints
+    scale: Ints
+    whole: np.float32
+
+    def dequantized(self) -> torch.Tensor:
+        numbers = self.codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+        scale = self.scale.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * self.whole
+        return torch.from_numpy(numbers * np.repeat(scale, 16, 1))
+
+    def packed(self) -> torch.Tensor:
+        return torch.from_numpy(self.codes[:, 0::2] | self.codes[:, 1::2] << 4)
+
+    def scales(self) -> torch.Tensor:
+        return torch.from_numpy(self.scale).view(torch.float8_e4m3fn)
+
+
+def nested(shape: tuple[int, int], seed: int) -> Nested:
+    """Random codes and scales, one of them zero; `shape` is [out, in]."""
+    rng = np.random.default_rng(seed)
+    scale = rng.uniform(20, 448, (shape[0], shape[1] // 16)).astype(ml_dtypes.float8_e4m3fn)
+    scale[1, 1] = 0
+    whole = np.float32(1e-3 * shape[1] ** -0.5)
+    return Nested(rng.integers(0, 16, shape, dtype=np.uint8), scale.view(np.uint8), whole)
+
+
+def modelopt(n: Nested) -> dict[str, torch.Tensor]:
+    beside = {"weight_scale_2": torch.tensor(n.whole), "input_scale": torch.tensor(0.01)}
+    return {"weight": n.packed(), "weight_scale": n.scales()} | beside
+
+
+def nvfp4_packed(n: Nested) -> dict[str, torch.Tensor]:
+    """As compressed-tensors has it; `whole` is a power of two, else its inverse would round."""
+    return {
+        "weight_packed": n.packed(),
+        "weight_scale": n.scales(),
+        "weight_global_scale": torch.tensor([1 / n.whole]),
+        "input_global_scale": torch.tensor([100.0]),
+    }
 
 
 def publish(

@@ -23,7 +23,7 @@ from exporter.stages.export import export
 from exporter.weights import Source, packed
 from tests.families import tiny
 from tests.packings import published
-from tests.packings.published import GROUP, Rounded
+from tests.packings.published import GROUP, Nested, Rounded
 from tests.stages.conftest import Engine, Exported, engine, plain  # noqa: F401 - a fixture
 
 Packed = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -56,6 +56,10 @@ def compressed(symmetric: bool, bits: int = 4, layout: str = "pack-quantized", *
 
 def gptq(**config: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False, "desc_act": False} | config
+
+
+def modelopt(algorithm: str, **config: Any) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": algorithm, "producer": {"name": "modelopt"}} | config
 
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
@@ -115,7 +119,7 @@ def test_what_is_read_is_what_was_published(name: str, folders: Callable[[str], 
         matrix(64, 32, "self_attn.v_proj"),
     ):
         assert torch.allclose(source.read(ours), source.read(theirs).float(), rtol=1e-6, atol=1e-7)
-        assert source.is_int4(ours) == (name in CASES)
+        assert source.numbers(ours) == ("int4" if name in CASES else None)
         assert source.bytes(ours) < source.bytes(theirs) / (2 if name in CASES else 1)
 
 
@@ -123,7 +127,7 @@ def test_what_is_read_is_what_was_published(name: str, folders: Callable[[str], 
 def test_integers_and_scales_are_the_published_ones(name: str, folders: Callable[[str], Path]) -> None:
     case, (_, ours) = CASES[name], both(folders(name))
     names = sorted(load_file(folders(name) / "plain/model.safetensors"))
-    found = matrix(128, 64, "mlp.down_proj").int4(ours)
+    found = matrix(128, 64, "mlp.down_proj").quantized(ours)
     number = next(i for i, n in enumerate(names) if n.endswith("layers.1.mlp.down_proj.weight"))
     expected = published.rounded((64, 128), case.symmetric, number, 4, case.scattered)
     order = np.argsort(expected.group, kind="stable")
@@ -138,12 +142,12 @@ def test_queries_keys_and_values_side_by_side(folders: Callable[[str], Path]) ->
     whole = packed(
         Source("text.layers.0.self_attn.qkv_proj.weight", (64, 128), True), {"q_proj": 64, "k_proj": 32, "v_proj": 32}
     )
-    assert torch.allclose(whole.int4(ours).dequantized(), whole.read(theirs), rtol=1e-6, atol=1e-7)
+    assert torch.allclose(whole.quantized(ours).dequantized(), whole.read(theirs), rtol=1e-6, atol=1e-7)
 
 
 def test_smaller_blocks_are_the_same_matrix(folders: Callable[[str], Path]) -> None:
     _, ours = both(folders("awq"))
-    found = matrix(128, 64, "mlp.down_proj").int4(ours)
+    found = matrix(128, 64, "mlp.down_proj").quantized(ours)
     assert found.divided(16).form.block == 16
     assert torch.allclose(found.divided(16).dequantized(), found.dequantized())
 
@@ -202,11 +206,11 @@ def floats(kind: str) -> Callable[[tuple[int, int], int], Packed]:
         ("fp8", {"quant_method": "fp8", "weight_block_size": [16, 16]}),
     ],
 )
-def test_eight_bits_are_dequantised(kind: str, config: dict[str, Any], source: Path, tmp_path: Path) -> None:
+def test_eight_bits_are_read(kind: str, config: dict[str, Any], source: Path, tmp_path: Path) -> None:
     theirs, ours = both(published.publish(source, tmp_path, config, floats(kind)))
     for found in (matrix(64, 128, "mlp.up_proj"), matrix(64, 64, "self_attn.o_proj")):
         assert torch.allclose(found.read(ours), found.read(theirs), rtol=1e-6)
-        assert not found.is_int4(ours)
+        assert found.numbers(ours) == {"int": "int8", "float": "fp8", "fp8": None}[kind]
 
 
 @pytest.mark.parametrize(
@@ -220,12 +224,164 @@ def test_eight_bits_are_dequantised(kind: str, config: dict[str, Any], source: P
         (gptq(bits=3), "has 3 bits"),
         (compressed(True, layout="marlin-24"), "has format marlin-24"),
         (compressed(True, 2), r"packs \[2\] bits"),
+        (modelopt("NVFP4_AWQ"), "quantised by NVFP4_AWQ. Read are NVFP4, W4A16_NVFP4, FP8"),
+        (
+            modelopt(
+                "MIXED_PRECISION", quantized_layers={"a": {"quant_algo": "FP8"}, "b": {"quant_algo": "W4A16_AWQ"}}
+            ),
+            "quantised by W4A16_AWQ",
+        ),
     ],
 )
 def test_what_is_not_read_is_refused(config: dict[str, Any], message: str, source: Path, tmp_path: Path) -> None:
     folder = published.publish(source, tmp_path, config, CASES["awq"]) / "quantized"
     with pytest.raises(CheckpointError, match=message):
         matrix(64, 128, "mlp.up_proj").read(tiny.plan(folder).checkpoint)
+
+
+NESTED: dict[str, tuple[dict[str, Any], Callable[[Nested], dict[str, torch.Tensor]]]] = {
+    "modelopt": (modelopt("NVFP4", kv_cache_scheme={"num_bits": 8}), published.modelopt),
+    "compressed-tensors": (compressed(True, 4, "nvfp4-pack-quantized", group_size=16), published.nvfp4_packed),
+}
+
+
+def nested(shape: tuple[int, int], seed: int) -> Nested:
+    """With one scale for all matrices, as those side by side have; a power of two, whose inverse is exact."""
+    return published.nested(shape, seed)._replace(whole=np.float32(2**-13))
+
+
+def empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def wholes(folder: Path) -> Checkpoint:
+    return tiny.plan(folder, profile="rtx_5090_nvfp4").checkpoint
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_nvfp4_stays_what_was_published(name: str, source: Path, tmp_path: Path) -> None:
+    """Read as the floats it stands for; in a graph of a profile with NVFP4 bit by bit, but that a block of scale zero is zeros."""
+    config, pack = NESTED[name]
+
+    def both_ways(shape: tuple[int, int], seed: int) -> Packed:
+        return pack(nested(shape, seed)), nested(shape, seed).dequantized()
+
+    folder = published.publish(source, tmp_path / "published", config, both_ways)
+    theirs, ours = both(folder)
+    for found in (matrix(64, 128, "mlp.gate_proj"), matrix(64, 32, "self_attn.v_proj")):
+        assert torch.equal(found.read(ours), found.read(theirs))
+        assert found.numbers(ours) == "fp4"
+    graphs = export(tiny.plan(folder / "quantized", profile="rtx_5090_nvfp4"), out := empty(tmp_path / "graphs"))
+    assert graphs.lookup
+    model = onnx.load(out / "decode.onnx")
+    stored = {t.name: t for t in model.graph.initializer}
+    number = sorted(load_file(folder / "plain/model.safetensors")).index(
+        next(n for n in load_file(folder / "plain/model.safetensors") if n.endswith("layers.1.mlp.down_proj.weight"))
+    )
+    expected, label = nested((64, 128), number), "layers.1.mlp.down_proj.weight"
+    codes, scale = expected.codes.copy(), expected.scale.copy()
+    codes[1, 16:32], scale[1, 1] = 0, 1  # 2^-9, the smallest
+    assert stored[f"{label}.fp4"].raw_data == (codes.T[:, 0::2] | codes.T[:, 1::2] << 4).tobytes()
+    assert stored[f"{label}.scale"].raw_data == scale.T.tobytes()
+    assert onnx.numpy_helper.to_array(stored[f"{label}.whole"]) == expected.whole
+    assert json.loads((out / "precision.json").read_text())["quantizer"] == "the checkpoint's"
+
+
+def test_modelopt_beside_config_json_and_of_both_types(source: Path, tmp_path: Path) -> None:
+    """Older checkpoints tell in a file of its own only; of mixed precision each matrix tells what it is."""
+
+    def pack(shape: tuple[int, int], seed: int) -> Packed:
+        if seed % 2:
+            return published.modelopt(published.nested(shape, seed)), published.nested(shape, seed).dequantized()
+        weight = torch.randn(shape, generator=torch.manual_seed(seed)).to(torch.float8_e4m3fn)
+        return {"weight": weight, "weight_scale": torch.tensor(0.01)}, weight.float() * 0.01
+
+    layers = {"a": {"quant_algo": "FP8"}, "b": {"quant_algo": "NVFP4", "group_size": 16}}
+    folder = published.publish(source, tmp_path, {}, pack)
+    told = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": "FP8", "quantized_layers": layers}
+    described = {"producer": {"name": "modelopt", "version": "0.33.0"}, "quantization": told}
+    (folder / "quantized/hf_quant_config.json").write_text(json.dumps(described))
+    theirs, ours = both(folder)
+    names = ("mlp.gate_proj", "mlp.up_proj", "self_attn.o_proj", "self_attn.q_proj")
+    found = [matrix(64, 128 if "mlp" in name else 64, name) for name in names]
+    assert all(torch.allclose(m.read(ours), m.read(theirs), rtol=1e-6) for m in found)
+    assert {m.numbers(ours) for m in found} == {"fp4", "fp8"}
+
+
+@pytest.mark.parametrize(("kind", "profile", "suffix"), [("int", "cpu_int8", "int8"), ("float", "rtx_4090_fp8", "fp8")])
+def test_eight_bits_stay_what_was_published(kind: str, profile: str, suffix: str, source: Path, tmp_path: Path) -> None:
+    """With a scale per channel byte by byte; one for the whole matrix stands in every channel."""
+    config = compressed(True, 8, f"{kind}-quantized", strategy="channel", type=kind)
+
+    def pack(shape: tuple[int, int], seed: int) -> Packed:
+        parts, weight = floats(kind)(shape, seed)
+        parts["weight_scale"] = parts["weight_scale"].half().float()  # that of the graph
+        if shape == (64, 128):  # down
+            parts["weight_scale"] = parts["weight_scale"].amax().reshape(1)
+        else:
+            parts["weight_scale"][3] = 0  # of a channel that is nothing
+        return parts, weight
+
+    folder = published.publish(source, tmp_path / "published", config, pack)
+    export(plain(tiny.plan(folder / "quantized", profile=profile)), out := empty(tmp_path / "graphs"))
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(out / "decode.onnx").graph.initializer}
+    theirs = load_file(folder / "quantized/model.safetensors")
+    for name in ("mlp.down_proj", "mlp.up_proj"):
+        of = {
+            key.rpartition(".")[2]: t for key, t in theirs.items() if f"layers.1.{name}." in key and "language" in key
+        }
+        label, numbers, scale = f"layers.1.{name}.weight", of["weight"].view(torch.uint8), of["weight_scale"].ravel()
+        if len(scale) > 1:
+            numbers[3], scale[3] = 0, 1
+        assert stored[f"{label}.{suffix}"].tobytes() == numbers.t().contiguous().numpy().tobytes()
+        assert np.array_equal(stored[f"{label}.scale"], scale.expand(len(numbers)).numpy())
+
+
+def test_matrices_side_by_side_share_their_scale(source: Path, tmp_path: Path) -> None:
+    def pack(shape: tuple[int, int], seed: int) -> Packed:
+        found = published.nested(shape, seed)
+        found = found._replace(whole=found.whole * np.float32(1 + seed))
+        return published.modelopt(found), found.dequantized()
+
+    folder = published.publish(source, tmp_path / "published", modelopt("NVFP4"), pack)
+    with pytest.raises(CheckpointError, match=r"q_proj.*read the same input, but differ in"):
+        export(tiny.plan(folder / "quantized", profile="rtx_5090_nvfp4"), empty(tmp_path / "graphs"))
+
+
+@pytest.mark.parametrize("damage", ["scale of a type", "a scale", "scale of all"])
+def test_nvfp4_that_is_none_is_refused(damage: str, source: Path, tmp_path: Path) -> None:
+    def pack(shape: tuple[int, int], seed: int) -> Packed:
+        parts = published.modelopt(published.nested(shape, seed))
+        if damage == "scale of a type":
+            parts["weight_scale"] = parts["weight_scale"].float()
+        elif damage == "a scale":
+            parts["weight_scale"][0, 0] = -parts["weight_scale"][0, 0].float()
+        else:
+            parts["weight_scale_2"] = torch.tensor(float("nan"))
+        return parts, torch.zeros(shape)
+
+    folder = published.publish(source, tmp_path, modelopt("NVFP4"), pack)
+    with pytest.raises(CheckpointError, match="NVFP4"):
+        matrix(64, 128, "mlp.up_proj").read(wholes(folder / "quantized"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        compressed(True) | {"config_groups": [1]},
+        compressed(True) | {"config_groups": {"group_0": {"weights": {"num_bits": "four"}}}},
+        gptq(bits="four"),
+        AWQ | {"bits": []},
+        modelopt("MIXED_PRECISION", quantized_layers={"a": "FP8"}),
+        modelopt("NVFP4", quantization=7),
+    ],
+)
+def test_a_description_that_is_none_is_told(config: dict[str, Any], source: Path, tmp_path: Path) -> None:
+    described = json.loads((source / "config.json").read_text()) | {"quantization_config": config}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match="quantised it cannot be read"):
+        Checkpoint(tmp_path).quantized  # noqa: B018
 
 
 def test_scattered_groups_of_different_sizes_are_refused(folders: Callable[[str], Path], tmp_path: Path) -> None:
@@ -236,7 +392,7 @@ def test_scattered_groups_of_different_sizes_are_refused(folders: Callable[[str]
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(CheckpointError, match="g_idx does not give every one"):
-        matrix(128, 64, "mlp.down_proj").int4(tiny.plan(tmp_path).checkpoint)
+        matrix(128, 64, "mlp.down_proj").quantized(tiny.plan(tmp_path).checkpoint)
 
 
 def test_nothing_is_calibrated_that_is_quantised_already(folders: Callable[[str], Path], tmp_path: Path) -> None:

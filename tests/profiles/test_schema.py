@@ -44,7 +44,7 @@ def test_a_power_mode() -> None:
     with pytest.raises(UsageError) as caught:
         slower.in_mode("15")
     assert str(caught.value) == (
-        "Profile `orin_nano_8gb_int4`: unknown power mode '15'. Did you mean '15W'? Known: 15W, MAXN_SUPER."
+        "Profile `orin_nano_8gb_int4`: unknown power mode '15'. Did you mean '15W'? Known: 15W, 25W, MAXN_SUPER."
     )
 
 
@@ -111,8 +111,8 @@ def test_tensorrt_versions_compare_as_numbers(installed: str, accepted: bool) ->
 
 
 def test_an_unknown_name() -> None:
-    assert refusal("orin_nano_8gb_int8") == (
-        "Unknown profile 'orin_nano_8gb_int8'. Did you mean 'orin_nano_8gb_int4'? "
+    assert refusal("orin_nano_8gb_fp4") == (
+        "Unknown profile 'orin_nano_8gb_fp4'. Did you mean 'orin_nano_8gb_fp16'? "
         f"Known: {', '.join(_schema.names())}. A path to a .toml file works too."
     )
 

@@ -66,17 +66,18 @@ def test_the_graph_multiplies_what_was_stored(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_tensorrt_rtx_keeps_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("eight", "half"), [("rtx_4090_fp8", "rtx_4090_fp16"), ("rtx_3090_int8", "rtx_3090_fp16")])
+def test_tensorrt_rtx_keeps_eight_bits(eight: str, half: str, tmp_path: Path) -> None:
     wide = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 16}
     tiny.llava(tmp_path / "model", **wide)
     sizes = {}
-    for profile in ("rtx_4090_fp8", "rtx_4090_fp16"):
+    for profile in (eight, half):
         (tmp_path / profile).mkdir()
         work = Workspace(tmp_path / profile)
         graphs = run_export(Job(str(tmp_path / "model"), ("uniform:keep=8",), profile), work)
         (record,) = build(tiny.language_model(graphs), work.graphs, tmp_path, _schema.load(profile))
         sizes[profile] = record.details["weights_bytes"]
-    assert sizes["rtx_4090_fp8"] < 0.7 * sizes["rtx_4090_fp16"]
+    assert sizes[eight] < 0.7 * sizes[half]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from exporter.stages._modules import load_reference
 from exporter.stages._reference import reference
 from exporter.stages.export import export
 from exporter.stages.validate import cosine
+from tests.conftest import Said
 from tests.families import tiny
 from tests.stages.conftest import Engine, Exported
 
@@ -213,3 +214,17 @@ class Asking:
 
     def side(self, texts: Any) -> dict[str, Any]:
         return {}
+
+
+def test_asked_for_on_the_command_line(edgetrim: Callable[..., Said], tmp_path: Path) -> None:
+    """The embedded model does not come near float16's end, and the record says that it was looked at."""
+    asked = ("export", "embedded", "-r", "visionzip:keep=8", "--islands", "auto")
+    said = edgetrim(*asked, "-p", "cpu_fp32", "-o", tmp_path / "none")
+    assert (said.code, said.err) == (
+        2,
+        "Error: --islands auto is for FP16, and profile `cpu_fp32` computes in FP32. Leave it out, or choose one with FP16, see "
+        "`edgetrim list profiles`.\n",
+    )
+    assert edgetrim(*asked, "-p", "rtx_3090_fp16", "-o", tmp_path / "out").code == 0
+    record = json.loads((tmp_path / "out/graphs/precision.json").read_text())
+    assert record["islands"] == [] and record["calibration_questions"] > 0
