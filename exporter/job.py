@@ -83,6 +83,16 @@ class Job:
             check_weights(plan)
         return plan
 
+    def unreduced(self) -> Job:
+        """The same model with all its visual tokens."""
+        from exporter.plan import unreduced
+
+        return replace(self, reductions=unreduced(self.reductions))
+
+    @property
+    def reduces(self) -> bool:
+        return self.unreduced() != self
+
     def words(self) -> list[str]:
         """As typed behind `edgetrim run`, without the output folder."""
         size = None if self.image_size is None else "x".join(map(str, self.image_size))

@@ -237,7 +237,7 @@ def run_bench(
     profile = job.loaded_profile()
     with ExitStack() as stack:
         runners, graphs, table, what = stack.enter_context(open_runners(work.folder, profile, threads))
-        variants = [bench.Variant("engine_reduced" if job.reductions else "engine_unreduced", runners, graphs, table)]
+        variants = [bench.Variant("engine_reduced" if job.reduces else "engine_unreduced", runners, graphs, table)]
         if compare:
             from exporter.stages._reference import reference
 
@@ -247,8 +247,8 @@ def run_bench(
                 torch.set_num_threads(threads)
             plan = job.plan()
             variants.append(bench.Variant(variants[0].name.replace("engine", "reference"), *reference(plan)))
-            if job.reductions:
-                bare = replace(job, reductions=())
+            if job.reduces:
+                bare = job.unreduced()
                 log("exporting the unreduced model to compare with")
                 scratch = stack.enter_context(work.fresh_scratch("unreduced"))
                 run_export(bare, Workspace(scratch))

@@ -133,6 +133,11 @@ class Plan:
         trained = {s.name: s.method.trained(s.site) for s in self.steps}
         return Inside(self.kept, self.in_llm, self.in_cache, trained)
 
+    def unreduced(self) -> Plan:
+        """The same model with all its visual tokens."""
+        own = unreduced([_spec.format(s.method) for s in self.steps])
+        return make_plan(self.checkpoint, own, self.profile, self.request)
+
     def exact(self) -> Plan:
         """The same with keys and values in the cache as they are: what PyTorch is the reference of."""
         precision = replace(self.profile.precision, kv="none")
@@ -251,6 +256,18 @@ def make_plan(
     return _Fitting(checkpoint, family, geometry, request, profile).run(methods)
 
 
+def unreduced(reductions: Sequence[str]) -> tuple[str, ...]:
+    """Those of them that are the model itself: compressors whose tensors are in its own checkpoint, with all the tokens that they
+    were trained to give. Raises ReductionError for a spec that is none."""
+    found = []
+    for text in reductions:
+        method = _spec.parse(text)
+        if isinstance(method, Compressor) and not method.weights:
+            whole = replace(method, **{knob: None for knob in ("keep", "keep_ratio") if hasattr(method, knob)})
+            found.append(text if whole == method else _spec.format(whole))
+    return tuple(found)
+
+
 ORDER = {"in_tower": 0, "before_llm": 1, "projector": 1, "in_llm": 2, "in_cache": 3}
 """Which reduction comes before which; at equal places, as they were given."""
 
@@ -270,7 +287,8 @@ def find_family(checkpoint: Checkpoint) -> Family:
             f"{checkpoint.folder}/config.json says model_type '{kind}', and there is no such family. "
             f"Known: {', '.join(known)}. A family is one file, see CONTRIBUTING.md."
         )
-    return cast(Family, _discover.load(exporter.families, "family", file).FAMILY)
+    named = cast(Family, _discover.load(exporter.families, "family", file).FAMILY)
+    return named.of(checkpoint.config)
 
 
 def _check_limits(request: Request, profile: Profile) -> None:

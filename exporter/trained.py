@@ -55,7 +55,8 @@ def trained_tensors(plan: Plan, step: Step) -> dict[str, Stored]:
 def _stored(plan: Plan, step: Step) -> tuple[Mapping[str, Stored], tuple[str, ...]]:
     """What lies where a reduction's trained tensors are looked for, and what may stand before their names there."""
     if isinstance(step.method, Compressor) and not step.weights:
-        return plan.checkpoint.stored(), ("projector.",)
+        own = plan.checkpoint
+        return {**stored_tensors(own.folder), **own.stored()}, (*step.method.prefixes, "projector.")
     return stored_tensors(Path(step.weights)), step.method.prefixes
 
 

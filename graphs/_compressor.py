@@ -29,8 +29,8 @@ class Compressor(Reduction):
     It takes the place of the family's own projector, and the language model counts positions as if the tower had given
     what it returns. Reductions of the space "tower" may act before it, those of the space "llm" behind it.
 
-    `weights`: safetensors file or checkpoint folder with its trained tensors. Without it they are where the model's own
-    checkpoint has its projector.
+    `weights`: safetensors file or checkpoint folder with its trained tensors. Without it they are in the model's own checkpoint,
+    where that has its projector, or under the names that the method's authors publish.
     """
 
     place: ClassVar[str] = "projector"

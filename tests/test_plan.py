@@ -93,7 +93,8 @@ def test_refusals_come_before_tracing(
 def test_an_unknown_family(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llavva"}')
     with pytest.raises(
-        UsageError, match=r"model_type 'llavva', and there is no such family\. Known: .*\bllava, llava_next"
+        UsageError,
+        match=r"model_type 'llavva', and there is no such family\. Known: .*\bllava, llava_llama, llava_next",
     ):
         tiny.plan(tmp_path)
 

@@ -73,7 +73,7 @@ def command(
                 plan = replace(plan, profile=plan.profile.in_mode(power_mode))
             usual = roofline.Use.within(plan.profile.limits)
             use = roofline.Use(text or usual.text, new_tokens or usual.new_tokens)
-            bare = replace(job, reductions=()).plan(weights=False) if job.reductions else None
+            bare = job.unreduced().plan(weights=False) if job.reduces else None
             found.append(
                 (
                     plan,

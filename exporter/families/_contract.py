@@ -123,6 +123,10 @@ class Family(ABC):
     @abstractmethod
     def decoder(self, checkpoint: Checkpoint) -> DecoderShape: ...
 
+    def of(self, config: dict[str, Any]) -> Family:
+        """Who reads a checkpoint with this config: another family where two layouts share one `model_type`."""
+        return self
+
     def reads(self, checkpoint: Checkpoint, request: Request) -> Checkpoint:
         """The checkpoint as the modules' parameters are called."""
         return checkpoint.named(self.canonical)

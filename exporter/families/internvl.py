@@ -1,11 +1,13 @@
 """InternVL3 and others in transformers' layout: InternViT (class token, layer scale), pixel shuffle, MLP, Qwen2, Qwen3 or Llama
 decoder. An image is one tile, or a grid of tiles and the whole image behind them (`--image-size`).
 
-A clip is several images; the frame numbers that the processor writes between them are left to the prompt.
+A clip (`--frames` above 1) is so many tiles, each behind its number in text. With the `--image-size` of a single tile it is so many
+images instead.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporter.checkpoint import Checkpoint
@@ -51,7 +53,7 @@ TOWER = {
 }  # fmt: skip
 """What transformers takes a key of vision_config for that config.json does not have."""
 
-IMAGE, START, END = "<IMG_CONTEXT>", "<img>", "</img>"
+IMAGE, CLIP, START, END = "<IMG_CONTEXT>", "<video>", "<img>", "</img>"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -86,10 +88,12 @@ class InternVl(Family):
             overview="none" if tiles == (1, 1) else "last",
         )  # fmt: skip
         token = int(checkpoint.config.get("image_token_id", 151667))
-        return _shuffled.geometry(
-            checkpoint, request, spec, self.decoder(checkpoint), image, token,
-            mark=IMAGE, written=START + IMAGE * image.parts + END,
-        )  # fmt: skip
+        clip = request.frames > 1 and request.image_size is None
+        mark, written = (CLIP, numbered(request.frames)) if clip else (IMAGE, START + IMAGE * image.parts + END)
+        found = _shuffled.geometry(
+            checkpoint, request, spec, self.decoder(checkpoint), image, token, mark=mark, written=written
+        )
+        return replace(found, media="video" if clip else "image")
 
     def vision(
         self, checkpoint: Checkpoint, geometry: Geometry, taps: tuple[str, ...], in_tower: tuple[str, InTower] | None
@@ -137,6 +141,11 @@ class InternVl(Family):
             patch_bias=True,
             merge=int(1 / float(config.get("downsample_ratio", 0.5))),
         ))  # fmt: skip
+
+
+def numbered(frames: int) -> str:
+    """What the processor writes for a clip of so many frames."""
+    return "\n".join(f"Frame{n}: {START}{IMAGE}{END}" for n in range(1, frames + 1))
 
 
 def _square(size: int | list[int]) -> int:

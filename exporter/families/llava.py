@@ -60,6 +60,13 @@ class Llava(Family):
         "text_config": {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064},
     }  # fmt: skip
 
+    def of(self, config: dict[str, Any]) -> Family:
+        if "mm_vision_tower" not in config or "vision_config" in config:
+            return self
+        from exporter.families.llava_llama import FAMILY as original
+
+        return original
+
     def canonical(self, key: str) -> str:
         return renamed(key, RENAMES)
 

@@ -91,7 +91,7 @@ def measure(
     questions = _task.embedded(job.frames, per_kind)
     if not questions:
         raise UsageError(f"The embedded questions are about 1 or 4 frames; found --frames {job.frames}.")
-    bare = replace(job, reductions=()).plan()
+    bare = job.unreduced().plan()
     site = bare.geometry.tower
     prompt = prompt_of(bare)
 

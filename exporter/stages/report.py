@@ -68,7 +68,7 @@ def collect(work: Workspace, job: Job) -> report.ReportData:
     executed = (validation or latency or {}).get("executed", "")
     machine = _machine((latency or {}).get("machine"))
     try:
-        timed = _latency(latency, bool(job.reductions))
+        timed = _latency(latency, job.reduces)
         return report.ReportData(
             title=_title(job, graphs),
             checkpoint=job.checkpoint,

@@ -26,6 +26,7 @@ from exporter.stages import _answers, _recorded
 from exporter.stages._answers import Answers
 from exporter.stages._task import Question, kinds
 from exporter.workspace import Workspace
+from graphs import _spec
 from profiles._schema import Gates
 
 Log = Callable[[str], None]
@@ -349,11 +350,12 @@ def controls(plan: Plan) -> list[tuple[str, Plan]]:
     model's own projector where that shortens."""
     kept = min(step.after for step in plan.steps)
     per_frame = max(1, kept // plan.geometry.tower.frames)
-    where = ",space=llm" if plan.geometry.compressor else ""
+    own = [_spec.format(step.method) for step in plan.unreduced().steps]
+    where = ",space=llm" if own else ""
     return [
         (
             f"{name}, {per_frame} per image",
-            make_plan(plan.checkpoint, [f"{name}:keep={per_frame}{where}"], plan.profile, plan.request),
+            make_plan(plan.checkpoint, [*own, f"{name}:keep={per_frame}{where}"], plan.profile, plan.request),
         )
         for name in ("random", "uniform")
     ]
@@ -386,9 +388,10 @@ def ask_all(
 ) -> list[Asked]:
     """Put the questions to the unreduced model, the reduced one, the engine, and the controls. What was answered before a kill is
     not asked again."""
-    unreduced = make_plan(plan.checkpoint, [], plan.profile, plan.request)
+    unreduced = plan.unreduced()
+    reduces = plan.steps != unreduced.steps
     references = [("unreduced", "unreduced, PyTorch FP32", unreduced)]
-    if plan.steps:
+    if reduces:
         references.append(("reduced", "reduced, PyTorch FP32", plan))
         references += [("control", name, control) for name, control in controls(plan)]
     found = []
@@ -396,7 +399,7 @@ def ask_all(
         known = _answers.of_plan(work.folder, label, asked)
         told = ask_reference(asked, prompt, questions, known, _naming(log, label))
         found.append(_scored(variant, label, told, questions))
-    label = f"{'reduced' if plan.steps else 'unreduced'}, engine {plan.profile.name}"
+    label = f"{'reduced' if reduces else 'unreduced'}, engine {plan.profile.name}"
     known = _answers.of_folder(work.folder, label, executed)
     batch = min(BATCH, plan.profile.limits.batch)
     generator = Generator(engine, graphs, table)

@@ -123,4 +123,4 @@ def _controls(plan: Plan) -> list[str]:
     """Random and uniform selection of as many tokens."""
     from exporter.stages import validate
 
-    return [_spec.format(control.steps[0].method) for _, control in validate.controls(plan)]
+    return [_spec.format(control.steps[-1].method) for _, control in validate.controls(plan)]

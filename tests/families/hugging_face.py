@@ -22,6 +22,11 @@ def of_frames(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, 
     return {"pixel_values": torch.from_numpy(pixels[0])}
 
 
+def of_tower(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
+    """[frames, 3, height, width], clips too"""
+    return {"pixel_values": torch.from_numpy(pixels[0])}
+
+
 def of_samples(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, Any]:
     """[samples, frames, 3, height, width]"""
     return {"pixel_values": torch.from_numpy(pixels)}
@@ -63,6 +68,8 @@ def of_gemma(pixels: Pixels, ids: torch.Tensor, graphs: GraphSet) -> dict[str, A
 VISUAL: dict[str, Callable[[Pixels, torch.Tensor, GraphSet], dict[str, Any]]] = {
     "gemma3": of_gemma,
     "idefics3": of_samples,
+    "internvl": of_tower,
+    "internvl_chat": of_tower,
     "llava_next": of_tiles,
     "llava_next_video": of_tiles,
     "llava_onevision": of_tiles,

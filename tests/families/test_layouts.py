@@ -15,8 +15,11 @@ from transformers import AutoConfig
 from exporter.checkpoint import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.families._contract import Request, decoder_spec
-from exporter.plan import make_plan
+from exporter.job import Job
+from exporter.plan import Step, make_plan
 from exporter.stages._modules import load_reference
+from exporter.stages.validate import controls
+from exporter.trained import trained_tensors
 from tests.families import tiny
 
 SIZED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -139,6 +142,79 @@ def test_a_tower_that_nobody_brings(tmp_path: Path) -> None:
         CheckpointError, match=r"does not hold its tower, somebody/small-clip. Name that checkpoint: --clip-model"
     ):
         load_reference(tiny.plan(tmp_path))
+
+
+def test_two_layouts_are_called_llava(tmp_path: Path) -> None:
+    """LLaVA's own code called its layout so before transformers did, and `llava_llama` afterwards."""
+    tiny.llava_llama(tmp_path)
+    newer, config = parameters(tmp_path, "llava_llama"), json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "vision_config"}))
+    rename(tmp_path, model_type="llava", mm_vision_tower="openai/clip-vit-large-patch14")
+    assert tiny.plan(tmp_path).family.model_type == "llava_llama"
+    rename(tmp_path, **config)
+    assert same(parameters(tmp_path, "llava_llama"), newer)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'.*llava_next"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
+        ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature 'cls_patch'"),
+        ({"mm_vision_tower": None}, "names no `mm_vision_tower`.*VILA"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type 'linear' is not supported.*--reduce"),
+    ],
+)
+def test_what_is_not_read_of_the_original_layout(said: dict[str, Any], words: str, tmp_path: Path) -> None:
+    tiny.llava_llama(tmp_path)
+    rename(tmp_path, **said)
+    with pytest.raises(CheckpointError, match=words):
+        load_reference(tiny.plan(tmp_path))
+
+
+def with_projector_of(spec: str, folder: Path) -> Step:
+    """A whole model with this compressor, its tensors under the names of its authors."""
+    tiny.llava_llama(folder)
+    (step,) = tiny.unchecked(folder, (spec,)).steps
+    tensors = {k: x for k, x in load_file(folder / "model.safetensors").items() if "mm_projector" not in k}
+    own = load_file(tiny.weights(step, folder / "own.safetensors"))
+    save_file(tensors | {f"{step.method.prefixes[1]}{k}": x for k, x in own.items()}, folder / "model.safetensors")
+    return step
+
+
+@pytest.mark.parametrize("spec", ["tokenpacker", "mqt:keep=6", "hires", "llava_stf:blocks=1"])
+def test_a_compressor_is_known_by_its_tensors(spec: str, tmp_path: Path) -> None:
+    """And they are found: `check_weights` asks for every one."""
+    step = with_projector_of(spec, tmp_path)
+    plan = tiny.plan(tmp_path, (spec,))
+    assert plan.geometry.compressor == spec.partition(":")[0]
+    (found,) = plan.steps
+    assert (found.method, found.weights) == (step.method, "")
+    assert len(trained_tensors(plan, found)) == len(load_file(tmp_path / "own.safetensors"))
+
+
+def test_a_projector_of_the_model_is_no_reduction(tmp_path: Path) -> None:
+    """With all that it was trained to give it is what a reduced model is compared with; what else shortens is left out."""
+
+    def reduced(*specs: str) -> tuple[bool, tuple[str, ...]]:
+        job = Job("any", specs, "cpu_fp32")
+        return job.reduces, job.unreduced().reductions
+
+    assert reduced() == (False, ())
+    assert reduced("mqt:heads=2") == (False, ("mqt:heads=2",))
+    assert reduced("mqt:keep=6,heads=2", "fastv:layer=1,keep=3") == (True, ("mqt:heads=2",))
+    assert reduced("mqt:keep=6,weights=file") == (True, ())
+    with_projector_of("tokenpacker", tmp_path)
+    plan = tiny.plan(tmp_path, ("fastv:layer=1,keep=2",))
+    assert [step.name for step in plan.unreduced().steps] == ["tokenpacker"]
+    named = [(c.kept, [s.name for s in c.steps]) for _, c in controls(plan)]
+    assert named == [(2, ["tokenpacker", "random"]), (2, ["tokenpacker", "uniform"])]
+
+
+def rename(folder: Path, **said: Any) -> None:
+    """Other facts in config.json; None takes one away."""
+    config = json.loads((folder / "config.json").read_text()) | said
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
 def test_weights_that_are_pickles(tmp_path: Path) -> None:

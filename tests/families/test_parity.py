@@ -26,6 +26,7 @@ from exporter.runtime.sequence import arrange
 from exporter.stages._reference import reference
 from exporter.weights import load, text_embeddings
 from tests.families import hugging_face, tiny
+from tests.graphs.test_tokenpacker import Reference
 
 TOLERANCE = 1e-4
 NEW_TOKENS = 32
@@ -138,19 +139,21 @@ def test_a_head_with_a_cap(theirs: type[PreTrainedModel], tmp_path: Path) -> Non
         pytest.param(partial(tiny.internvl, decoder="qwen3"), 1, (112, 56), id="internvl of tiles"),
         pytest.param(
             partial(tiny.internvl, decoder="llama", norm_type="rms_norm", use_qk_norm=True, attention_bias=False), 2, None,
-            id="internvl of 6B",
+            id="internvl of 6B, of a clip",
         ),
         pytest.param(tiny.internvl_chat, 1, (112, 56), id="internvl_chat of tiles"),
         pytest.param(
             partial(tiny.internvl_chat, decoder="qwen3", norm_type="rms_norm", use_qk_norm=True, attention_bias=False), 2, None,
             id="internvl_chat with the large tower's norms",
         ),
+        pytest.param(tiny.internvl, 2, (56, 56), id="internvl of two images"),
         pytest.param(partial(tiny.internvl, use_mean_pooling=False), 1, None, id="internvl with a last norm"),
         pytest.param(tiny.llava_next, 1, (112, 168), id="llava_next"),
         pytest.param(tiny.instructblip, 1, None, id="instructblip"),
         pytest.param(tiny.blip_2, 1, None, id="blip_2"),
         pytest.param(partial(tiny.mobilevlm, version=1), 1, None, id="mobilevlm"),
         pytest.param(tiny.mobilevlm, 2, None, id="mobilevlm v2 of two images"),
+        pytest.param(tiny.llava_llama, 2, None, id="llava_llama of two images"),
         pytest.param(tiny.mistral3, 1, (84, 140), id="mistral3"),
         pytest.param(tiny.mistral3, 2, (56, 84), id="mistral3 of two images"),
         pytest.param(tiny.gemma3, 3, None, id="gemma3 of three images"),
@@ -172,6 +175,26 @@ def test_a_head_with_a_cap(theirs: type[PreTrainedModel], tmp_path: Path) -> Non
 )  # fmt: skip
 def test_families(build: Any, frames: int, size: tuple[int, int] | None, tmp_path: Path) -> None:
     compare(build(tmp_path), ours(tmp_path, Request(frames, size)))
+
+
+class Packer(Reference):
+    """TokenPacker's, of the tiny tower's patches: its two blocks have the published tower's 11 and 15, 21, 22."""
+
+    reads = (-2, 1, 2, 2, 2)
+
+    def __init__(self, dim: int, llm_dim: int) -> None:
+        super().__init__(2, 4, 1, dim, dim, llm_dim)
+
+    def forward(self, x: torch.Tensor, *levels: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, torch.cat(levels, -1), (4, 4))
+
+
+def test_a_checkpoint_with_a_compressor_of_its_own(tmp_path: Path) -> None:
+    """Known by its tensors, which config.json does not tell, and found under their published names."""
+    theirs: Any = tiny.llava_llama(tmp_path, projector=Packer)
+    generator = ours(tmp_path, Request(2))
+    assert generator.graphs.visual.kept == 2 * 4
+    compare(theirs, generator)
 
 
 def test_a_conversation_that_outgrows_its_positions(tmp_path: Path) -> None:

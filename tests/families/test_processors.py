@@ -282,6 +282,24 @@ def test_a_tokenizer_that_cannot_be_converted(tmp_path: Path) -> None:
         prompt_of(tiny.plan(tmp_path))
 
 
+@pytest.mark.parametrize("family", ["internvl", "internvl_chat"])
+def test_internvl_numbers_the_frames_of_a_clip(family: str, tmp_path: Path) -> None:
+    """And several images of a tile each stay several images."""
+    getattr(tiny, family)(tmp_path / "model")
+    clip, pictures = (tiny.plan(tmp_path / "model", (), Request(3, size)).geometry for size in (None, ONE))
+    processor: Any = SimpleNamespace(
+        start_image_token="<img>", end_image_token="</img>", image_token="<IMG_CONTEXT>", image_seq_length=TOKENS
+    )
+    wanted = InternVLProcessor.replace_video_token(processor, {"pixel_values_videos": [np.zeros((3, 1))]}, 0)
+    assert (clip.media, clip.mark, clip.placeholders) == ("video", "<video>", 3)
+    assert clip.written.replace("<IMG_CONTEXT>", "<IMG_CONTEXT>" * TOKENS) == wanted
+    assert (pictures.media, pictures.mark, pictures.written) == (
+        "image",
+        "<IMG_CONTEXT>",
+        of_internvl(1, 1).replace("<IMG_CONTEXT>" * TOKENS, "<IMG_CONTEXT>"),
+    )
+
+
 def test_times_of_a_clip(tmp_path: Path) -> None:
     """Qwen3-VL's steps of a clip of six frames, sampled twice a second; the processor writes them for the template's clip."""
     tiny.qwen3_vl(tmp_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,7 +72,7 @@ from exporter.graphset import GraphSet
 from exporter.plan import Plan, Step, make_plan
 from exporter.trained import check_weights
 from profiles import _schema
-from tests.families import mobilevlm_like, timm_like
+from tests.families import original_like, timm_like
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 IMAGE, VIDEO, START, END, EOS = 5, 6, 7, 8, 2
@@ -109,7 +110,7 @@ def randomize(model: Any, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            gain = 2 if "language_model." in name and ".layers." in name else 1
+            gain = 2 if re.search(r"(language_model|llama)\..*layers\.", name) else 1
             scale = 0.3 if parameter.ndim < 2 else gain * parameter.shape[-1] ** -0.5
             noise = torch.randn(parameter.shape, generator=generator) * scale
             parameter.copy_(noise + (1.0 if parameter.ndim == 1 and parameter.mean() > 0.5 else 0.0))
@@ -303,16 +304,29 @@ def fast_vlm(folder: Path, tied: bool = False) -> PreTrainedModel:
 
 def mobilevlm(
     folder: Path, tied: bool = False, version: int = 2, tower: bool = True, **text: Any
-) -> mobilevlm_like.MobileVlm:
+) -> original_like.Original:
     """4 visual tokens per image, each of 2 × 2 patches. tower: whether its weights and its config are in the checkpoint."""
-    projector = {1: mobilevlm_like.Ldp, 2: mobilevlm_like.LdpV2}[version]
+    name, projector = {1: ("ldpnet", original_like.Ldp), 2: ("ldpnetv2", original_like.LdpV2)}[version]
+    return _original(folder, {"model_type": "mobilevlm", "mm_projector_type": name}, projector, tied, tower, **text)
+
+
+def llava_llama(
+    folder: Path, tied: bool = False, tower: bool = True, projector: Any = original_like.Mlp, **text: Any
+) -> original_like.Original:
+    """16 visual tokens per image, or what `projector(tower width, language model's)` makes of them."""
+    said = {"model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu"}
+    return _original(folder, said, projector, tied, tower, **text)
+
+
+def _original(
+    folder: Path, said: dict[str, Any], projector: Any, tied: bool, tower: bool, **text: Any
+) -> original_like.Original:
     text = text_config("llama", tied) | text
-    model = mobilevlm_like.MobileVlm(CLIP, text, projector)
-    randomize(model)
+    model = randomize(original_like.Original(CLIP, text, projector))
     folder.mkdir(exist_ok=True)
-    config = text | {
-        "model_type": "mobilevlm", "mm_projector_type": {1: "ldpnet", 2: "ldpnetv2"}[version], "image_aspect_ratio": "pad",
-        "mm_vision_tower": "somebody/small-clip", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+    config = text | said | {
+        "image_aspect_ratio": "pad", "mm_vision_tower": "somebody/small-clip", "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config | ({"vision_config": CLIP} if tower else {})))
     tensors = {n: x.contiguous() for n, x in model.published().items() if tower or "vision_tower" not in n}

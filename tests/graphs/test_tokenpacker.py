@@ -53,20 +53,22 @@ def test_tensors_are_those_of_the_published_checkpoint() -> None:
 class Reference(nn.Module):
     """The paper's, of PyTorch's own modules, cell by cell."""
 
-    def __init__(self, scale: int, levels: int, heads: int) -> None:
+    def __init__(
+        self, scale: int, levels: int, heads: int, dim: int = 8, patch_dim: int = 6, llm_dim: int = 12
+    ) -> None:
         super().__init__()
-        self.q_proj_1 = nn.Linear(8, 8, bias=False)
+        self.q_proj_1 = nn.Linear(dim, dim, bias=False)
         self.k_proj_1, self.v_proj_1 = (
-            nn.Sequential(nn.Linear(6 * levels, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(2)
+            nn.Sequential(nn.Linear(patch_dim * levels, dim), nn.GELU(), nn.Linear(dim, dim)) for _ in range(2)
         )
-        self.ln_q_1, self.ln_k_1, self.ln_v_1 = (nn.LayerNorm(8, 1e-6) for _ in range(3))
-        self.clip_attn = nn.MultiheadAttention(8, heads, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 12))
+        self.ln_q_1, self.ln_k_1, self.ln_v_1 = (nn.LayerNorm(dim, 1e-6) for _ in range(3))
+        self.clip_attn = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(dim, llm_dim), nn.GELU(), nn.Linear(llm_dim, llm_dim))
         self.scale = scale
 
     def forward(self, x: torch.Tensor, levels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         rows, cols = grid[0] // self.scale, grid[1] // self.scale
-        coarse = nn.functional.interpolate(x.transpose(1, 2).reshape(len(x), 8, *grid), (rows, cols), mode="bilinear")
+        coarse = nn.functional.interpolate(x.transpose(1, 2).reshape(len(x), -1, *grid), (rows, cols), mode="bilinear")
         key, value = self.ln_k_1(self.k_proj_1(levels)), self.ln_v_1(self.v_proj_1(levels))
         out = []
         for r in range(rows):

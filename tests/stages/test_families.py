@@ -29,6 +29,7 @@ CASES: dict[str, tuple[Request, tuple[str, ...]]] = {
     "instructblip": (Request(1), (BEFORE, INSIDE)),
     "internvl": (Request(2), (BEFORE,)),
     "internvl_chat": (Request(1, (56, 112)), (BEFORE,)),
+    "llava_llama": (Request(2), (BEFORE, INSIDE)),
     "llava_next": (Request(2, (112, 56)), (BEFORE,)),
     "llava_next_video": (Request(2), (BEFORE,)),
     "llava_onevision": (Request(3), ("visionzip:keep_ratio=0.75",)),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from exporter.errors import UsageError
 from exporter.job import EMBEDDED, Job
 from exporter.tune.candidates import candidates, templates
 from graphs import _spec
+from tests.families import tiny
 
 JOB = Job(EMBEDDED, (), "cpu_fp32")
 
@@ -22,6 +25,17 @@ def test_every_method_has_controls_of_its_count() -> None:
         controls = {(c.spec.partition(":")[0], _spec.parse(c.spec).keep) for c in mine if c.role == "control"}
         assert controls == {("random", 32), ("uniform", 32), ("random", 16), ("uniform", 16)}
     assert len({c.key for c in found}) == len(found)
+
+
+def test_controls_stand_behind_a_projector_that_shortens(tmp_path: Path) -> None:
+    """Of MobileVLM's 4 tokens, half."""
+    tiny.mobilevlm(tmp_path)
+    found, left = candidates(
+        Job(str(tmp_path), (), "cpu_fp32"), ("fastv:keep_ratio={ratio},layer=1",), (0.5,), ("cpu_fp32",)
+    )
+    assert left == []
+    controls = [_spec.parse(c.spec) for c in found if c.role == "control"]
+    assert [(_spec.name(c), c.keep, c.space) for c in controls] == [("random", 2, "llm"), ("uniform", 2, "llm")]
 
 
 def test_what_does_not_fit_is_left_out_with_its_reason() -> None:

@@ -1,5 +1,5 @@
-"""MobileVLM from its papers (arXiv:2312.16886, arXiv:2402.03766): Hugging Face's CLIP tower and Llama, and between them projectors
-of plain torch modules, whose names are those of the published checkpoints."""
+"""LLaVA as its own code has it (arXiv:2310.03744), and MobileVLM (arXiv:2312.16886, arXiv:2402.03766): Hugging Face's CLIP tower and
+Llama, and between them projectors of plain torch modules, whose names are those of the published checkpoints."""
 
 from __future__ import annotations
 
@@ -53,6 +53,13 @@ def as_raster(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(len(x), -1, side, side)
 
 
+class Mlp(nn.Sequential):
+    """LLaVA-1.5's. [n, tokens, inputs] → [n, tokens, outputs]"""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(nn.Linear(inputs, outputs), nn.GELU(), nn.Linear(outputs, outputs))
+
+
 class Ldp(nn.Module):
     """The first version's. [n, tokens, inputs] → [n, tokens / 4, outputs]"""
 
@@ -80,8 +87,9 @@ class LdpV2(nn.Module):
         return (pooled + self.peg.peg(pooled)).flatten(2).transpose(1, 2)
 
 
-class MobileVlm(nn.Module):
-    """Answers what a model of transformers answers, as far as the tests ask."""
+class Original(nn.Module):
+    """Answers what a model of transformers answers, as far as the tests ask. A projector with `reads` gets those hidden states of
+    the tower, each [n, tokens, width]; others the last but one."""
 
     def __init__(self, vision: dict[str, Any], text: dict[str, Any], projector: type[nn.Module]) -> None:
         super().__init__()
@@ -91,7 +99,7 @@ class MobileVlm(nn.Module):
         self.generation_config, self.config = self.llama.generation_config, self.llama.config
 
     @property
-    def model(self) -> MobileVlm:
+    def model(self) -> Original:
         return self
 
     def published(self) -> dict[str, Tensor]:
@@ -103,8 +111,9 @@ class MobileVlm(nn.Module):
 
     def get_image_features(self, pixel_values: Tensor) -> Any:
         """[frames, 3, height, width] → one [tokens, hidden] per frame."""
-        hidden = self.tower(pixel_values, output_hidden_states=True).hidden_states[-2]
-        return SimpleNamespace(pooler_output=tuple(self.projector(hidden[:, 1:])))
+        states = self.tower(pixel_values, output_hidden_states=True).hidden_states
+        reads = getattr(self.projector, "reads", (-2,))
+        return SimpleNamespace(pooler_output=tuple(self.projector(*(states[i][:, 1:] for i in reads))))
 
     def embedded(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         embeds = self.llama.get_input_embeddings()(input_ids.clamp(min=0))
