@@ -29,6 +29,7 @@ from tests.families import hugging_face, tiny
 from tests.graphs.test_tokenpacker import Reference
 
 TOLERANCE = 1e-4
+HALVES = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
 NEW_TOKENS = 32
 
 
@@ -247,15 +248,18 @@ def in_prompt_order(generator: Generator, prompt: list[int]) -> Any:
     return places.position_ids[:, 0, places.order[0].argsort()]
 
 
-def test_pixels_are_those_of_the_image_processor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_pixels_are_those_of_the_image_processor(family: str, tmp_path: Path) -> None:
     """From an image file's pixels to the tower's input: resized, normalised, cut into patches."""
-    tiny.qwen2_5_vl(tmp_path)
-    graphs = ours(tmp_path, Request(1, (140, 112))).graphs
-    pixels = np.random.default_rng(0).integers(0, 256, (140, 112, 3), np.uint8)
-    theirs = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=1 << 20)(
-        Image.fromarray(pixels), return_tensors="pt"
+    getattr(tiny, family)(tmp_path)
+    processor = Qwen2VLImageProcessorPil(
+        min_pixels=28 * 28, max_pixels=1 << 20, patch_size=tiny.PATCH, **(HALVES if family == "qwen3_vl" else {})
     )
-    found = hugging_face.patches(images.preprocess([Image.fromarray(pixels)], graphs.image)[0])
+    processor.save_pretrained(tmp_path)
+    graphs = ours(tmp_path, Request(1, (140, 112))).graphs
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 100, 3), np.uint8))
+    theirs = processor(picture, return_tensors="pt")
+    found = hugging_face.patches(images.preprocess([picture], graphs.image)[0])
     assert theirs["image_grid_thw"].tolist() == [[1, 10, 8]]
     assert (found - theirs["pixel_values"]).abs().max() <= 1e-6
 

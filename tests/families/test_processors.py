@@ -122,6 +122,10 @@ CASES = [
         size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.0] * 3, image_std=[1.0] * 3,
     )),
     Case("gemma3", None, (61, 47), Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE})),
+    Case("llava_next_video", None, (61, 90), CLIPImageProcessorPil(  # its video processor does the same, in torchvision
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE},
+    )),
+    Case("blip_2", None, (61, 47), BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})),
     Case("instructblip", None, (61, 47), BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})),
     Case("paligemma", None, (61, 47), SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}, resample=3)),
 ]  # fmt: skip
