@@ -95,8 +95,8 @@ def verbs(known: Known, device: Device | None) -> Iterator[Verb]:
         "-o",
     ]
     for name, profiles in (("tune", BOARD), ("tune, with times", [*CPU, *BOARD])):
-        arguments = _with_folder(["tune", "embedded", *profiles, *search])
-        yield Verb(name, nothing, arguments, search_faults, hidden, search_result)
+        tuning = _with_folder(["tune", "embedded", *profiles, *search])
+        yield Verb(name, nothing, tuning, search_faults, hidden, search_result)
     if device is not None:
         for name in ("deploy", "deploy --through copy"):
             there = Deployed(device, known, name.split()[1:])

@@ -78,7 +78,8 @@ def predictors(
     from exporter.dyrate.schedule import schedule, written
 
     rollout = Rollout(Job(str(checkpoint), (), "cpu_fp32").plan(), layer)
-    rows, found = {}, {"unreduced": asdict(measure(rollout, None, test))}
+    rows: dict[str, tuple[str, ...]] = {}
+    found: dict[str, Any] = {"unreduced": asdict(measure(rollout, None, test))}
     for name, state in (("linear", 0), (f"GRU {STATE}", STATE)):
         predictor = Predictor(10, state)
         train(rollout, predictor, questions(640, 11, False), Recipe(steps=train_steps, cost=price), say)
@@ -107,7 +108,7 @@ def answer(
     job = Job(str(checkpoint), specs, "cpu_fp32")
     graphs = run_export(job, Workspace(folder))
     files = folder / "graphs"
-    runners = {}
+    runners: dict[str, Any] = {}
     for file, roles in graphs.roles().items():
         opened = stack.enter_context(_common.runner(files / file, threads))
         runners |= dict.fromkeys(roles, opened)
@@ -164,10 +165,10 @@ def measure(folder: Path, options: Any, load: _common.Load) -> dict[str, Any]:
     found: dict[str, Any] = {"predictors": {}, "rows": {}}
     specs: dict[str, tuple[str, ...]] = dict(BASELINES)
     for layer in options.layers:
-        rows, record = predictors(
+        trained, record = predictors(
             checkpoint, folder / f"layer{layer}", layer, options.buckets, options.train_steps, options.cost, test
         )
-        specs |= {f"{name}, layer {layer}": spec for name, spec in rows.items()}
+        specs |= {f"{name}, layer {layer}": spec for name, spec in trained.items()}
         found["predictors"][str(layer)] = record
     with ExitStack() as stack:
         rows = {}
@@ -178,6 +179,7 @@ def measure(folder: Path, options: Any, load: _common.Load) -> dict[str, Any]:
         times = _common.times(samples)
         plain = rows[ORIGINAL]
         decoder = plain.plan.family.decoder(plain.plan.checkpoint)
+        assert isinstance(decoder, DecoderSpec)
         whole = [flops(s, plain, t, v) for s, t, v in _models(decoder, plain)]
         for name, row in rows.items():
             parts = [flops(s, row, t, v) for s, t, v in _models(decoder, plain)]

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +170,8 @@ def measure(
                 engine = opening[name](stack)
                 for n, ids in prompts.items():
                     repeats = max(1, min(5, 600 // n))
-                    cases.append(
-                        Case.one(
-                            f"prefill {n}: {name}", lambda e=engine, i=ids, r=repeats: [e.prefill(i) for _ in range(r)]
-                        )  # type: ignore[misc]
-                    )
-                cases.append(Case.one(f"decode: {name}", lambda e=engine, i=last, s=steps: e.decode(i, s)))  # type: ignore[misc]
+                    cases.append(Case.one(f"prefill {n}: {name}", partial(_prefills, engine, ids, repeats)))
+                cases.append(Case.one(f"decode: {name}", partial(engine.decode, last, steps)))
                 said[name] = engine.tokens(last, 16)
             for name, parts in _common.interleave(cases, rounds, load, log=log).items():
                 samples.setdefault(name, []).extend(parts)
@@ -192,6 +189,10 @@ def measure(
         "times": _common.times(samples), "against": against, "notes": notes, "flavoured": OURS,
         "says_the_same": {name: tokens == first for name, tokens in said.items()},
     }  # fmt: skip
+
+
+def _prefills(engine: Engine, ids: Array, times: int) -> list[float]:
+    return [engine.prefill(ids) for _ in range(times)]
 
 
 def text(entry: Mapping[str, Any]) -> str:

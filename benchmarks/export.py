@@ -125,7 +125,7 @@ def write_checkpoint(folder: Path, subject: Subject, shard: int = SHARD) -> int:
             end = 0
         shards[-1][name] = {"dtype": code, "shape": shape, "data_offsets": [end, end + size]}
         end += size
-    where = {}
+    where: dict[str, str] = {}
     for number, header in enumerate(shards, 1):
         path = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
         where |= dict.fromkeys(header, path.name)
@@ -212,13 +212,13 @@ def child(checkpoint: str, profile: str, out: str, threads: str, dies_after: str
         if left[0] < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    rtn.quantize, Journal.add = timed, counted  # type: ignore[method-assign]
+    rtn.quantize, Journal.add = timed, counted  # type: ignore[assignment, method-assign]
+
+    def mark(text: str) -> None:
+        marks.setdefault(text, time.perf_counter())
+
     with Workspace(Path(out)).locked() as work:
-        pipeline.run_export(
-            Job(checkpoint, (REDUCTION,), profile),
-            work,
-            lambda text: marks.setdefault(text, time.perf_counter()),
-        )
+        pipeline.run_export(Job(checkpoint, (REDUCTION,), profile), work, mark)
     first, writing = next(iter(marks.values())), marks["writing weights"]
     end = time.perf_counter()
     print(json.dumps({

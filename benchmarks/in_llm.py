@@ -41,6 +41,7 @@ def speed(specs: Sequence[str], model: Model, rounds: int, threads: int, load: _
     import torch
 
     from exporter.journal import Journal
+    from exporter.nn.specs import DecoderSpec
     from exporter.stages._llm import draw_llm
     from exporter.stages._modules import build_modules, origins
     from exporter.stages._store import WeightFile
@@ -67,6 +68,7 @@ def speed(specs: Sequence[str], model: Model, rounds: int, threads: int, load: _
         feeds = _feeds(visual, model)
         cases = []
         decoder = plan.family.decoder(plan.checkpoint)
+        assert isinstance(decoder, DecoderSpec)
         full = cost.prefill_flops(decoder, [visual + TEXT] * model.layers)
         for i, (spec, its) in enumerate(plans.items()):
             runner = stack.enter_context(_common.runner(files / f"{i}.onnx", threads))

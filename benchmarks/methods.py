@@ -45,8 +45,8 @@ LAYERS, TEXT, KEEP = 32, 64, 1 / 9
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "methods-evidence.md"
 
-Score = dict[str, tuple[int, int]]
-"""Kind of question → right, asked."""
+Score = dict[str, tuple[float, int]]
+"""Kind of question → sum of the scores, asked."""
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------
@@ -212,12 +212,15 @@ def layer(folder: Path) -> Path:
     import torch
 
     from exporter.nn.decoder_layer import Frame, Layer
+    from exporter.nn.specs import DecoderSpec
     from exporter.stages._trace import trace
 
     published = methods.published("llava")
     plan = methods.fit("uniform", published).plan
     assert plan is not None
-    spec = replace(plan.family.decoder(published), layers=1, windows=(None,))
+    decoder = plan.family.decoder(published)
+    assert isinstance(decoder, DecoderSpec)
+    spec = replace(decoder, layers=1, windows=(None,))
 
     class One(torch.nn.Module):
         def __init__(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import log2
 
 import numpy as np
@@ -52,7 +53,7 @@ def winner(those: Sequence[Candidate], full: npt.NDArray[np.float64], most: floa
     """With `most` points the fastest, else the best within the time."""
 
     def lost(c: Candidate) -> float:
-        return points_lost(full, c.right)[0]
+        return points_lost(full.tolist(), c.right.tolist())[0]
 
     if most is not None:
         return min((c for c in those if lost(c) <= most), key=lambda c: c.measured_ms, default=None)
@@ -67,7 +68,7 @@ def search(
     """Those that are exported."""
     left = [c for c in those if most is not None or c.roofline_ms <= MILLISECONDS]
     for rung in halving.schedule(len(left), len(full), FINALISTS):
-        lost = [points_lost(full[: rung.questions], c.right[: rung.questions]) for c in left]
+        lost = [points_lost(full[: rung.questions].tolist(), c.right[: rung.questions].tolist()) for c in left]
         able = [i for i, (drop, error) in enumerate(lost) if most is None or drop - error <= most]
         known = [Standing(left[i].roofline_ms, left[i].memory_mib, lost[i][0]) for i in able]
         left = [left[able[k]] for k in choose(known, most, rung.survive)]
@@ -91,7 +92,7 @@ def main() -> None:
                 continue
             made += 1
             for share in same:
-                found = winner(search(those, full, most, lambda k, m, n, s=share: survivors(k, m, n, s)), full, most)
+                found = winner(search(those, full, most, partial(survivors, share=share)), full, most)
                 same[share] += found is best
                 none[share] += found is None
         for share in same:
