@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from exporter.runtime.generate import Generator
+from exporter.runtime.sequence import Ints
+from exporter.runtime.step import Stepping
 from tests.conftest import Said
 
 Run = Callable[..., Said]
@@ -39,13 +40,13 @@ def test_a_guided_conversation_says_once_that_it_starts_anew(
 
 def test_beams(edgetrim: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     widths: list[int] = []
-    step = Generator.step
+    step = Stepping.__call__
 
-    def watched(self: Generator, cache: object, tokens: object, *rest: object) -> object:
-        widths.append(len(tokens))  # type: ignore[arg-type]
-        return step(self, cache, tokens, *rest)  # type: ignore[arg-type]
+    def watched(self: Stepping, tokens: Ints) -> object:
+        widths.append(len(tokens))
+        return step(self, tokens)
 
-    monkeypatch.setattr(Generator, "step", watched)
+    monkeypatch.setattr(Stepping, "__call__", watched)
     for beams, expected in ((1, {1}), (3, {3})):
         widths.clear()
         said = edgetrim("chat", folder, "--beams", str(beams), "--json")
