@@ -1,14 +1,24 @@
 """SmolVLM and SmolVLM2: SigLIP tower, pixel shuffle, SmolLM2 (Llama) decoder; one tile, or a grid of tiles with the whole image.
 
-A clip is several images, as in a prompt with several of them; the times that the video processor writes between frames are left
-to the prompt.
+A clip (`--frames` above 1) is so many tiles, each behind its time, for frames sampled once a second as SmolVLM2's processor does it. With
+the `--image-size` of a single tile it is so many images instead.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import timedelta
 from typing import ClassVar
 
-from exporter.families._idefics import Idefics
+from exporter.checkpoint import Checkpoint
+from exporter.errors import UsageError
+from exporter.families._contract import Geometry, Request
+from exporter.families._idefics import Idefics, written
+
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+).split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
 class SmolVlm(Idefics):
@@ -27,6 +37,23 @@ class SmolVlm(Idefics):
             "rms_norm_eps": 1e-5, "rope_theta": 130000.0, "max_position_embeddings": 8192,
         },
     }  # fmt: skip
+
+    def geometry(self, checkpoint: Checkpoint, request: Request) -> Geometry:
+        found = super().geometry(checkpoint, request)
+        clip = request.frames > 1 and request.image_size is None
+        return replace(found, written=timed(request.frames)) if clip else found
+
+
+def timed(frames: int) -> str:
+    """What the processor writes for a clip of so many frames, and the space that its template for clips has in front."""
+    if frames > 99:
+        raise UsageError(f"A clip of {frames} frames: SmolVLM2 was taught at most 64. Ask for fewer: --frames.")
+    count = (
+        ONES[frames] if frames < 20 else "-".join([TENS[frames // 10 - 2], *([ONES[frames % 10]] * (frames % 10 > 0))])
+    )
+    intro = f" You are provided the following series of {count} frames from a {timedelta(seconds=frames)} [H:MM:SS] video.\n"
+    shown = (f"\nFrame from {second // 60:02}:{second % 60:02}:{written(1, 1)}" for second in range(frames))
+    return f"{intro}{''.join(shown)}\n\n"
 
 
 FAMILY = SmolVlm()

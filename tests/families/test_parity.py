@@ -134,7 +134,7 @@ def test_a_head_with_a_cap(theirs: type[PreTrainedModel], tmp_path: Path) -> Non
     ("build", "frames", "size"),
     [
         pytest.param(tiny.smolvlm, 1, None, id="smolvlm"),
-        pytest.param(tiny.smolvlm, 3, None, id="smolvlm of three images"),
+        pytest.param(tiny.smolvlm, 3, None, id="smolvlm clip"),
         pytest.param(tiny.idefics3, 1, (56, 112), id="idefics3 of tiles"),
         pytest.param(tiny.internvl, 1, None, id="internvl"),
         pytest.param(partial(tiny.internvl, decoder="qwen3"), 1, (112, 56), id="internvl of tiles"),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
+from jinja2 import Template
 from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -26,11 +27,13 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 
 from exporter.errors import CheckpointError, UsageError
+from exporter.families import smolvlm
 from exporter.families._contract import Geometry, Request
 from exporter.runtime import images
 from exporter.runtime.prompt import Prompt
@@ -302,6 +305,38 @@ def test_internvl_numbers_the_frames_of_a_clip(family: str, tmp_path: Path) -> N
         "<IMG_CONTEXT>",
         of_internvl(1, 1).replace("<IMG_CONTEXT>" * TOKENS, "<IMG_CONTEXT>"),
     )
+
+
+@pytest.mark.parametrize(("frames", "said"), [(3, "three"), (16, "sixteen"), (20, "twenty"), (64, "sixty-four")])
+def test_smolvlm_tells_the_times_of_a_clip(frames: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One frame a second, and what the processor's template for clips writes around."""
+    monkeypatch.setattr(processing_smolvlm, "num2words", {frames: said}.__getitem__)
+    processor: Any = SimpleNamespace(
+        fake_image_token="<fake_token_around_image>", image_token="<image>", image_seq_len=TOKENS,
+        global_image_token="<global-img>",
+    )  # fmt: skip
+    metadata = SimpleNamespace(fps=1, timestamps=list(range(frames)), duration=frames)
+    given = {"pixel_values": np.zeros((1, frames)), "video_metadata": [metadata]}
+    wanted = SmolVLMProcessor.replace_video_token(processor, given, 0)
+    template = Template(processing_smolvlm.DEFAULT_CHAT_TEMPLATE, trim_blocks=True, lstrip_blocks=True)
+    shown, asked = (
+        template.render(
+            messages=[{"role": "user", "content": [{"type": kind}, {"type": "text", "text": "What happens?"}]}],
+            add_generation_prompt=True,
+        )
+        for kind in ("video", "image")
+    )
+    found = asked.replace("<image>", smolvlm.timed(frames))
+    assert found.replace("<image>", "<image>" * TOKENS) == shown.replace("<video>", wanted)
+
+
+def test_smolvlm_sees_a_clip_or_several_images(tmp_path: Path) -> None:
+    tiny.smolvlm(tmp_path)
+    clip, pictures = (tiny.plan(tmp_path, (), Request(3, size)).geometry for size in (None, ONE))
+    assert (clip.mark, clip.written, clip.placeholders) == ("<image>", smolvlm.timed(3), 3)
+    assert (pictures.written.count("<image>"), pictures.placeholders) == (1, 3)
+    with pytest.raises(UsageError, match="A clip of 100 frames"):
+        smolvlm.timed(100)
 
 
 def test_times_of_a_clip(tmp_path: Path) -> None:
