@@ -19,7 +19,7 @@ from exporter.runtime.sequence import Ints
 
 
 class Stepping:
-    """Runs the decode graph for the rows of a cache that have not ended. A context manager: the cache is empty until it is left.
+    """Runs the decode graph for the rows of a cache that have not ended. A context manager: meanwhile the cache is empty.
 
     Args:
         runner: the decode graph's. embedding: [vocab, hidden].
@@ -45,12 +45,12 @@ class Stepping:
         own = {name: np.array(value, kinds.get(name, value.dtype), order="C") for name, value in feeds.items()}
         self._runner, self._graphs, self._cache, self._active = runner, graphs, cache, active
         self._steps = runner.steps(own, embedding, cache.past)
-        cache.past = {}  # or it would be held twice
         self._next, self._longest, self._count = int(positions.max()), text.longest or math.inf, 0
         self.found: Mapping[str, Any] = {}
         """What the last run returned beside logits and cache."""
 
     def __enter__(self) -> Stepping:
+        self._cache.past = {}  # or it would be held twice
         return self
 
     def __exit__(
