@@ -228,22 +228,8 @@ def _take_early(graph: ir.Graph, take: Callable[[ir.Value], ir.Value]) -> None:
     out.replace_all_uses_with(x if x.producer() in alone else take(x))
 
 
-EACH_BY_ITSELF = (
-    *(
-        "Add",
-        "Cast",
-        "Div",
-        "Erf",
-        "LayerNormalization",
-        "MatMul",
-        "Mul",
-        "Neg",
-        "Pow",
-        "ReduceMean",
-        "Reciprocal",
-        "Relu",
-    ),
-    *("Sigmoid", "Sqrt", "Sub", "Tanh"),
+EACH_BY_ITSELF = frozenset(
+    "Add Cast Div Erf LayerNormalization MatMul Mul Neg Pow ReduceMean Reciprocal Relu Sigmoid Sqrt Sub Tanh".split()
 )
 """What computes a token without looking at others, or at how many axes there are in front."""
 
@@ -252,9 +238,8 @@ def _each_by_itself(node: ir.Node) -> bool:
     if node.op_type not in EACH_BY_ITSELF or not all(map(_of_tokens, node.outputs)):
         return False
     shapes = [value.shape for value in node.inputs if value is not None]
-    if any(
-        shape is None or len(shape) > 3 for shape in shapes
-    ):  # blocks of channels, where zero points are published, have 4 axes
+    # Blocks of channels, where zero points are published, have 4 axes.
+    if any(shape is None or len(shape) > 3 for shape in shapes):
         return False
     if node.op_type == "ReduceMean":
         axes = node.inputs[1].const_value if len(node.inputs) > 1 and node.inputs[1] is not None else None

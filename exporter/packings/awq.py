@@ -39,9 +39,6 @@ class Awq(Packing):
         zero = _columns(parts("qzeros")) if "qzeros" in parts else None
         return assembled(q - 8, None if zero is None else zero - 8, parts("scales"))
 
-    def read(self, config: Mapping[str, Any], parts: Parts) -> Tensor:
-        return self.quantized(config, parts).dequantized()
-
 
 def _columns(words: Tensor) -> Tensor:
     """int32 [n, out / 8] → int8 [n, out]"""

@@ -61,8 +61,6 @@ class CompressedTensors(Packing):
         return assembled(q.t(), None if zero is None else zero.t(), scale.t(), group)
 
     def read(self, config: Mapping[str, Any], parts: Parts) -> Tensor:
-        if self.numbers(config, parts) is not None:
-            return self.quantized(config, parts).dequantized()
         if "weight_packed" in parts:
             outputs, inputs = (int(n) for n in parts("weight_shape"))
             weight = unpacked(parts("weight_packed"), 1, 8)[:outputs, :inputs].float() - 128

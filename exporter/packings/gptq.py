@@ -41,8 +41,6 @@ class Gptq(Packing):
 
     def read(self, config: Mapping[str, Any], parts: Parts) -> Tensor:
         bits = _bits(config)
-        if bits == 4:
-            return self.quantized(config, parts).dequantized()
         q, zero = unpacked(parts("qweight"), 0, bits).float(), unpacked(parts("qzeros"), 1, bits).float()
         scale = parts("scales").float()
         if "g_idx" in parts:

@@ -49,8 +49,6 @@ class ModelOpt(Packing):
         return per_channel(parts("weight"), parts("weight_scale"))
 
     def read(self, config: Mapping[str, Any], parts: Parts) -> Tensor:
-        if self.numbers(config, parts) is not None:
-            return self.quantized(config, parts).dequantized()
         weight, scale = parts("weight").float(), parts("weight_scale").float()
         if scale.ndim == 4:
             scale = scale[:, 0, :, 0]
