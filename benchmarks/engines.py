@@ -57,6 +57,7 @@ class Ours:
         runners = {"vision": vision, "reduce": reduce, "prefill": llm, "decode": llm}
         self._table = embedding(files, graphs)
         self._runners = runners
+        self._generators: dict[int, Generator] = {}
 
     def prefill(self, ids: Array) -> float:
         generator, visual, prompt = self._given(ids)
@@ -73,12 +74,18 @@ class Ours:
     def _given(self, ids: Array) -> tuple[Generator, Visual, list[int]]:
         """The last `TEXT` ids are text; those before are given as visual tokens, by their rows of the embedding table."""
         count, text = len(ids) - TEXT, self._graphs.text
-        layout = replace(
-            self._graphs.visual, total=count, kept=count, placeholders=1, span=count, ids=[[i] for i in range(count)]
-        )
+        if count not in self._generators:
+            layout = replace(
+                self._graphs.visual,
+                total=count,
+                kept=count,
+                placeholders=1,
+                span=count,
+                ids=[[i] for i in range(count)],
+            )
+            self._generators[count] = Generator(self._runners, replace(self._graphs, visual=layout), self._table)
         visual = Visual(np.asarray(self._table[ids[:count]], np.float32)[None], np.arange(count)[None])
-        generator = Generator(self._runners, replace(self._graphs, visual=layout), self._table)
-        return generator, visual, [text.image_token, *ids[count:].tolist()]
+        return self._generators[count], visual, [text.image_token, *ids[count:].tolist()]
 
 
 def subjects(folder: Path) -> list[Subject]:

@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,6 +147,12 @@ class VisualLayout:
     fixed: int = 0
     """Tokens that are no patches (row ends, class tokens): of a placeholder's tokens the last ones in `ids`, and never dropped before
     the language model."""
+
+    @cached_property
+    def id_rows(self) -> npt.NDArray[np.int64]:
+        """`ids` [total // placeholders + 1, axes], with zeros behind them, for what is no patch: index -1."""
+        axes = len(self.ids[0]) if self.ids else 1
+        return np.array([*self.ids, [0] * axes], np.int64)
 
     def of_grid(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """An index [kept] of `reduce` without fixed tokens, so that it counts the tokens of all frames one after another."""

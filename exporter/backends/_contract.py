@@ -164,6 +164,8 @@ class Runner(ABC):
 class Steps:
     """Runs a language model again and again with one token per row, each standing one behind that of the run before.
 
+    Between two runs of a small model Python is the larger part of what is not the graph, so this is the path of a step, and short.
+
     Args:
         feeds: of the first run, as `Runner.grow` takes them; what `inputs_embeds` [rows, 1, width] hold is only kept behind `hidden`.
             They are written to.
@@ -175,20 +177,23 @@ class Steps:
         self._runner, self._feeds, self._words, self._past = runner, feeds, words, past
         self._embeds = self._rows(feeds["inputs_embeds"])
         self._moves = (feeds["order"] != PAD).astype(np.int64)
+        self.found: Mapping[str, Any] = {}
+        """What the last run returned beside logits and cache."""
 
     @property
     def past(self) -> Mapping[str, Any]:
         """The cache behind the last run."""
         return self._past
 
-    def __call__(self, tokens: Sequence[int]) -> dict[str, Any]:
-        """The outputs that are not the cache, of the next token of every row."""
+    def __call__(self, tokens: Sequence[int]) -> Array:
+        """Logits float32 [rows, vocab] behind the next token of every row. The next run may write over them."""
         feeds = self._feeds
         for embeds, token in zip(self._embeds, tokens, strict=True):
             embeds[...] = self._words[token]
-        found, self._past = self._runner.grow(feeds, self._past, 1)
+        self.found, self._past = found, _ = self._runner.grow(feeds, self._past, 1)
         self._move(self._moves)
-        return found
+        logits: Array = self._runner.numpy(found.pop("logits")).astype(np.float32, copy=False)
+        return logits
 
     def _rows(self, embeds: Array) -> list[Array]:
         """Where each row's token goes in [rows, 1, width]."""

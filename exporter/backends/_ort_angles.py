@@ -16,10 +16,17 @@ from exporter.backends._contract import Array
 from exporter.errors import VerificationError
 from exporter.flavours._contract import ANGLES
 
+FIRST = 256
+"""Positions whose rows are made at once, at least."""
+
 
 class Angles:
     """The model in a graph's metadata. Called with positions int64, [batch, seq] or [axes, batch, seq], it returns per input of the
-    graph float32 [batch * seq, head_dim / 2]."""
+    graph float32 [batch * seq, head_dim / 2].
+
+    A token's row depends on its own positions alone. So where there is one axis, the rows of positions 0, 1, 2 … are made once, and looked
+    up.
+    """
 
     def __init__(self, metadata: Mapping[str, str], opened: Callable[[bytes], Any]) -> None:
         """opened: a serialised model → session."""
@@ -29,11 +36,24 @@ class Angles:
         (positions,) = self._session.get_inputs()
         self.axes: list[Any] = list(positions.shape)
         """Of the positions, as a graph's inputs have them."""
-        self.names: Sequence[str] = [value.name for value in self._session.get_outputs()]
+        self._names: Sequence[str] = [value.name for value in self._session.get_outputs()]
+        self._known: Sequence[Array] = ()
+        self._count = 0
 
     def __call__(self, positions: Array) -> dict[str, Array]:
-        found = self._session.run(self.names, {"position_ids": positions})
-        return dict(zip(self.names, found, strict=True))
+        if positions.ndim > 2:
+            found: Sequence[Array] = self._run(positions)
+        else:
+            highest = int(positions.max())
+            if highest >= self._count:
+                self._count = 1 << max(highest.bit_length(), FIRST.bit_length())
+                self._known = self._run(np.arange(self._count)[None])
+            found = [table[positions.reshape(-1)] for table in self._known]
+        return dict(zip(self._names, found, strict=True))
+
+    def _run(self, positions: Array) -> Sequence[Array]:
+        found: Sequence[Array] = self._session.run(self._names, {"position_ids": np.ascontiguousarray(positions)})
+        return found
 
 
 class Tables:
@@ -83,7 +103,7 @@ class Tables:
 
     def _fill(self, positions: Array, rows: int) -> None:
         """Tables of positions [..., batch, seq], with room for so many rows."""
-        found = self._angles(np.ascontiguousarray(positions))
+        found = self._angles(positions)
         if rows > self._rows:
             self._rows = 0
             self._arrays = {name: np.zeros((rows, table.shape[1]), table.dtype) for name, table in found.items()}

@@ -1,7 +1,7 @@
 """Runs a graph that appends to its cache in place (`exporter.flavours.ort`), with the inputs and outputs of the plain one.
 
 All that a step reads and writes is memory that is bound once: keys and values (`Memory`), tables of angles (`Tables`), logits, and the
-few numbers that are new in every step, which are counted up where they lie (`again`). Only another number of rows or tokens, or a cache
+few numbers that are new in every step, which are counted up where they lie (`hand_over`). Only another number of rows or tokens, or a cache
 that lies elsewhere, is bound anew; the cache goes from step to step as one value. For a small model that is what a step costs beside
 the graph: ONNX Runtime takes some microseconds to bind, to hand out or to wrap a value, and Python as much to look at one of every layer.
 """
@@ -9,7 +9,7 @@ the graph: ONNX Runtime takes some microseconds to bind, to hand out or to wrap 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,22 @@ from exporter.graphset import PAD
 
 _OURS = (LAST, PLACES, COS, SIN, LENGTH, TOTAL)
 """How inputs begin that the plain graph does not have."""
+
+
+class Handed(NamedTuple):
+    """What somebody sets before each of many runs of one token per row, and reads behind it."""
+
+    most: int
+    """Runs there is room for."""
+    embeds: Sequence[Array]
+    """Per row, where its token's embedding goes: float32 [width]."""
+    counters: Sequence[tuple[Array, int, int]]
+    """(array, index, what it holds now): numbers that are one more in every run."""
+    logits: Array
+    """float32 [rows, vocab], which every run writes over."""
+
+
+NOTHING = Handed(0, (), (), np.empty((0, 0), np.float32))
 
 
 class Appending:
@@ -60,11 +76,8 @@ class Appending:
         self._known: tuple[tuple[int, int], dict[str, tuple[int, ...]]] = (0, 0), {}
         self._shape = 0, 0
         self._new: dict[str, Array] = {}
-        self._counters: Sequence[tuple[Array, list[int]]] = ()
-        self._orders: Sequence[tuple[Array, int]] = ()
-        self._next: list[int] = []
         self.user: object = None
-        """Who may go on by `again`: nobody else has run the graph since."""
+        """To whom it was handed over: nobody else has run the graph since."""
 
     def grow(self, feeds: Mapping[str, Any], past: Mapping[str, Any]) -> tuple[dict[str, Any], Grown]:
         """As `Runner.grow`. feeds: as many as `new`, on the host."""
@@ -76,57 +89,37 @@ class Appending:
             past = {name: self._checked(name, value) for name, value in past.items()}
         before = Grown.of(past, seq)
         padding = (order == PAD).sum(axis=1, dtype=np.int32) if order.max() == PAD else None
-        if seq > 1:  # the padding goes last
+        if (order[:, 1:] < order[:, :-1]).any():  # the padding goes last
             rank = order.argsort(axis=1, kind="stable")
             order = np.take_along_axis(order, rank, axis=1)
             given = {name: _sorted(given[name], rank, axes.index("seq")) for name, axes in self._axes.items()}
-        first = True
-        for name in self._groups:
-            length = before.length(name)
-            before.memory.arrays[name][:, length : length + seq] = order
-            first = first and length == 0
+        first = all(before.length(name) == 0 for name in self._groups)
         if batch == 1 or (seq == 1 and not first) or (first and _alike(given["position_ids"])):
             logits = self._run(given, before, padding, batch, seq)
         else:
             logits = np.concatenate([self._run(given, before, padding, 1, seq, row) for row in range(batch)])
-        return {"logits": logits}, before.grown(seq, padding)
+        return {"logits": logits}, before.grown(order, padding)
 
-    def hand_over(self, user: object, past: Grown, order: Array) -> int:
-        """Let somebody go on by `again`, whose rows, one token each, have just been run together; how often that is possible.
+    def hand_over(self, user: object, past: Grown, width: int) -> Handed:
+        """Let somebody whose rows, one token each, have just been run together go on by `run`, and keep room for that.
 
-        Args:
-            past: what they have got. order: int64 [batch, 1] of their next tokens.
+        past: what they have got. width: of an embedding.
         """
         memory, new = past.memory, self._new
         if self._row is not None or self._shape[1] > 1 or memory is not self._memory:
-            return 0
+            return NOTHING
         self.user = user
-        self._counters = [(array.reshape(-1), array.reshape(-1).tolist()) for array in (new[PLACES], *self._lengths())]
-        self._orders = [(memory.arrays[name], past.length(name)) for name in self._groups]
-        self._next = order.reshape(-1).tolist()
-        return min(memory.room - past.tokens, self._tables.left(new[PLACES]))
+        counters = [
+            (a.reshape(-1), row, begin)
+            for a in (new[PLACES], *self._lengths())
+            for row, begin in enumerate(a.reshape(-1).tolist())
+        ]
+        most = past.reserve(self._tables.left(new[PLACES]))
+        return Handed(most, list(new["inputs_embeds"][:, 0, :width]), counters, new["logits"])
 
-    def again(self, count: int) -> Array:
-        """Logits [batch, vocab] of one more token per row, the embeddings of which are in `embeds`. count: runs since `hand_over`.
-
-        numpy takes a microsecond to add one to an array, and a twentieth of that to set an item.
-        """
-        for array, begins in self._counters:
-            for row, begin in enumerate(begins):
-                array[row] = begin + count + 1
-        for array, begin in self._orders:
-            for row, order in enumerate(self._next):
-                array[row, begin + count] = order + count
-        user, self.user = self.user, None  # nobody's, should it fail
+    def run(self) -> None:
+        """Once more, as everything is bound."""
         self._session.run_with_iobinding(self._binding)
-        self.user = user
-        found: Array = self._new["logits"].copy()
-        return found
-
-    @property
-    def embeds(self) -> Array:
-        """Memory that is bound: float32 [batch, seq, width]."""
-        return self._new["inputs_embeds"]
 
     def _lengths(self) -> Iterator[Array]:
         """Memory that is bound, int32: of every KV group, the tokens of each row less one [batch], and of all there may be [1]."""
@@ -160,7 +153,7 @@ class Appending:
             total = before.length(name) + seq
             new[LENGTH + group][...] = total - 1 - counts.get(name, 0)
             new[TOTAL + group][0] = total
-        self._session.run_with_iobinding(self._binding)
+        self.run()
         found: Array = new["logits"].copy()
         return found
 

@@ -30,7 +30,7 @@ class Memory:
     room: int
     """Tokens that fit behind those."""
     used: int = 0
-    """Tokens that somebody has written there."""
+    """Tokens that somebody has written there, or is going to."""
 
     @classmethod
     def of(cls, past: Mapping[str, Array], tokens: int) -> Memory:
@@ -81,14 +81,27 @@ class Grown(Mapping[str, Array]):
                 _first(array[new : new + 1], end)[...] = _first(old[row : row + 1], end)
         return Grown(memory, 0, {name: count[rows] for name, count in self.padding.items()})
 
-    def grown(self, tokens: int, padding: Counts | None) -> Grown:
-        """With the tokens that a run has appended. padding: int32 [batch], how many of them are that; None is none."""
-        self.memory.used = self.tokens + tokens
-        counts = self.padding
+    def reserve(self, tokens: int) -> int:
+        """Keep room, until `grown`, for so many tokens that will be appended; for how many there is."""
+        found = min(tokens, self.memory.room - self.tokens)
+        self.memory.used = self.tokens + found
+        return found
+
+    def grown(self, order: Ints, padding: Counts | None) -> Grown:
+        """With the tokens whose keys and values have been appended.
+
+        Args:
+            order: theirs, [batch, new]. padding: int32 [batch], how many of them are that; None is none.
+        """
+        memory, new, counts = self.memory, order.shape[1], self.padding
+        orders = [name for name, array in memory.arrays.items() if array.ndim == 2]
+        for name in orders:
+            length = self.length(name)
+            memory.arrays[name][:, length : length + new] = order
+        memory.used = self.tokens + new
         if padding is not None:
-            orders = [name for name, array in self.memory.arrays.items() if array.ndim == 2]
             counts = {name: counts.get(name, np.int32(0)) + padding for name in orders}
-        return Grown(self.memory, self.memory.used, counts)
+        return Grown(memory, memory.used, counts)
 
     def length(self, name: str) -> int:
         return self.memory.begin[name] + self.tokens

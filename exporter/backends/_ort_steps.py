@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from exporter.backends._contract import Array, Runner, Steps
-from exporter.backends._ort_append import Appending
+from exporter.backends._ort_append import NOTHING, Appending
 from exporter.backends._ort_cache import Grown
 
 Failed = Callable[[Exception, Mapping[str, Any]], Exception]
@@ -31,35 +31,39 @@ class AppendingSteps(Steps):
     ) -> None:  # fmt: skip
         super().__init__(runner, feeds, words, past)
         self._appending, self._failed = appending, failed
-        self._left, self._count = 0, 0
+        self._handed, self._count = NOTHING, 0
 
     @property
     def past(self) -> Mapping[str, Any]:
         self._settle()
         return self._past
 
-    def __call__(self, tokens: Sequence[int]) -> dict[str, Any]:
-        appending = self._appending
-        if not self._left or appending.user is not self:
-            self._settle()
-            found = super().__call__(tokens)
-            self._left = appending.hand_over(self, self._past, self._feeds["order"])
-            self._bound = self._rows(appending.embeds)
-            return found
-        for embeds, token in zip(self._bound, tokens, strict=True):
-            embeds[...] = self._words[token]
+    def __call__(self, tokens: Sequence[int]) -> Array:
+        most, rows, counters, logits = self._handed
+        count, appending = self._count + 1, self._appending
+        if count > most or appending.user is not self:
+            return self._anew(tokens)
+        for row, token in enumerate(tokens):
+            rows[row][...] = self._words[token]
+        for array, row, begin in counters:
+            array[row] = begin + count
         try:
-            logits = appending.again(self._count)
+            appending.run()
         except Exception as e:
+            appending.user = None
             raise self._failed(e, self._feeds) from e
-        self._count += 1
-        self._left -= 1
-        self._past.memory.used += 1
-        return {"logits": logits}
+        self._count = count
+        return logits
+
+    def _anew(self, tokens: Sequence[int]) -> Array:
+        self._settle()
+        logits = super().__call__(tokens)
+        self._handed = self._appending.hand_over(self, self._past, self._words.shape[1])
+        return logits
 
     def _settle(self) -> None:
-        """Write down how far it has come."""
-        if self._count:
-            self._move(np.full_like(self._moves, self._count))
-            self._past = Grown(self._past.memory, self._past.tokens + self._count, self._past.padding)
-            self._count = 0
+        """Write down how far it has come, and give back the room that is left."""
+        if self._handed.most:
+            count, self._count, self._handed = self._count, 0, NOTHING
+            self._past = self._past.grown(self._feeds["order"] + np.arange(count), None)
+            self._move(np.full_like(self._moves, count))

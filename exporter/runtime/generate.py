@@ -124,6 +124,12 @@ class Generator:
         self._question = runners.get("question")
         self._chunk = chunk or self._decode.chunk(cached=False)
         self._chunk_cached = chunk or self._decode.chunk(cached=True)
+        kinds = self._prefill.inputs
+        self._nothing = {
+            name: (tuple(size or 0 for size in shape), kinds[name])
+            for name, (_, shape) in graphs.cache().items()
+            if name in kinds
+        }
         self._shrinking = Shrinking(runners, graphs, self._hand) if graphs.buckets else None
         self._signals = [name for name in self._reduce.inputs if name not in graphs.side]
         presents = [PRESENT + name[len(PAST) :] for name in self._decode.inputs if name.startswith(PAST)]
@@ -322,11 +328,7 @@ class Generator:
         tokens = Tokens(np.concatenate([seen, words], axis=1), places.position_ids, places.order, size, places.reach)
         first, *rest = self._parts(tokens)
         batch = len(input_ids)
-        past: dict[str, Any] = {
-            name: np.empty((batch, *(size or 0 for size in shape)), runner.inputs[name])
-            for name, (_, shape) in self.graphs.cache().items()
-            if name in runner.inputs
-        }
+        past = {name: np.empty((batch, *shape), dtype) for name, (shape, dtype) in self._nothing.items()}
         found, grown = runner.grow({**self._feeds(runner, first), **visual.signals}, past, first.order.shape[1])
         if type(runner) is not type(self._decode):
             grown = {name: self._hand(value, runner, self._decode) for name, value in grown.items()}
@@ -350,10 +352,10 @@ class Generator:
         shrinking, shrunk = self._shrinking, cache.shrunk
         if shrinking is None or shrunk is None:
             with self._stepping(cache, active) as step:
-                return step(tokens)
+                return step(tokens.tolist())
         cache.past = shrinking.cut(shrunk, cache.past, active)
         with self._stepping(cache, active) as step:
-            logits = step(tokens)
+            logits = step(tokens.tolist())
             shrinking.ran(shrunk, step.found)
         return logits
 
@@ -403,32 +405,35 @@ class Generator:
         picked = pick(sampler, logits)
         timings.ttft_ms = _ms(begin)
         with ExitStack() as stack:
-            step: Callable[[Ints], Logits] | None = None
+            step: Callable[[list[int]], Logits] | None = None
             for left in range(max_new_tokens - 1, -1, -1):
-                said, before = picked.tolist(), len(live)
+                ended = False
                 for row in live:
-                    tokens[row].append(said[row])
+                    token = picked[row]
+                    tokens[row].append(token)
+                    ended |= token in eos
                     if on_token is not None:
-                        on_token(row, said[row])
-                live = [row for row in live if said[row] not in eos]
+                        on_token(row, token)
+                if ended:
+                    stack.close()
+                    live, step = [row for row in live if picked[row] not in eos], None
                 if not left or not live:
                     break
                 mark = time.perf_counter()
-                if step is None or len(live) < before:
-                    stack.close()
+                if step is None:
                     step = self._steps(cache, live, stack)
                 picked = pick(sampler, step(picked))
                 timings.decode_ms.append(_ms(mark))
         cache.pending = [[said[-1]] if row in live else [] for row, said in enumerate(tokens)]
         return tokens
 
-    def _steps(self, cache: Cache, live: Sequence[int], stack: ExitStack) -> Callable[[Ints], Logits]:
+    def _steps(self, cache: Cache, live: Sequence[int], stack: ExitStack) -> Callable[[list[int]], Logits]:
         """Runs one token per row until the stack is closed. live: rows that have not ended."""
         rows = len(cache.pending)
         active = None if len(live) == rows else np.isin(np.arange(rows), live)
         if cache.shrunk is None:
             return stack.enter_context(self._stepping(cache, active))
-        return lambda tokens: self.step(cache, tokens, active)
+        return lambda tokens: self.step(cache, np.array(tokens), active)
 
     def _search(
         self, logits: Logits, cache: Cache, max_new_tokens: int, on_token: OnToken | None, beams: Beams,

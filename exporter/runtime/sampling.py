@@ -14,7 +14,7 @@ from exporter.runtime.sequence import Ints
 Logits = npt.NDArray[np.float32]
 """[batch, vocab]"""
 Sampler = Callable[[Logits], Ints]
-"""float32 [batch, vocab] → int64 [batch]."""
+"""float32 [batch, vocab] → int64 [batch]. Logits that it wants to keep, it copies: the next step may write over them."""
 
 
 def greedy(logits: Logits) -> Ints:
@@ -57,17 +57,22 @@ class Sampling:
         return picked
 
 
-def pick(sampler: Sampler, logits: Logits) -> Ints:
-    """The sampler's tokens, int64 [batch]. Raises ExportError: a logit that was picked is NaN."""
-    picked = sampler(logits)
-    # argmax stops at the first NaN, so looking at the chosen logit is enough.
-    refuse_nan(map(logits.item, range(len(logits)), picked.tolist()))
+def pick(sampler: Sampler, logits: Logits) -> list[int]:
+    """The sampler's tokens, one per row. Raises ExportError: a logit that was picked is NaN."""
+    picked: list[int] = sampler(logits).tolist()
+    for row, token in enumerate(picked):  # argmax stops at the first NaN, so looking at the chosen logit is enough
+        if math.isnan(logits.item(row, token)):
+            raise _nan()
     return picked
 
 
 def refuse_nan(chosen: Iterable[float]) -> None:
-    """Raise ExportError if a chosen logit or score is NaN."""
+    """Raise ExportError if a chosen score is NaN."""
     if any(map(math.isnan, chosen)):
-        raise ExportError(
-            "The language model returned NaN. In FP16 that is mostly an overflow: compare with an FP32 export."
-        )
+        raise _nan()
+
+
+def _nan() -> ExportError:
+    return ExportError(
+        "The language model returned NaN. In FP16 that is mostly an overflow: compare with an FP32 export."
+    )

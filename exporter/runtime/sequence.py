@@ -119,7 +119,7 @@ def split(input_ids: Prompts, graphs: GraphSet) -> Text:
     if not len(input_ids):
         raise UsageError("No prompt was given.")
     for row, prompt in enumerate(input_ids):
-        found = sum(token == image for token in prompt)
+        found = prompt.count(image)
         if found != wanted:
             expanded = found == graphs.visual.total
             hint = " Give the prompt as it is before a processor expands its image tokens." if expanded else ""
@@ -163,7 +163,7 @@ def arrange(input_ids: Prompts, index: Ints, graphs: GraphSet) -> Places:
     """
     visual, axes = graphs.visual, graphs.text.position_axes
     expected = (len(input_ids), visual.kept)
-    if index.shape != expected or index.min(initial=0) < -1 or index.max(initial=0) >= visual.total:
+    if index.shape != expected or not ((index >= -1) & (index < visual.total)).all():
         raise VerificationError(
             f"`reduce` returned an index of shape {list(index.shape)} and values {index.min(initial=0)} "
             f"to {index.max(initial=0)}; expected shape {list(expected)} and values -1 to {visual.total - 1}. Run validate."
@@ -208,19 +208,20 @@ def _kept_places(
 ) -> tuple[Ints, Ints, tuple[int, int]]:
     """[1 + axes, kept] and [2, text] (order, then positions), and the (order, position) that come next."""
     each = visual.total // visual.placeholders
-    # Walk the unreduced prompt: a text token advances by 1, a placeholder by its tokens and by its span of positions.
-    orders = _starts(np.where(is_image, each, 1))
-    starts = _starts(np.where(is_image, visual.span, 1))
-    ids = np.asarray(visual.ids, np.int64).reshape(each, axes)
-    holder, offset = np.divmod(np.maximum(index, 0), each)
-    begin_order, begin = orders[:-1][is_image][holder], starts[:-1][is_image][holder]
-    patch = index >= 0
+    # In the unreduced prompt a placeholder stands for its tokens, and for its span of positions: so much further is what follows it.
+    more = np.array([[each - 1], [visual.span - 1]])
+    images, words = is_image.nonzero()[0], (~is_image).nonzero()[0]
+    begin = images + more * np.arange(len(images))
+    holder, offset = np.divmod(index, each)
+    holder[index < 0], offset[index < 0] = 0, each
+    ids = visual.id_rows[offset].T
     tokens = np.empty((1 + axes, len(index)), np.int64)
     # Tiles are seen one by one, but written row by row over all of them: where positions count, they say the order.
-    tokens[0] = begin_order + np.where(patch, offset if axes > 1 else ids[offset, 0], 0)
-    tokens[1:] = begin + np.where(patch, ids[offset].T, 0)
-    text = np.stack([orders[:-1][~is_image], starts[:-1][~is_image]])
-    return tokens, text, (int(orders[-1]), int(starts[-1]))
+    tokens[0] = begin[0, holder] + (np.where(index < 0, 0, offset) if axes > 1 else ids[0])
+    tokens[1:] = begin[1, holder] + ids
+    text = words + more * (words - np.arange(len(words)))
+    end = len(is_image) + more[:, 0] * len(images)
+    return tokens, text, (int(end[0]), int(end[1]))
 
 
 def _compact_places(
@@ -233,8 +234,3 @@ def _compact_places(
     text[before:] += kept
     end = kept + len(text)
     return tokens, np.broadcast_to(text, (2, len(text))), (end, end)
-
-
-def _starts(steps: Ints) -> Ints:
-    """[n] steps to [n + 1] starts, the last being the end."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(steps, dtype=np.int64)])

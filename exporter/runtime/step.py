@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +15,6 @@ from exporter.errors import UsageError
 from exporter.graphset import GraphSet
 from exporter.runtime.cache import Cache
 from exporter.runtime.sampling import Logits
-from exporter.runtime.sequence import Ints
 
 
 class Stepping:
@@ -43,11 +42,10 @@ class Stepping:
             feeds["reach"] = order[:, None]
         kinds = runner.inputs
         own = {name: np.array(value, kinds.get(name, value.dtype), order="C") for name, value in feeds.items()}
-        self._runner, self._graphs, self._cache, self._active = runner, graphs, cache, active
+        self._graphs, self._cache, self._active = graphs, cache, active
         self._steps = runner.steps(own, embedding, cache.past)
-        self._next, self._longest, self._count = int(positions.max()), text.longest or math.inf, 0
-        self.found: Mapping[str, Any] = {}
-        """What the last run returned beside logits and cache."""
+        self._first, self._count = int(positions.max()), 0
+        self._most = (text.longest or math.inf) - self._first
 
     def __enter__(self) -> Stepping:
         self._cache.past = {}  # or it would be held twice
@@ -60,15 +58,17 @@ class Stepping:
         cache.past = self._steps.past
         cache.advance(count if self._active is None else self._active.astype(np.int64) * count)
 
-    def __call__(self, tokens: Ints) -> Logits:
-        """Logits [rows, vocab] behind one more token per row. tokens: int64 [rows]."""
-        if self._next >= self._longest:
-            check_longest(self._next, self._graphs)
-        found = self._steps(tokens.tolist())
-        self._next += 1
+    @property
+    def found(self) -> Mapping[str, Any]:
+        """What the last run returned beside logits and cache."""
+        return self._steps.found
+
+    def __call__(self, tokens: Sequence[int]) -> Logits:
+        """Logits [rows, vocab] behind one more token per row. The next call may write over them."""
+        if self._count >= self._most:
+            check_longest(self._first + self._count, self._graphs)
+        logits = self._steps(tokens)
         self._count += 1
-        logits = self._runner.numpy(found.pop("logits")).astype(np.float32, copy=False)
-        self.found = found
         return logits
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from exporter.runtime.sequence import Ints
 from exporter.runtime.step import Stepping
 from tests.conftest import Said
 
@@ -42,7 +41,7 @@ def test_beams(edgetrim: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     widths: list[int] = []
     step = Stepping.__call__
 
-    def watched(self: Stepping, tokens: Ints) -> object:
+    def watched(self: Stepping, tokens: list[int]) -> object:
         widths.append(len(tokens))
         return step(self, tokens)
 

@@ -220,20 +220,27 @@ def test_a_step_that_fails_is_told_and_can_be_made_again(
     generator = opened(case.folder, case.graphs)
     expected = generator.generate(q.pixels, [q.prompt], 12)
     appending: Any = generator._decode._appending  # type: ignore[attr-defined]
-    real = appending.again
-    monkeypatch.setattr(appending, "again", lambda count: real(count) if count < 4 else appending._session.nothing())
+    real, runs = appending.run, list[int]()
+
+    def failing() -> None:
+        if len(runs) == 5:
+            appending._session.nothing()
+        runs.append(1)
+        real()
+
     told: list[int] = []
     prefilled = generator.prefill(generator.reduce(generator.vision(q.pixels)), [q.prompt])
+    monkeypatch.setattr(appending, "run", failing)
 
     def all_of_them() -> None:
         with generator._stepping(prefilled.cache, None) as step:
             for token in expected.tokens[0]:
-                step(np.array([token]))
+                step([token])
                 told.append(token)
 
     with pytest.raises(ExportError, match=r"decode.ort.onnx: .*nothing"):
         all_of_them()
-    assert told == expected.tokens[0][:5], "one by `grow`, four by `again`"
+    assert told == expected.tokens[0][:5], "one by `grow`, four as it was bound"
     monkeypatch.undo()
     for token in expected.tokens[0][5:11]:
         logits = generator.step(prefilled.cache, np.array([token]))
@@ -388,16 +395,21 @@ def test_memory_grows_by_blocks_and_is_copied_for_the_second() -> None:
     assert [array.shape for array in begun.memory.arrays.values()] == [(1, 2, 3 + 32, 4), (1, 3 + 32)]
     assert all(np.array_equal(begun[name], past[name]) for name in past)
     assert begun.padding["past_order_0"].tolist() == [1]
-    grown = begun.grown(1, None)
+    grown = begun.grown(np.array([[7]]), None)
+    assert grown["past_order_0"].tolist() == [[0, 1, PAD, 7]]
     assert {name: value.shape for name, value in grown.items()} == {"past_key_0": (1, 2, 4, 4), "past_order_0": (1, 4)}
     assert grown.padding["past_order_0"].tolist() == [1]
+    assert Grown.of(grown, 31) is grown
+    assert (grown.reserve(5), grown.reserve(40)) == (5, 31)
+    assert Grown.of(grown, 1).memory is not grown.memory, "somebody else is going to write there"
+    assert grown.grown(np.empty((1, 0), np.int64), None).memory.used == 1
     assert Grown.of(grown, 31) is grown
     assert Grown.of(grown, 32).memory.arrays["past_key_0"].shape[2] == 4 + 32
     assert Grown.of(grown, 33).memory.arrays["past_key_0"].shape[2] == 4 + 64
     fork = Grown.of(begun, 1)
     assert fork.memory is not begun.memory
     assert np.array_equal(fork["past_key_0"], keys)
-    assert fork.grown(2, np.array([1])).padding["past_order_0"].tolist() == [2]
+    assert fork.grown(np.array([[8, PAD]]), np.array([1])).padding["past_order_0"].tolist() == [2]
 
 
 def test_padding_is_far_from_any_place() -> None:
