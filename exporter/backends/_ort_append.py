@@ -87,7 +87,7 @@ class Appending:
         given = {name: self._checked(name, feeds[name], shape) for name, shape in self._shapes(batch, seq).items()}
         if not isinstance(past, Grown):
             past = {name: self._checked(name, value) for name, value in past.items()}
-        before = Grown.of(past, seq)
+        before = Grown.of(past, seq, self._memory)
         padding = (order == PAD).sum(axis=1, dtype=np.int32) if order.max() == PAD else None
         if (order[:, 1:] < order[:, :-1]).any():  # the padding goes last
             rank = order.argsort(axis=1, kind="stable")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,27 +31,31 @@ class Memory:
     """Tokens that fit behind those."""
     used: int = 0
     """Tokens that somebody has written there, or is going to."""
+    holders: int = 0
+    """Caches that lie in it."""
 
     @classmethod
-    def of(cls, past: Mapping[str, Array], tokens: int) -> Memory:
+    def of(cls, past: Mapping[str, Array], tokens: int, spare: Memory | None = None) -> Memory:
         """A copy of a cache, keys and values [batch, heads, length, head_dim] and orders [batch, length], with room for so many
-        more tokens."""
+        more tokens; in `spare` if nobody holds that and it is as large."""
         room = -(-tokens // BLOCK) * BLOCK
-        memory = cls({}, {}, room)
-        for name, value in past.items():
-            at = _axis(value)
-            memory.begin[name] = value.shape[at]
-            array = np.empty((*value.shape[:at], value.shape[at] + room, *value.shape[at + 1 :]), value.dtype)
-            _first(array, value.shape[at])[...] = value
-            memory.arrays[name] = array
-        return memory
+        shapes = {name: _longer(value.shape, room) for name, value in past.items()}
+        if spare is None or spare.holders or {name: array.shape for name, array in spare.arrays.items()} != shapes:
+            spare = cls({name: np.empty(shape, past[name].dtype) for name, shape in shapes.items()}, {}, room)
+        spare.begin = {name: value.shape[_axis(value.shape)] for name, value in past.items()}
+        spare.room, spare.used = room, 0
+        for name, begin in spare.begin.items():
+            if begin:
+                _first(spare.arrays[name], begin)[...] = past[name]
+        return spare
 
 
 class Grown(Mapping[str, Array]):
     """A cache: what was in a memory when it was allocated, and the first `tokens` behind that.
 
     Whoever goes on from the newest one appends to its memory; whoever goes on from an older one, as when two conversations
-    begin alike, gets a copy. So it never changes. Arrays are made when they are asked for, and not copied.
+    begin alike, gets a copy. So it never changes. What is asked for by name is copied: when nobody holds a cache any more, the next
+    conversation is written over it.
     """
 
     __slots__ = ("memory", "padding", "tokens")
@@ -59,17 +63,27 @@ class Grown(Mapping[str, Array]):
     def __init__(self, memory: Memory, tokens: int, padding: Mapping[str, Counts]) -> None:
         """padding: of every `order`, how many tokens of each row are that, int32 [batch]; empty where none is."""
         self.memory, self.tokens, self.padding = memory, tokens, padding
+        memory.holders += 1
+
+    def __del__(self) -> None:
+        self.memory.holders -= 1
 
     @classmethod
-    def of(cls, past: Mapping[str, Array], tokens: int) -> Grown:
-        """`past` in a memory with room for so many more tokens: its own if that is free behind it, else a new one."""
+    def of(cls, past: Mapping[str, Array], tokens: int, spare: Memory | None = None) -> Grown:
+        """`past` in a memory with room for so many more tokens: its own if that is free behind it, else `spare` if that is free
+        and as large, else a new one."""
         if isinstance(past, Grown):
             memory = past.memory
             if past.tokens == memory.used and tokens <= memory.room - past.tokens:
                 return past
-            return cls(Memory.of(past, tokens), 0, past.padding)
+            return cls(Memory.of(dict(past.shown()), tokens, spare), 0, past.padding)
         padding = {n: (value == PAD).sum(axis=1, dtype=np.int32) for n, value in past.items() if value.ndim == 2}
-        return cls(Memory.of(past, tokens), 0, padding if any(map(np.any, padding.values())) else {})
+        return cls(Memory.of(past, tokens, spare), 0, padding if any(map(np.any, padding.values())) else {})
+
+    def shown(self) -> Iterator[tuple[str, Array]]:
+        """Names and arrays, which are not copied."""
+        for name, array in self.memory.arrays.items():
+            yield name, _first(array, self.length(name))
 
     def rows(self, rows: Ints) -> Grown:
         """A copy of some rows, int64 [n], in any order and each as often as named."""
@@ -107,7 +121,7 @@ class Grown(Mapping[str, Array]):
         return self.memory.begin[name] + self.tokens
 
     def __getitem__(self, name: str) -> Array:
-        return _first(self.memory.arrays[name], self.length(name))
+        return _first(self.memory.arrays[name], self.length(name)).copy()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.memory.arrays)
@@ -116,9 +130,14 @@ class Grown(Mapping[str, Array]):
         return len(self.memory.arrays)
 
 
-def _axis(value: Array) -> int:
+def _axis(shape: Sequence[int]) -> int:
     """That of tokens."""
-    return 1 if value.ndim == 2 else 2
+    return 1 if len(shape) == 2 else 2
+
+
+def _longer(shape: Sequence[int], tokens: int) -> tuple[int, ...]:
+    at = _axis(shape)
+    return (*shape[:at], shape[at] + tokens, *shape[at + 1 :])
 
 
 def _first(array: Array, tokens: int) -> Array:

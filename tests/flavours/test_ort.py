@@ -286,7 +286,7 @@ def test_keys_and_values_stay_where_they_are(exported: Any, opened: Open) -> Non
     moves = Counter[str]()
     for _ in range(64):
         generator.step(cache, np.array([21]))
-        now = {n: v.ctypes.data for n, v in cache.past.items()}
+        now = {n: v.ctypes.data for n, v in cache.past.memory.arrays.items()}
         assert len(now) == 2 * case.graphs.text.layers + 2
         moves.update(n for n in now if seen and now[n] != seen[n])
         seen = now
@@ -410,6 +410,25 @@ def test_memory_grows_by_blocks_and_is_copied_for_the_second() -> None:
     assert fork.memory is not begun.memory
     assert np.array_equal(fork["past_key_0"], keys)
     assert fork.grown(np.array([[8, PAD]]), np.array([1])).padding["past_order_0"].tolist() == [2]
+
+
+def test_memory_that_nobody_holds_is_written_over() -> None:
+    keys = np.arange(2 * 3 * 4, dtype=np.float32).reshape(1, 2, 3, 4)
+    past = {"past_key_0": keys, "past_order_0": np.array([[0, 1, 2]])}
+    first = Grown.of(past, 1)
+    second = Grown.of(past, 1, first.memory)
+    assert second.memory is not first.memory, "the first is still wanted"
+    memory, shown = second.memory, second["past_key_0"]
+    second = second.grown(np.array([[7]]), None)
+    del second
+    larger = Grown.of({**past, "past_key_0": keys[:, :1]}, 1, memory)
+    assert larger.memory is not memory, "another shape"
+    third = Grown.of({"past_key_0": -keys, "past_order_0": np.array([[4, 5, PAD]])}, 2, memory)
+    assert third.memory is memory
+    assert (memory.used, third.padding["past_order_0"].tolist()) == (0, [1])
+    assert np.array_equal(third["past_key_0"], -keys)
+    assert third["past_order_0"].tolist() == [[4, 5, PAD]]
+    assert np.array_equal(shown, keys), "what was asked for was a copy"
 
 
 def test_padding_is_far_from_any_place() -> None:
