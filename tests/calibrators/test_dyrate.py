@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
-
 from exporter.dyrate.__main__ import main
 from exporter.dyrate.predictor import Predictor, Recipe, measure, train
 from exporter.dyrate.rollout import Rollout
 from exporter.dyrate.schedule import schedule, written
+from transformers import LlavaForConditionalGeneration
+
 from exporter.embedded import CHECKPOINT
 from exporter.embedded.evaluate import prompt
 from exporter.job import Job
