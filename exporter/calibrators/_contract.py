@@ -29,12 +29,12 @@ OWN = 400
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured, for people. columns: right-aligned where the name starts with ">"."""
+    """What was measured, for people. columns: right-aligned where the name starts with ">". note: of what."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
-    note: str = ""
+    note: str
 
 
 @dataclass(frozen=True)

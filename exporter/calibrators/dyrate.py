@@ -70,11 +70,8 @@ class DyRate(Calibrator):
             "by the classifier": written(self.layer, starts, counts, weights=file, rates=self.rates, state=self.state),
         }
         rows = [(name, f"{100 * f['right']:.1f}", " ".join(f"{n:.0f}" for n in f["kept"])) for name, f in found.items()]
-        table = Table(
-            f"{len(held_out)} held-out questions, every step ranking the image anew",
-            ("", ">% right", "visual tokens per step"),
-            rows,
-        )
+        note = f"{len(held_out)} held-out questions, every step ranking the image anew."
+        table = Table("Answers", ("", ">% right", "visual tokens per step"), rows, note)
         return Calibration(specs, {"visual_tokens": rollout.visual, **found}, table, predictor.dumped())
 
 

@@ -78,7 +78,7 @@ class SparseMM(Calibrator):
             "Score of every head",
             (">layer", *(f">head {head}" for head in range(means.shape[1]))),
             [(layer, *(f"{score:.3f}" for score in row)) for layer, row in enumerate(means.tolist())],
-            note=f"{len(questions)} questions; {said} of {asked} tokens read in a box, those that the model would say itself.",
+            f"{len(questions)} questions; {said} of {asked} tokens read in a box, those that the model would say itself.",
         )
         found = {
             "questions": len(questions), "tokens": asked, "counted": said,

@@ -56,11 +56,15 @@ class Vtw(Calibrator):
 
     @property
     def reduction(self) -> str:
-        return spec_of(Reduction(self.first))
+        return spec_of(Reduction())
 
     def calibrate(self, plan: Plan, questions: Sequence[Question], file: str, log: Log) -> Calibration:
         depth = plan.geometry.layers
         first = max(1, min(FIRST, round(FIRST * depth / DEPTH))) if self.first is None else self.first
+        if not 1 <= first < depth:
+            raise UsageError(
+                f"`first` of vtw must be in 1..{depth - 1}, as the model has {depth} decoder layers; found {first}."
+            )
         rollout, seen = Rollout(plan), []
         for number, question in enumerate(questions[: self.samples], 1):
             log(f"question {number} of {self.samples}")
@@ -72,19 +76,20 @@ class Vtw(Calibrator):
             best = min(range(len(means)), key=means.__getitem__)
             raise UsageError(
                 f"No K from {first} to {depth - 1} brings the divergence down to {self.threshold:g}: the smallest is "
-                f"{means[best]:.4g}, at K = {first + best}. Pass vtw:threshold={means[best]:.2g} or more, or do without vtw."
+                f"{means[best]:.4g}, at K = {first + best}. Pass a `threshold` above that, or do without vtw."
             )
         layers = [
             {"k": first + i, "divergence": mean, "largest": most}
             for i, (mean, most) in enumerate(zip(means, worst, strict=True))
         ]
         table = Table(
-            f"Divergence of the next token from the full model's, {self.samples} questions",
-            (">K", ">mean, nats", ">largest", ""),
+            "Visual tokens withdrawn at layer K",
+            (">K", ">divergence", ">largest", ""),
             [
                 (at["k"], f"{at['divergence']:.3g}", f"{at['largest']:.3g}", "chosen" if at["k"] == k else "")
                 for at in layers
             ],
+            f"Mean and largest of {self.samples} questions: nats between the next token and the full model's.",
         )
         found = {"k": k, "threshold": self.threshold, "questions": self.samples, "layers": layers}
         return Calibration({"": spec_of(Reduction(k=k))}, found, table)

@@ -68,4 +68,4 @@ def command(
     shown = found.table
     data = {"method": method, "specs": list(found.specs.values()), "file": file, **found.found}
     specs = [f"--reduce {spec}" + (f"  ({called})" if called else "") for called, spec in found.specs.items()]
-    out.result(data, table(shown.title, shown.columns, shown.rows, note=shown.note), *specs)
+    out.result(data, table(shown.title, shown.columns, shown.rows), shown.note, *specs)

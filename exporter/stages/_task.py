@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -201,7 +202,7 @@ def _boxes(entry: Mapping[str, Any], answer: str) -> tuple[Box | None, ...]:
 
 
 def _box(given: Any) -> Box:
-    numbers = isinstance(given, list) and all(type(x) in (int, float) for x in given)
+    numbers = isinstance(given, list) and all(type(x) in (int, float) and math.isfinite(x) for x in given)
     if not numbers or len(given) != 4 or not (0 <= given[0] < given[2] and 0 <= given[1] < given[3]):
         raise UsageError(f"a box must be [left, top, right, bottom] in pixels of the image; found {given!r}.")
     left, top, right, bottom = given
