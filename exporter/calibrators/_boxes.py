@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from exporter.errors import UsageError
 from exporter.graphset import GraphSet, ImageSpec, VisualLayout
 from exporter.runtime.images import preprocess
 from exporter.stages._task import Box
@@ -24,9 +23,8 @@ def inside(box: Box, size: tuple[int, int], graphs: GraphSet, index: npt.NDArray
     The box is drawn and goes the way of the images: resized, cut into tiles, padded, cropped.
 
     Args:
-        size: of the image, width and height in pixels. index: int64 [kept], as `reduce` returns it.
-    Raises:
-        UsageError: the model's visual tokens have no place in the image.
+        size: of the image, width and height in pixels. graphs: of a model whose visual tokens have a raster. index: int64
+            [kept], as `reduce` returns it.
     """
     visual = graphs.visual
     each = visual.total // visual.placeholders
@@ -50,8 +48,7 @@ def _pixels(box: Box, size: tuple[int, int], spec: ImageSpec) -> Mask:
 
 def _patches(pixels: Mask, visual: VisualLayout) -> Mask:
     """bool [tokens], of all parts of an image, one after another, row by row."""
-    if visual.grid is None:
-        raise UsageError("This model's visual tokens have no raster, so nobody can say which ones lie in a box.")
+    assert visual.grid is not None, "tokens without a raster lie nowhere"
     rows, columns = visual.grid
     groups = (visual.total - visual.fixed * visual.placeholders) // (rows * columns)
     parts = np.logical_or.reduce(pixels.reshape(groups, -1, *pixels.shape[1:]), axis=1)

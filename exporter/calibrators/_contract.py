@@ -119,9 +119,9 @@ def run(text: str, job: Job, questions: Path | None, output: Path | None, log: L
         return found, None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(file, found.content)
     except OSError as e:
         raise UsageError(f"Cannot write {file}: {e.strerror}. Choose another --output.") from e
+    write_bytes(file, found.content)
     return found, file
 
 

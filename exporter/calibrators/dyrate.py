@@ -39,10 +39,10 @@ class DyRate(Calibrator):
     cost: float = 0.5
 
     def __post_init__(self) -> None:
-        if min(self.buckets, self.steps, self.batch) < 1 or self.cost < 0:
+        if min(self.buckets, self.steps, self.batch) < 1 or min(self.state, self.cost) < 0:
             raise UsageError(
-                "`buckets`, `steps` and `batch` of dyrate must be 1 or more, and `cost` 0 or more; found "
-                f"{self.buckets}, {self.steps}, {self.batch} and {self.cost:g}."
+                "`buckets`, `steps` and `batch` of dyrate must be 1 or more, `state` and `cost` 0 or more; found "
+                f"{self.buckets}, {self.steps}, {self.batch}, {self.state} and {self.cost:g}."
             )
 
     @property

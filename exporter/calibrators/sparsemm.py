@@ -57,6 +57,8 @@ class SparseMM(Calibrator):
     def calibrate(self, plan: Plan, questions: Sequence[Question], file: str, log: Log) -> Calibration:
         if plan.request.frames > 1:
             raise UsageError("A box lies in one image: calibrate sparsemm with questions about one, without --frames.")
+        if plan.geometry.grid is None:
+            raise UsageError("This model's visual tokens have no raster, so nobody can say which ones lie in a box.")
         rollout, each, said, asked = Rollout(plan), [], 0, 0
         for number, question in enumerate(questions, 1):
             log(f"question {number} of {len(questions)}")
@@ -126,7 +128,7 @@ def of_tokens(answer: Sequence[int], question: Question, prompt: Prompt) -> list
     Raises:
         UsageError: the tokens do not read as the answer does.
     """
-    ends = [len(prompt.decode(answer[:n])) for n in range(len(answer) + 1)]
+    ends = [len(prompt.decode(answer[:n]).casefold()) for n in range(len(answer) + 1)]
     text, at = prompt.decode(answer).casefold(), 0
     found: list[Box | None] = [None] * len(answer)
     for word, box in zip(question.answer.split(), question.boxes, strict=True):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from exporter.calibrators._boxes import inside
-from exporter.errors import UsageError
 from exporter.families._contract import Request
 from exporter.graphset import GraphSet
 from exporter.stages._reference import reference
@@ -89,6 +88,3 @@ def test_what_is_no_patch(tmp_path: Path) -> None:
     graphs = described(tiny.llava, tmp_path)
     whole = inside((0, 0, 56, 56), (56, 56), graphs, np.array([-1, 3, 7]))
     assert whole.tolist() == [False, True, True]
-    graphs = replace(graphs, visual=replace(graphs.visual, grid=None))
-    with pytest.raises(UsageError, match="no raster"):
-        inside((0, 0, 56, 56), (56, 56), graphs, np.arange(16))

@@ -152,7 +152,7 @@ def refused(question: Question, frames: int = 1) -> str:
     return str(e.value)
 
 
-def test_refusals() -> None:
+def test_refusals(tmp_path: Path) -> None:
     (good,) = (q for q in _task.for_calibration(1, 2) if q.boxes)
     box: Box = (900, 900, 910, 910)
     outside = Question("custom", good.frames, good.question, good.answer, boxes=(box,))
@@ -162,3 +162,6 @@ def test_refusals() -> None:
     )
     assert "Of 1 tokens that are read in a box the model would say none by itself" in refused(wrong)
     assert "A box lies in one image" in refused(good, frames=4)
+    tiny.blip_2(tmp_path)
+    with pytest.raises(UsageError, match="no raster"):
+        SparseMM().calibrate(tiny.plan(tmp_path), [good], "", quiet)

@@ -75,6 +75,7 @@ REFUSED = [
     (["dyrate:layer=9"], "`layer` must be in 1..3"),
     (["dyrate:rates=1"], "`rates` must be 2 or more"),
     (["dyrate:steps=0"], "must be 1 or more"),
+    (["dyrate:state=-1"], "`state` and `cost` 0 or more; found 3, 300, 16, -1 and 0.5."),
     (["sparsemm:keep_ratio=2"], "keep_ratio"),
     (["sparsemm", "--frames", "4"], "The embedded task holds 0 questions; sparsemm needs 1 or more."),
 ]
