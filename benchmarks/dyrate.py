@@ -3,7 +3,7 @@
     python -m benchmarks.dyrate
 
 The embedded model is taught to answer in sentences (`benchmarks._sentences`), DyRate's linear classifier and the GRU are
-trained on it end to end, on training digits (`exporter.dyrate`), and buckets are calibrated on more of them. Then every row is exported to
+trained on it end to end, on training digits (`exporter.calibrators.dyrate`), and buckets are calibrated on more of them. Then every row is exported to
 FP32 graphs for ONNX Runtime and answers the same questions on held-out digits, greedily; an answer counts if every word is
 right. *Latency* is of a whole answer behind the vision side, all rows in turn. *FLOPs* are counted (`exporter.cost`), of
 prefill and decode together, as this model has them and as Vicuna-7B would with 576 visual and 64 text tokens and the same
@@ -73,11 +73,10 @@ def predictors(
     checkpoint: Path, folder: Path, layer: int, buckets: int, train_steps: int, price: float, test: Sequence[Question]
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, Any]]:
     """Train the classifiers; specs of the rows to export, and what was found on the way."""
-    from exporter.dyrate.predictor import Predictor, Recipe, measure, train
-    from exporter.dyrate.rollout import Rollout
-    from exporter.dyrate.schedule import schedule, written
+    from exporter.calibrators._predictor import Dropping, Predictor, Recipe, measure, train
+    from exporter.calibrators._schedule import schedule, written
 
-    rollout = Rollout(Job(str(checkpoint), (), "cpu_fp32").plan(), layer)
+    rollout = Dropping(Job(str(checkpoint), (), "cpu_fp32").plan(), layer)
     rows: dict[str, tuple[str, ...]] = {}
     found: dict[str, Any] = {"unreduced": asdict(measure(rollout, None, test))}
     for name, state in (("linear", 0), (f"GRU {STATE}", STATE)):

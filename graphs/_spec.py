@@ -13,7 +13,7 @@ import difflib
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from typing import get_type_hints
@@ -83,21 +83,34 @@ def parse(text: str) -> Reduction:
         raise ReductionError(f"{name} wraps another reduction; write {name}+NAME or {name}:knob=value,…+NAME:…")
     if colon and not rest:
         raise ReductionError(f"'{text}' ends after the colon; write NAME or NAME:knob=value,…")
-    hints = get_type_hints(method)
-    known = {f.name: f for f in fields(method) if f.name != wrapped}
     try:
         values: dict[str, object] = {wrapped: parse(inner.strip())} if wrapped else {}
     except RecursionError:
         raise ReductionError(f"too many reductions wrap one another in '{text[:40]}…'") from None
-    for item in rest.split(",") if rest else ():
+    values |= knobs(method, name, rest, {wrapped} if wrapped else ())
+    return method(**values)
+
+
+def knobs(kind: type, name: str, text: str, without: Collection[str] = ()) -> dict[str, object]:
+    """The values in `knob=value,…`, for the fields of a dataclass.
+
+    Args:
+        name: what it is called where something does not fit. without: fields that are no knobs.
+    Raises:
+        ReductionError: an unknown knob or one given twice, a value of the wrong type, a required one missing, or bad syntax.
+    """
+    hints = get_type_hints(kind)
+    known = {f.name: f for f in fields(kind) if f.name not in without}
+    values: dict[str, object] = {}
+    for item in text.split(",") if text else ():
         knob, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not knob or not value:
-            raise ReductionError(f"'{item.strip()}' in '{text}' is not of the form knob=value")
+            raise ReductionError(f"'{item.strip()}' in '{name}:{text}' is not of the form knob=value")
         if knob not in known:
             listed = ", ".join(f"{k}={_default(f)}" for k, f in known.items())
             raise ReductionError(f"{name} has no knob `{knob}`. {_nearest(knob, known, None)}Knobs: {listed}.")
         if knob in values:
-            raise ReductionError(f"`{knob}` is given twice in '{text}'")
+            raise ReductionError(f"`{knob}` is given twice in '{name}:{text}'")
         try:
             values[knob] = read(hints[knob], value)
         except ValueError:
@@ -105,7 +118,7 @@ def parse(text: str) -> Reduction:
     missing = [k for k, f in known.items() if _default(f) == "required" and k not in values]
     if missing:
         raise ReductionError(f"{name} needs {', '.join(f'`{k}`' for k in missing)}, as in {name}:{missing[0]}=…")
-    return method(**values)
+    return values
 
 
 def format(reduction: Reduction) -> str:

@@ -17,7 +17,7 @@ Knobs:
     layer: the paper's 3, at least 1, below the number of layers.
     keep / keep_ratio: visual tokens behind prefill; half of them if neither is given, as in its FastV baselines.
     step_list: answer tokens run before each further cut. keep_list: visual tokens left by each; by default they halve.
-        `python -m exporter.dyrate` finds both on questions of yours, and trains the weights.
+        `edgetrim calibrate dyrate` finds both on questions of yours, and trains the weights.
     weights: safetensors file with the classifier: `weight` [4, K], `bias` [K] (K is `rates`); with `state`, a GRU cell in
         front of it: `reset`, `update`, `candidate` [4 + state, state] and their `_bias` [state], `weight` [state, K].
     rates: K. state: width of the GRU, 0 for the paper's linear classifier, which sees the newest token only.

@@ -16,7 +16,8 @@ Source: Wang et al. 2025, "SparseMM: Head Sparsity Emerges from Visual Concept R
 Knobs:
     keep / keep_ratio: visual tokens that stay, the mean over all heads and layers.
     scores: JSON file with the heads' scores, {"layer-head": [scores, averaged], …} with the query heads of every layer, as
-        published; those that share keys are summed. Without it all heads have the same capacity.
+        published and as `edgetrim calibrate sparsemm` measures them on questions of yours; those that share keys are summed.
+        Without it all heads have the same capacity.
     capacity_list: the capacities themselves, in place of all of the above: head by head, layer by layer.
     kv_heads: of a layer, by default the model's.
     reserved: the paper's 0.1.

@@ -8,10 +8,9 @@ of the image. All earlier layers, and their part of the cache, hold every token;
 Source: Lin et al. 2024, "Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid
 Inference", arXiv:2405.05803.
 Knobs:
-    k: the paper's K. By default half of the layers: its 16 of 32. It looks for the smallest K, from 5 on, whose next
-        token on a few samples hardly differs from the full model's (KL divergence), task by task.
+    k: the paper's K. By default half of the layers: its 16 of 32. `edgetrim calibrate vtw` looks for it as the authors do: the
+        smallest K whose next token on a few questions hardly differs from the full model's (KL divergence), task by task.
 There is no count to choose: nothing stays.
-Differs: the search for K is not part of the graph.
 Position: *keep*: what follows the image keeps its ids, as in the official code's default.
 """
 

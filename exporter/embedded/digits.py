@@ -60,12 +60,14 @@ class Example:
         frames: uint8 [frames, 64, 64, 3], RGB; one frame for `cell` and `count`, four for `moved`.
         question: the user's sentence, without chat template.
         answer: the one right answer.
+        box: left, top, right and bottom of the cell that it is read from, in pixels; None where that is no single one.
     """
 
     kind: str
     frames: np.ndarray
     question: str
     answer: str
+    box: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,9 @@ def _example(kind: str, rng: np.random.Generator, source: Glyphs) -> Example:
     if kind == "count":
         digit = asked_digit(rng, grid)
         return Example(kind, frames, count_question(digit), NUMBERS[int((grid == digit).sum())])
-    row, column = rng.choice(np.argwhere(grid != EMPTY))
-    return Example(kind, frames, cell_question(int(row), int(column)), str(grid[row, column]))
+    row, column = map(int, rng.choice(np.argwhere(grid != EMPTY)))
+    box = (column * CELL, row * CELL, (column + 1) * CELL, (row + 1) * CELL)
+    return Example(kind, frames, cell_question(row, column), str(grid[row, column]), box)
 
 
 def _pick(rng: np.random.Generator, source: Glyphs, count: int, classes: int) -> np.ndarray:

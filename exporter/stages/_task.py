@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,14 @@ from exporter.errors import UsageError
 from exporter.metrics import _contract as metrics
 from exporter.runtime import images
 
+if TYPE_CHECKING:
+    from exporter.embedded.digits import Example
+
 SHAPE = '{"image": PATH, "question": "…", "answer": "…"}'
-KEYS = {"image", "images", "video", "question", "answer", "answers", "metric", "kind"}
+KEYS = {"image", "images", "video", "question", "answer", "answers", "metric", "kind", "box", "boxes"}
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom in pixels of an image, upright."""
 
 
 class Files(Sequence[Image.Image]):
@@ -48,7 +55,8 @@ class Clip(Files):
 @dataclass(frozen=True)
 class Question:
     """frames: PIL images, as many as the graphs take. answer: the right one; others that are right are in `also`. metric: a name from
-    exporter/metrics. source: the images' paths as the user wrote them, if they are the user's."""
+    exporter/metrics. source: the images' paths as the user wrote them, if they are the user's. boxes: where in the image every word of
+    `answer` is read, None for one that is read nowhere; empty where that is not known."""
 
     kind: str
     frames: Sequence[Image.Image]
@@ -57,6 +65,7 @@ class Question:
     also: tuple[str, ...] = ()
     metric: str = "exact"
     source: tuple[str, ...] = ()
+    boxes: tuple[Box | None, ...] = ()
 
     @property
     def pixels(self) -> npt.NDArray[np.uint8]:
@@ -89,7 +98,10 @@ def embedded(frames: int, per_kind: int, seed: int = 0) -> list[Question]:
     for kind in digits.KINDS:
         examples = digits.held_out(kind, per_kind, seed)
         if len(examples[0].frames) == frames:
-            found += [Question(e.kind, [Image.fromarray(f) for f in e.frames], e.question, e.answer) for e in examples]
+            found += [
+                Question(e.kind, [Image.fromarray(f) for f in e.frames], e.question, e.answer, boxes=_boxes_of(e))
+                for e in examples
+            ]
     return found
 
 
@@ -102,8 +114,13 @@ def for_calibration(frames: int, count: int = 64) -> list[Question]:
     for kind in kinds:
         for e in digits.seen(kind, count // len(kinds)):
             chosen = [e.frames[i * len(e.frames) // frames] for i in range(frames)]
-            found.append(Question(e.kind, [Image.fromarray(f) for f in chosen], e.question, e.answer))
+            shown = [Image.fromarray(f) for f in chosen]
+            found.append(Question(e.kind, shown, e.question, e.answer, boxes=_boxes_of(e)))
     return found
+
+
+def _boxes_of(example: Example) -> tuple[Box | None, ...]:
+    return () if example.box is None else (example.box,)
 
 
 def from_file(path: Path, frames: int) -> list[Question]:
@@ -164,7 +181,32 @@ def _question(entry: Mapping[str, Any], folder: Path, frames: int) -> Question:
     metric = str(entry.get("metric", "exact"))
     metrics.check(metric, (answer, *also))
     kind = str(entry.get("kind", "custom"))
-    return Question(kind, shown, str(entry["question"]), answer, tuple(also), metric, tuple(written))
+    boxes = _boxes(entry, answer)
+    return Question(kind, shown, str(entry["question"]), answer, tuple(also), metric, tuple(written), boxes)
+
+
+def _boxes(entry: Mapping[str, Any], answer: str) -> tuple[Box | None, ...]:
+    """Of every word of the answer: `boxes`, or `box` for all of them."""
+    if "box" in entry and "boxes" in entry:
+        raise UsageError('expected one of "box", which is of all words of the answer, and "boxes"; found both.')
+    words = len(answer.split())
+    if "box" in entry:
+        return (_box(entry["box"]),) * words
+    given = entry.get("boxes")
+    if given is None:
+        return ()
+    if not isinstance(given, list) or len(given) != words:
+        found = len(given) if isinstance(given, list) else repr(given)
+        raise UsageError(f'"boxes" must be a list of {words}, one for each word of "{answer}"; found {found}.')
+    return tuple(None if each is None else _box(each) for each in given)
+
+
+def _box(given: Any) -> Box:
+    numbers = isinstance(given, list) and all(type(x) in (int, float) and math.isfinite(x) for x in given)
+    if not numbers or len(given) != 4 or not (0 <= given[0] < given[2] and 0 <= given[1] < given[3]):
+        raise UsageError(f"a box must be [left, top, right, bottom] in pixels of the image; found {given!r}.")
+    left, top, right, bottom = given
+    return left, top, right, bottom
 
 
 def kinds(questions: Sequence[Question]) -> list[str]:

@@ -84,3 +84,12 @@ def test_answers_follow_from_the_grid() -> None:
         digits.cell_question(r, c) == f"Which digit is in row {r + 1}, column {c + 1}?" for r, c in np.ndindex(4, 4)
     )
     assert {digits.asked_digit(rng, grid) for _ in range(200)} == set(range(10))
+
+
+def test_the_box_of_a_cell_holds_its_digit() -> None:
+    for example in digits.held_out("cell", 20):
+        assert example.box is not None
+        left, top, right, bottom = example.box
+        assert example.question == f"Which digit is in row {top // 16 + 1}, column {left // 16 + 1}?"
+        assert (right - left, bottom - top) == (16, 16) and example.frames[0, top:bottom, left:right].any()
+    assert digits.held_out("count", 1)[0].box is None

@@ -69,12 +69,30 @@ def test_the_key_is_of_question_and_pixels(ask: Ask, tmp_path: Path) -> None:
 GOOD = {"image": "a.png", "question": "What?", "answer": "a"}
 
 
+def test_where_an_answer_is_read(ask: Ask) -> None:
+    box = [1, 2.5, 3, 4]
+    assert ask(GOOD).boxes == ()
+    assert ask({**GOOD, "answer": "red and blue", "box": box}).boxes == ((1, 2.5, 3, 4),) * 3
+    assert ask({**GOOD, "answer": "no way", "boxes": [None, box]}).boxes == (None, (1, 2.5, 3, 4))
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
         ("{", "line 2: expected {"),
         ({"question": "What?", "answer": "a"}, 'one of "image", "images" and "video"; found none'),
         ({**GOOD, "video": "clip"}, "found image and video"),
+        (
+            {**GOOD, "box": [1, 2, 3]},
+            "a box must be [left, top, right, bottom] in pixels of the image; found [1, 2, 3]",
+        ),
+        ({**GOOD, "box": [3, 2, 1, 4]}, "a box must be "),
+        ({**GOOD, "box": [True, 2, 3, 4]}, "a box must be "),
+        ({**GOOD, "box": [-1, 2, 3, 4]}, "a box must be "),
+        ({**GOOD, "boxes": [[1, 2, 3, 4]] * 2}, '"boxes" must be a list of 1, one for each word of "a"; found 2'),
+        ({**GOOD, "boxes": "here"}, "found 'here'"),
+        ({**GOOD, "box": [0, 0, 1, float("inf")]}, "a box must be "),
+        ({**GOOD, "box": [1, 2, 3, 4], "boxes": []}, "found both"),
         ({**GOOD, "image": "absent.png"}, "there is no "),
         ({**GOOD, "anwser": "b"}, "unknown key 'anwser'"),
         ({**GOOD, "answers": ["b"]}, 'one of "answer" and "answers"'),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,24 +11,23 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from exporter.dyrate.__main__ import main
-from exporter.dyrate.predictor import Predictor, Recipe, measure, train
-from exporter.dyrate.rollout import Rollout
-from exporter.dyrate.schedule import schedule, written
+from exporter.calibrators._predictor import Dropping, Predictor, Recipe, measure, train
+from exporter.calibrators._schedule import schedule, written
 from exporter.embedded import CHECKPOINT
 from exporter.embedded.evaluate import prompt
 from exporter.job import Job
 from exporter.runtime.generate import Generator
 from exporter.stages import _task
 from graphs import _spec
+from tests.conftest import Said
 
 LAYER = 1
 
 
 @pytest.fixture(scope="module")
-def rollout() -> Rollout:
+def rollout() -> Dropping:
     torch.set_num_threads(1)
-    return Rollout(Job("embedded", (), "cpu_fp32").plan(), LAYER)
+    return Dropping(Job("embedded", (), "cpu_fp32").plan(), LAYER)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def everything(shares: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def test_keeping_everything_is_the_model(rollout: Rollout, questions: list[_task.Question]) -> None:
+def test_keeping_everything_is_the_model(rollout: Dropping, questions: list[_task.Question]) -> None:
     from transformers import AutoProcessor
 
     model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
@@ -56,7 +56,7 @@ def test_keeping_everything_is_the_model(rollout: Rollout, questions: list[_task
     assert batch.labels[:, -1].tolist() == [1, 1], "answers end with the end-of-sequence token"
 
 
-def test_shares_and_ranks(rollout: Rollout, questions: list[_task.Question]) -> None:
+def test_shares_and_ranks(rollout: Dropping, questions: list[_task.Question]) -> None:
     seen = []
 
     def keep(shares: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_shares_and_ranks(rollout: Rollout, questions: list[_task.Question]) -> 
     assert (ranks.sort(-1).values == torch.arange(rollout.visual)).all()
 
 
-def test_fewer_tokens_change_the_answer(rollout: Rollout, questions: list[_task.Question]) -> None:
+def test_fewer_tokens_change_the_answer(rollout: Dropping, questions: list[_task.Question]) -> None:
     """At layer 1 the image is still needed: the best token alone does not do."""
     batch = rollout.batch(questions)
     whole = rollout.run(batch, everything).argmax(-1)
@@ -81,7 +81,7 @@ def test_fewer_tokens_change_the_answer(rollout: Rollout, questions: list[_task.
 
 
 @pytest.mark.parametrize("state", [0, 4])
-def test_training_finds_a_cheaper_rate(state: int, rollout: Rollout, questions: list[_task.Question]) -> None:
+def test_training_finds_a_cheaper_rate(state: int, rollout: Dropping, questions: list[_task.Question]) -> None:
     predictor = Predictor(10, state)
     before = {name: p.detach().clone() for name, p in predictor.named_parameters()}
     first = measure(rollout, predictor, questions)
@@ -93,7 +93,7 @@ def test_training_finds_a_cheaper_rate(state: int, rollout: Rollout, questions: 
     assert after.right >= 0.5
 
 
-def test_the_engine_wants_what_training_saw(rollout: Rollout, questions: list[_task.Question], tmp_path: Path) -> None:
+def test_the_engine_wants_what_training_saw(rollout: Dropping, questions: list[_task.Question], tmp_path: Path) -> None:
     """The classifier in the decode graph, step by step, against the same classifier on whole answers."""
     from exporter.runtime.images import preprocess
     from exporter.runtime.prompt import Prompt
@@ -156,18 +156,20 @@ def test_schedules_are_the_cheapest_that_suffice() -> None:
         assert spec.startswith("dyrate:" if len(starts) > 1 else "fastv:")
 
 
-def test_the_command(tmp_path: Path, questions: list[_task.Question], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(edgetrim: Callable[..., Said], tmp_path: Path, questions: list[_task.Question]) -> None:
     lines = []
     for i, q in enumerate(questions):
         q.frames[0].save(tmp_path / f"{i}.png")
         lines.append(json.dumps({"images": [f"{i}.png"], "question": q.question, "answer": q.answer}))
     (tmp_path / "q.jsonl").write_text("\n".join(lines))
-    given = ["embedded", "--questions", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "w.safetensors")]
-    assert main([*given, "--layer", "1", "--steps", "3", "--batch", "2"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (tmp_path / "w.safetensors").is_file()
-    for name in ("spec", "adaptive_spec"):
-        assert Job("embedded", (found[name],), "cpu_fp32").plan().steps[-1].after <= found["visual_tokens"] == 64
+    given = ["--questions", tmp_path / "q.jsonl", "-o", tmp_path / "new" / "w.safetensors", "--json"]
+    said = edgetrim("calibrate", "dyrate:layer=1,steps=3,batch=2", "embedded", *given)
+    assert said.code == 0, said.err
+    found = json.loads(said.out)
+    assert found["file"] == str(tmp_path / "new" / "w.safetensors") and Path(found["file"]).is_file()
+    assert f"weights={found['file']}" in found["specs"][1]
+    for spec in found["specs"]:
+        assert Job("embedded", (spec,), "cpu_fp32").plan().steps[-1].after <= found["visual_tokens"] == 64
     (tmp_path / "q.jsonl").write_text(lines[0])
-    assert main(given) == 2
-    assert "expected 8 or more" in capsys.readouterr().err
+    said = edgetrim("calibrate", "dyrate", "embedded", *given)
+    assert said.code == 2 and "holds 1 questions; dyrate needs 8 or more" in said.err

@@ -1,4 +1,4 @@
-"""The classifier as it is trained: Gumbel-softmax over the rates, masks over the ranked visual tokens."""
+"""DyRate's classifier as it is trained: Gumbel-softmax over the rates, masks over the ranked visual tokens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.dyrate.rollout import Batch, Rollout
+from exporter.calibrators._rollout import Batch, Layers, Rollout
+from exporter.nn.cuts import group_shares
+from exporter.plan import Plan
 from exporter.stages._task import Question
+from exporter.workspace import write_bytes
 from graphs._contract import Site
 from graphs.dyrate import DyRate
 
 Log = Callable[[str], None]
+Keep = Callable[[Tensor, Tensor], Tensor]
+"""(shares [batch, steps, 4], rank of every visual token int64 [batch, steps, tokens], 0 for the one looked at most) → how
+much of each visual token a step sees: float32 [batch, steps, tokens], 0 to 1."""
+
+
+class Dropping(Rollout):
+    """A model whose steps see fewer visual tokens from a layer on, which is at least 1."""
+
+    def __init__(self, plan: Plan, layer: int) -> None:
+        super().__init__(plan)
+        self.layer = layer
+
+    def run(self, batch: Batch, keep: Keep) -> Tensor:
+        """Logits [batch, steps, vocab]. Steps see of each visual token what `keep` says, from the layer on."""
+        decoder, spec = self.decoder, self.decoder.spec
+        steps, seq = batch.labels.shape[1], batch.order.shape[1]
+        layers = Layers(decoder, batch)
+        x = layers.entered
+        hidden: Tensor | None = None
+        for i in range(spec.layers):
+            x, seen = layers(i, x, hidden)
+            if i == self.layer - 1:
+                rows = seen.whole_rows(seen.q, seen.k, slice(seq - steps, seq)).mean((1, 2))
+                part = keep(group_shares(rows, batch.order, batch.starts), _ranks(rows[..., : self.visual]))
+                hidden = torch.zeros(len(x), 1, seq, seq)
+                hidden[:, 0, seq - steps :, : self.visual] = torch.log(part.clamp_min(1e-9))
+                hidden = hidden.repeat(1, 1, spec.heads // spec.kv_heads, 1)
+        out: Tensor = decoder.lm_head(decoder.norm.every(x[:, -steps:]))
+        return out
+
+
+def _ranks(rows: Tensor) -> Tensor:
+    """The place of every token, the highest score being 0; among equals the earlier first."""
+    order: Tensor = rows.argsort(stable=True, dim=-1, descending=True)
+    return order.argsort(-1)
 
 
 class Predictor(nn.Module):
@@ -50,13 +88,16 @@ class Predictor(nn.Module):
         """int64 [K]: visual tokens that stay at each rate."""
         return torch.tensor([visual - rate * visual // self.method.rates for rate in range(self.method.rates)])
 
-    def save(self, path: Path) -> None:
-        from safetensors.torch import save_file
+    def dumped(self) -> bytes:
+        """Its tensors as a safetensors file."""
+        from safetensors.torch import save
 
+        found: bytes = save({name: p.detach().contiguous() for name, p in self.named_parameters()})
+        return found
+
+    def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        save_file({name: p.detach().contiguous() for name, p in self.named_parameters()}, beside)
-        beside.replace(path)
+        write_bytes(path, self.dumped())
 
 
 @dataclass(frozen=True)
@@ -73,7 +114,7 @@ class Recipe:
 
 
 def train(
-    rollout: Rollout, predictor: Predictor, questions: Sequence[Question], recipe: Recipe, log: Log = lambda text: None
+    rollout: Dropping, predictor: Predictor, questions: Sequence[Question], recipe: Recipe, log: Log = lambda text: None
 ) -> None:
     """End to end through the frozen model: p = Gumbel-softmax(logits); a step sees Σ p_i · M_i of each visual token, where
     M_i keeps the best of rate i in the step's own ranking."""
@@ -122,7 +163,7 @@ class Found:
 
 
 @torch.inference_mode()
-def measure(rollout: Rollout, predictor: Predictor | None, questions: Sequence[Question], batch: int = 32) -> Found:
+def measure(rollout: Dropping, predictor: Predictor | None, questions: Sequence[Question], batch: int = 32) -> Found:
     """By the most likely rate of every step; None keeps everything."""
     counts = torch.tensor([rollout.visual]) if predictor is None else predictor.kept(rollout.visual)
     right, kept, seen = 0, [], []
