@@ -99,20 +99,20 @@ def _exported(llama: Path, kind: str, config: Any) -> Any:
 
 
 class Exporters:
-    """`transformers.exporters` with its own fusions for ONNX Runtime's CPU provider, and its own runner."""
+    """`transformers.exporters` with its own fusions for ONNX Runtime's CPU provider, and its own runner. `folder` is written once."""
 
     def __init__(self, llama: Path, folder: Path, threads: int) -> None:
         import onnxruntime
         from transformers import AutoConfig
         from transformers.exporters import OnnxConfig
-
-        exported = _exported(llama, "OnnxExporter", OnnxConfig(dynamic=True, ort_fusions="cpu"))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        folder.mkdir(parents=True)
-        exported.save_pretrained(folder)
         from transformers.exporters.base import ExportedModel
 
+        if not folder.exists():
+            exported = _exported(llama, "OnnxExporter", OnnxConfig(dynamic=True, ort_fusions="cpu"))
+            folder.mkdir(parents=True)
+            exported.save_pretrained(folder)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
         opened = ExportedModel.from_pretrained(folder, device="cpu", session_options=options)
         self._run = opened.runners["decode"]
         self._config = AutoConfig.from_pretrained(llama)
@@ -151,14 +151,23 @@ class Exporters:
 
 
 class OpenVinoGenai:
-    """OpenVINO GenAI's pipeline over the stateful model of `transformers.exporters`, in FP32 with an FP32 cache."""
+    """OpenVINO GenAI's pipeline over the stateful model of `transformers.exporters`, in FP32 with an FP32 cache. `folder` is written
+    once."""
 
     def __init__(self, llama: Path, folder: Path, threads: int) -> None:
+        self._ov: Any = importlib.import_module("openvino")
+        self._genai: Any = importlib.import_module("openvino_genai")
+        if not folder.exists():
+            self._build(llama, folder)
+        self._pipeline = self._genai.LLMPipeline(
+            str(folder), "CPU", ATTENTION_BACKEND="SDPA", INFERENCE_NUM_THREADS=threads, INFERENCE_PRECISION_HINT="f32",
+            KV_CACHE_PRECISION="f32",
+        )  # fmt: skip
+
+    def _build(self, llama: Path, folder: Path) -> None:
         from transformers import AutoTokenizer
         from transformers.exporters import OpenVINOConfig
 
-        self._ov: Any = importlib.import_module("openvino")
-        self._genai: Any = importlib.import_module("openvino_genai")
         convert: Any = importlib.import_module("openvino_tokenizers").convert_tokenizer
         folder.mkdir(parents=True)
         program = _exported(llama, "OpenVINOExporter", OpenVINOConfig(dynamic=True)).components["decode"].program
@@ -167,10 +176,6 @@ class OpenVinoGenai:
         self._ov.save_model(tokenizer, folder / "openvino_tokenizer.xml")
         self._ov.save_model(detokenizer, folder / "openvino_detokenizer.xml")
         (folder / "config.json").write_text((llama / "config.json").read_text())
-        self._pipeline = self._genai.LLMPipeline(
-            str(folder), "CPU", ATTENTION_BACKEND="SDPA", INFERENCE_NUM_THREADS=threads, INFERENCE_PRECISION_HINT="f32",
-            KV_CACHE_PRECISION="f32",
-        )  # fmt: skip
 
     def prefill(self, ids: Array) -> float:
         marks: list[float] = []
