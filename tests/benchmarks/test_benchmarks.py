@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import _common, decode, in_llm, prefill
+from benchmarks import _common, decode, engines, in_llm, prefill
 
 MODEL = _common.Model(
     hidden=64, layers=2, intermediate=128, heads=4, kv_heads=2, vocab=96, tower=32, tower_heads=4, image=56, patch=14
@@ -40,6 +40,26 @@ def test_decode(tmp_path: Path, precision: str) -> None:
     assert all(t["rounds"] == DECODE.new_tokens - 1 for t in entry["times"].values())
     assert decode.OURS in decode.text(entry)
     assert (decode.HF in entry["times"]) == (precision == "fp32")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "transformers, SDPA",
+        "onnxruntime-genai",
+        pytest.param("transformers.exporters, ONNX Runtime", marks=pytest.mark.slow),
+    ],
+)
+def test_engines(tmp_path: Path, other: str) -> None:
+    """Built once, opened in both orders, and they say the same."""
+    llava, llama = _common.checkpoint(tmp_path / "checkpoint", MODEL)
+    subject = engines.Subject("tiny", llava, llama, MODEL.vocab, (48,), new_tokens=6)
+    entry = engines.measure(
+        subject, tmp_path / "engines", "fp32", rounds=1, threads=1, load=_common.Load(), beside=(other,)
+    )
+    assert entry["notes"] == {}
+    assert entry["says_the_same"] == dict.fromkeys([engines.OURS, engines.PLAIN, other], True)
+    assert all(ratios[other]["median"] > 0 for ratios in entry["against"].values())
 
 
 def test_in_llm() -> None:
