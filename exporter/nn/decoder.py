@@ -201,13 +201,15 @@ class Decoder(nn.Module):
                 what = Evict(spec, layer, evict, present) if chooses else Follow(evict, present)
                 self.evicted[layer] = self._named(name, behind, layer, what)
         self.frames: dict[int, Frame] = {}
-        for layer in (0,) if prunes else filter(self.layout.first, range(spec.layers)):
+        moved = [shifts[max(first for first in shifts if first <= layer)] for layer in range(spec.layers)]
+        for layer in range(1 if prunes else spec.layers):
             # Prefill has its frame anew behind every cut; in decode what was cut is gone, and positions are the prompt's.
+            if layer and not self.layout.first(layer) and moved[layer] == moved[layer - 1]:
+                continue
             readers = sum(len(method.readers) for _, method in inside.in_cache) if prunes else 0
-            frame = Frame(spec, shifts[max(first for first in shifts if first <= layer)], (visual, readers))
-            group = self.layout.groups[layer]
+            frame = Frame(spec, moved[layer], (visual, readers))
+            self.add_module(f"frame_{len(self.frames)}" if self.frames else "frame", frame)
             self.frames[layer] = frame
-            self.add_module(f"frame_{group}" if group else "frame", frame)
 
     def _named(self, name: str, layers: Sequence[int], layer: int, atom: A) -> A:
         self.add_module(name if len(layers) == 1 else f"{name}_{layer}", atom)

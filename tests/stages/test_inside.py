@@ -45,6 +45,9 @@ METHODS: dict[str, tuple[str, dict[int, inside.Rule]]] = {
     "adatp": ("adatp:layer=2,keep=7,frames=4,segments=2", {2: inside.adatp(7, 4, 2)}),
     "adatp, without RoPE": ("adatp:layer=1,keep=7,frames=4,segments=3,rope=off", {1: inside.adatp(7, 4, 3, False)}),
     "prunevid_l": ("prunevid_l:layer=2,keep=5", {2: inside.pruned(inside.asked_for(False), {2: 5})}),
+    "prunevid_l, renumbered": (
+        "prunevid_l:layer=2,keep=5,position=compact", {2: inside.pruned(inside.asked_for(False), {2: 5})}
+    ),
     "prunevid_l, with RoPE": ("prunevid_l:layer=3,keep=5,rope=on", {3: inside.pruned(inside.asked_for(True), {3: 5})}),
     "sparsevlm": (
         "sparsevlm:layer_list=1+2+3,keep_list=12+8+5", dict.fromkeys((1, 2, 3), inside.sparsevlm({1: 12, 2: 8, 3: 5}))
