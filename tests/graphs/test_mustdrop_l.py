@@ -125,7 +125,11 @@ def test_other_depths(depth: int, layers: tuple[int, ...]) -> None:
     [
         ({"ratio": -1.0}, TOWER, "`ratio` is at least 0; found -1"),
         ({"key_ratio": 1.5}, TOWER, r"`key_ratio` is a share of a frame's tokens, in 0\.\.1; found 1.5"),
-        ({"keep": 1}, TOWER, r"the 2 key tokens always stay, so `keep` must be in 2\.\.24; found 1. Keep more, or make"),
+        (
+            {"keep": 1},
+            TOWER,
+            r"the 2 key tokens always stay, so `keep` must be in 2\.\.24; found 1. Keep more, or make",
+        ),
         ({"keep_list": (9, 9, 9, 1)}, TOWER, "the 2 key tokens always stay"),
         ({"block": 4}, TOWER, "it needs `cls_attention@4`"),
         ({}, frozenset(), "a tower with CLS, whose tokens enter .* `key_ratio=0` does without key tokens"),
