@@ -42,11 +42,8 @@ def llm_inputs(plan: Plan, module: LanguageModel, dtype: torch.dtype) -> Inputs:
         found["size"] = ("batch", "seq"), torch.float32
     for name in module.of_tower:
         site = plan.at("in_llm")[0].site
-        wide = name.startswith("patches@")
-        found[name] = (
-            ("batch", site.frames, site.tokens, *([site.patch_dim] if wide else [])),
-            dtype if wide else torch.float32,
-        )
+        shape = "batch", site.frames, site.tokens
+        found[name] = ((*shape, site.patch_dim), dtype) if name.startswith("patches@") else (shape, torch.float32)
     if module.kept:
         return found
     kept = dtype if module.int8 is None else torch.int8
