@@ -46,7 +46,7 @@ class KvLayout:
         """Of a decoder of `layers` layers which `visual` visual tokens enter; the methods are fitted."""
         # from which layer on the cache holds fewer
         dropping = [m for m in in_llm if not isinstance(m, Skipping)]
-        shorter = {0 if m.everywhere else i: m.kept(i) for m in dropping for i in m.layers}
+        shorter = {m.since if m.everywhere else i: m.kept(i) for m in dropping for i in m.layers}
         own: dict[int, InCache | Skipping] = {i: m for m in in_cache for i in range(m.start, layers)}
         own |= {i: m for m in in_llm if isinstance(m, Skipping) for i in m.layers}
         groups: list[int] = []

@@ -15,7 +15,7 @@ from exporter.families import _traced
 from exporter.families._contract import ALIGNED, INSTRUCTION, Family, Geometry, Request
 from exporter.graphset import tokens_in_words
 from exporter.kv import Inside, KvLayout
-from exporter.nn.specs import IN_CACHE_SIGNALS, IN_LLM_SIGNALS, DecoderShape, DecoderSpec, Fixed
+from exporter.nn.specs import HANDED, IN_CACHE_SIGNALS, IN_LLM_SIGNALS, DecoderShape, DecoderSpec, Fixed
 from graphs import _spec
 from graphs._compressor import Compressor
 from graphs._contract import (
@@ -429,7 +429,10 @@ class _Fitting:
     def _with_fixed(self, site: Site) -> Site:
         """The visual tokens as the language model gets them."""
         fixed = self.geometry.fixed * self.geometry.placeholders
-        return replace(site, tokens=site.total + fixed, frames=1, grid=None) if fixed else site
+        if not fixed:
+            return site
+        per_prompt = site.signals & {"hidden", "cls", *OF_PROMPT}  # the tower knows nothing of the others
+        return replace(site, tokens=site.total + fixed, frames=1, grid=None, signals=per_prompt)
 
     def _alone(self, text: str, method: Reduction) -> None:
         """Refuse a reduction where none fits inside, and a second one beside one that sets every layer's cache."""
@@ -447,9 +450,11 @@ class _Fitting:
 
     def _inside(self, site: Site) -> Site:
         """The site inside the language model, given what enters it."""
-        patches = {name for name in site.signals if name.startswith("patches@") and site.patch_dim}
+        named = {name for name in site.signals if "@" in name and name.partition("@")[0] in HANDED}
+        if not site.patch_dim:
+            named = {name for name in named if not name.startswith("patches@")}
         heads = self.family.decoder(self.checkpoint).heads
-        return replace(site, signals=IN_LLM_SIGNALS | patches, depth=self.geometry.layers, heads=heads)
+        return replace(site, signals=IN_LLM_SIGNALS | named, depth=self.geometry.layers, heads=heads)
 
     def _in_cache(self, text: str, method: InCache, site: Site) -> None:
         g = self.geometry
@@ -501,6 +506,9 @@ class _Fitting:
         self._add(fitted, where, where.total, after.total)
         self.policies.append(fitted.resolved_position())
         left = site.signals & {"hidden", "cls", *OF_PROMPT}
+        if after.frames == where.frames and not fitted.proportional:  # taps know nothing of sizes
+            last = max(fitted.blocks, default=-1)
+            left |= {name for name in site.signals if "@" in name and int(name.partition("@")[2]) > last}
         return replace(site, tokens=after.tokens, frames=after.frames, grid=None, signals=left)
 
     def _add(self, method: Reduction, site: Site, before: int, after: int) -> None:

@@ -58,6 +58,7 @@ size                [batch, tokens]                  float32: how many tokens ea
 previous            [batch, tokens, dim]             the same tokens as they entered layer l - 1
 embeds              [batch, tokens, dim]             the same tokens as they entered layer 0
 all_embeds          [batch, entered, dim]            all visual tokens as they entered layer 0, also those gone since
+places              int64 [batch, tokens]            which of those each one is
 text_hidden         [batch, text, dim]               text tokens as they enter layer l
 text_embeds         [batch, text, dim]               text tokens as they entered layer 0
 text_mask           [batch, text]                    1 for real text tokens, 0 for padding
@@ -78,7 +79,8 @@ keys                [batch, kv_heads, tokens, head_dim] of layer l - 1, with RoP
 next_plain_queries  [batch, heads, tokens, head_dim] as layer l would project them, before RoPE
 next_plain_keys     [batch, kv_heads, tokens, head_dim] as layer l would project them, before RoPE
 next_keys           [batch, kv_heads, tokens, head_dim] the same with RoPE
-patches@7           [batch, tokens, patch_dim]       as before the LLM; any signal there is that names a block
+patches@7           [batch, frames, tokens, patch_dim] as before the LLM, of all tokens that entered; so are the attentions of a
+                                                     named block
 =================== ================================ =====================================================
 
 =================== ================================ =====================================================
@@ -452,7 +454,7 @@ class InLLM(Reduction):
     """Acts during prefill, before the decoder layers in `layers`; earlier layers, and their cache, hold all tokens.
 
     `position`: kept tokens keep their ids in later layers ("keep"), or everything is renumbered without gaps there
-    ("compact"). `everywhere`: it acts at one layer, and what it drops there leaves the cache of the earlier layers, too.
+    ("compact"). `everywhere`: what it drops leaves the cache of earlier layers, too, from `since` on.
     """
 
     place: ClassVar[str] = "in_llm"
@@ -464,6 +466,11 @@ class InLLM(Reduction):
     @abstractmethod
     def layers(self) -> tuple[int, ...]:
         """Decoder layers (0-based, at least 1) before which tokens are dropped, ascending (fitted method)."""
+
+    @property
+    def since(self) -> int:
+        """The first decoder layer whose cache holds what is left at last, where that is so `everywhere` (fitted method)."""
+        return 0
 
     @property
     def sized(self) -> bool:

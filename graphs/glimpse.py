@@ -154,7 +154,8 @@ class Glimpse(Probing):
         cos, sin = self._rotary(x.shape[1])
         for n, block in enumerate(blocks):
             at = f"attn_fuser.layers.{n}"
-            patches = _project(signals[f"patches@{block}"].float(), signals, f"attn_fuser.cond_in_projs.{n}")
+            patches = signals[f"patches@{block}"].flatten(1, 2).float()
+            patches = _project(patches, signals, f"attn_fuser.cond_in_projs.{n}")
             normed = _norm(x, signals[f"{at}.norm1.weight"], EPS)
             seen = torch.cat([normed, patches], -1)
             q, k = (_rotate(_heads(_project(seen, signals, f"{at}.attn.{p}_proj")), cos, sin) for p in "qk")

@@ -13,7 +13,7 @@ Between attention and MLP of block 0:
 The tower does not count a merged token more than once in its attention.
 
 Source: Liu et al. 2024, "Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model",
-arXiv:2411.10803 (its first stage; the later ones act in the language model).
+arXiv:2411.10803: its first stage. The others, in the language model, are `mustdrop_l`.
 Knobs:
     keep / keep_ratio: patches per frame that leave the tower (CLS not counted). At least one per window and those
         outside of any: 64 of 24 × 24.
@@ -21,8 +21,8 @@ Knobs:
     order: "paper", or "raster": by index.
 Differs: the paper merges the windows above a similarity of 0.8, as many as the image has (in a batch, the fewest of
 any image); here `keep` says how many. It merges behind the MLP of block 0, here in front of it. Patches at the right
-and lower border that fill no window stay alone, where the official code refuses such a raster. The set of key
-tokens that the paper takes from the tower only matters to its later stages. The mean is accumulated in float32.
+and lower border that fill no window stay alone, where the official code refuses such a raster. The mean is accumulated in
+float32.
 Position: *compact*, because merged tokens have no one place.
 """
 

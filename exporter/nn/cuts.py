@@ -48,6 +48,20 @@ class Trained(nn.Module):
         return {name: self.get_parameter(name).float() for name in self.shapes}
 
 
+class Enter(Atom):
+    """Places of the visual tokens that enter the first layer, among themselves: int64 [batch, visual]."""
+
+    def __init__(self, visual: int) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def key(self) -> Hashable:
+        return self.visual
+
+    def forward(self, order: Tensor) -> Tensor:
+        return torch.zeros_like(order[:, : self.visual]) + torch.arange(self.visual)
+
+
 class Cut(Atom):
     """A reduction before one layer: its signals, and what stays of everything there is per token.
 
@@ -76,6 +90,7 @@ class Cut(Atom):
         previous: Tensor,
         embeds: Tensor | None,
         whole: Tensor | None,
+        places: Tensor | None,
         position_ids: Tensor,
         order: Tensor,
         size: Tensor | None,
@@ -89,22 +104,23 @@ class Cut(Atom):
         *more: Tensor,
     ) -> tuple[Tensor, ...]:
         """Everything of layer l - 1 but x, which enters layer l; embeds: x of layer 0, its visual tokens gathered like all
-        others, and whole: nothing of it gone, or None if nothing looks at it. more: the tower's signals [batch, frames, tokens,
-        dim], in the order in which the method needs them; what `Ahead` returns, then the mask of layer l.
+        others, and whole: nothing of it gone, or None if nothing looks at it. places: int64 [batch, visual], what `Enter` returned,
+        gathered like all others, or None likewise. more: the tower's signals of all tokens that entered, [batch, frames, tokens] or
+        [batch, frames, tokens, dim], in the order in which the method needs them; what `Ahead` returns, then the mask of layer l.
 
-        Returns x, position_ids, order, then size and embeds if given, all without the dropped tokens, and the kept index
+        Returns x, position_ids, order, then size, embeds and places if given, all without the dropped tokens, and the kept index
         int64 [batch, kept]."""
         tower = dict(zip(self.method.of_tower, more, strict=False))
         ahead = more[len(tower) :]
         whole = None if whole is None else whole[:, : self.entered]
         seen = InLLMSeen(
-            self.spec, self.visual, x, previous, embeds, whole, order, size, bias, query, key, plain_query, plain_key, cos, sin, ahead
+            self.spec, self.visual, x, previous, embeds, whole, places, order, size, bias, query, key, plain_query, plain_key, cos, sin,
+            ahead,
         )  # fmt: skip
         signals = {
             name: getattr(seen, name)() for name in sorted({"hidden", "size", *self.method.needs} - tower.keys())
         }
-        signals |= {name: value.flatten(1, 2) for name, value in tower.items()}
-        out = self.method.forward(self.layer, signals | self.trained())
+        out = self.method.forward(self.layer, signals | tower | self.trained())
         index = out.index
         if self.compact:
             position_ids = position_ids - self.gaps(index, order)
@@ -115,6 +131,7 @@ class Cut(Atom):
             sizes = [torch.cat([kept, size[:, self.visual :]], 1)]
         x = torch.cat([out.tokens, x[:, self.visual :]], 1)
         first = [] if embeds is None else [prune(embeds, self.visual, index)]
+        first += [] if places is None else [take(places, index)]
         return (x, position_ids, prune(order, self.visual, index), *sizes, *first, index)
 
     def gaps(self, index: Tensor, order: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from exporter.nn.cache import Int8, opened
 from exporter.nn.cuts import (
     Ahead,
     Cut,
+    Enter,
     Evict,
     Follow,
     Leave,
@@ -146,7 +147,9 @@ class Decoder(nn.Module):
         self.watch: dict[int, Watch] = {}
         self.routed: dict[int, Route] = {}
         self.probe: Probe | None = None
-        self.leave: Leave | None = None
+        self.leaves, self.since = dict[int, Leave](), 0
+        asked = prunes and any("places" in method.needs for _, method in reductions)
+        self.enter = Enter(visual) if asked else None
         self.of_tower = tuple(name for _, method in reductions for name in method.of_tower) if prunes else ()
         present, shift = visual, 0
         shifts = {0: 0}  # how far positions have moved up, from a layer on
@@ -155,8 +158,6 @@ class Decoder(nn.Module):
             self.add_module(f"{name}_trained", known)
             if isinstance(method, Probing) and prunes:
                 self.probe, self.nudge, self.withdraw = Probe(spec, method, known), Nudge(), Withdraw()
-            if method.everywhere and prunes:
-                self.leave = Leave(present, self.probe is not None)
             if isinstance(method, WhileDecoding):
                 (layer,) = method.layers
                 self.watch[layer - 1] = Watch(spec, method, present, prunes, known)
@@ -169,6 +170,9 @@ class Decoder(nn.Module):
                 continue
             for layer in method.layers:
                 cut = Cut(spec, layer, method, present, visual, method.position == "compact", known)
+                if method.everywhere and prunes:
+                    leave, self.since = Leave(present, self.probe is not None), method.since
+                    self.leaves[layer] = self._named("leave", method.layers, layer, leave)
                 shift += present - method.kept(layer) if cut.compact else 0
                 present, shifts[layer] = method.kept(layer), shift
                 if prunes:
@@ -201,13 +205,15 @@ class Decoder(nn.Module):
                 what = Evict(spec, layer, evict, present) if chooses else Follow(evict, present)
                 self.evicted[layer] = self._named(name, behind, layer, what)
         self.frames: dict[int, Frame] = {}
-        for layer in (0,) if prunes else filter(self.layout.first, range(spec.layers)):
+        moved = [shifts[max(first for first in shifts if first <= layer)] for layer in range(spec.layers)]
+        for layer in range(1 if prunes else spec.layers):
             # Prefill has its frame anew behind every cut; in decode what was cut is gone, and positions are the prompt's.
+            if layer and not self.layout.first(layer) and moved[layer] == moved[layer - 1]:
+                continue
             readers = sum(len(method.readers) for _, method in inside.in_cache) if prunes else 0
-            frame = Frame(spec, shifts[max(first for first in shifts if first <= layer)], (visual, readers))
-            group = self.layout.groups[layer]
+            frame = Frame(spec, moved[layer], (visual, readers))
+            self.add_module(f"frame_{len(self.frames)}" if self.frames else "frame", frame)
             self.frames[layer] = frame
-            self.add_module(f"frame_{group}" if group else "frame", frame)
 
     def _named(self, name: str, layers: Sequence[int], layer: int, atom: A) -> A:
         self.add_module(name if len(layers) == 1 else f"{name}_{layer}", atom)
@@ -238,7 +244,7 @@ class Decoder(nn.Module):
             size: float32 [batch, seq], how many tokens each one stands for; attention counts them. past_sizes: as orders.
             reach: int64 [batch, seq], order of the last token that each one sees; None: its own.
             past_starts, past_state: what `Watch` returned before, where a method goes on while decoding.
-            of_tower: the tower's signals that the reductions need, [batch, frames, tokens, dim].
+            of_tower: the tower's signals that the reductions need, [batch, frames, tokens] or [batch, frames, tokens, dim].
             past_scales: per KV group [batch, rows, past, 1], where the cache is INT8 (`cache.Int8`).
         Returns:
             logits [batch, vocab] of the last token, present key and value per layer (alternating), the scales per group if
@@ -264,6 +270,7 @@ class Decoder(nn.Module):
             x = self.embed_positions(x, positions)
         embeds = x if self.looks_back else None
         whole = embeds
+        places = None if self.enter is None else self.enter(order)
         frame = self.frames[0]
         shared: list[Tensor] = []
         before: tuple[Any, ...] = ()  # of the layer before: what entered it, its mask, queries, keys and rotation
@@ -281,18 +288,18 @@ class Decoder(nn.Module):
                     cos, sin, bias = frame.of_layer(i, shared)
                     ahead = (*self.ahead[i](x, cos, sin), bias)
                 x, positions, order, *more, index = self.pruned[i](
-                    x, previous, embeds, whole, positions, order, size, *seen, *of_tower, *ahead
+                    x, previous, embeds, whole, places, positions, order, size, *seen, *of_tower, *ahead
                 )
                 size = more.pop(0) if size is not None else None
                 embeds = more.pop(0) if embeds is not None else None
+                places = more.pop(0) if places is not None else None
                 kept.append(index)
                 if self.probe is not None:
                     x, positions, order = self.withdraw(x, positions, order)
-                if self.leave is not None:
+                if i in self.leaves:
                     for of in cache.kept:
-                        of[:] = [
-                            left for pair in zip(of[::2], of[1::2], strict=True) for left in self.leave(*pair, index)
-                        ]
+                        earlier = zip(of[2 * self.since :: 2], of[2 * self.since + 1 :: 2], strict=True)
+                        of[2 * self.since :] = [left for pair in earlier for left in self.leaves[i](*pair, index)]
                 planes[i:] = [self.get_submodule(f"stay_{i}")(plane, index) for plane in planes[i:]]
                 if reach is not None:
                     reach = self.get_submodule(f"stay_{i}")(reach, index)

@@ -100,7 +100,7 @@ class InLLMSeen(Attended):
 
     Args:
         x [batch, seq, hidden]: what enters the layer; previous: what entered the one before; embeds: the first.
-        whole: [batch, entered, hidden], the visual tokens of the first before any was dropped.
+        whole: [batch, entered, hidden], the visual tokens of the first before any was dropped; places: which of them are left.
         size: float32 [batch, seq]. plain_query, plain_key: without RoPE. cos, sin: of that layer's RoPE [batch, 1, seq, head_dim / 2],
             None where nothing is turned. ahead: what the layer itself would attend with, rotated queries and keys, plain ones,
             and its mask.
@@ -108,11 +108,12 @@ class InLLMSeen(Attended):
 
     def __init__(
         self, spec: DecoderSpec, visual: int, x: Tensor, previous: Tensor, embeds: Tensor | None, whole: Tensor | None,
-        order: Tensor, size: Tensor | None, bias: Tensor, query: Tensor, key: Tensor, plain_query: Tensor, plain_key: Tensor,
+        places: Tensor | None, order: Tensor, size: Tensor | None, bias: Tensor, query: Tensor, key: Tensor, plain_query: Tensor, plain_key: Tensor,
         cos: Tensor | None, sin: Tensor | None, ahead: Sequence[Tensor],
     ) -> None:  # fmt: skip
         super().__init__(spec, visual, query, key, bias, order)
         self.x, self.before, self.first, self.whole, self.sizes = x, previous, embeds, whole, size
+        self.entered = places
         self.plain_q, self.plain_k, self.cos, self.sin, self.ahead = plain_query, plain_key, cos, sin, ahead
 
     def hidden(self) -> Tensor:
@@ -135,6 +136,10 @@ class InLLMSeen(Attended):
     def all_embeds(self) -> Tensor:
         assert self.whole is not None
         return self.whole
+
+    def places(self) -> Tensor:
+        assert self.entered is not None
+        return self.entered
 
     def text_hidden(self) -> Tensor:
         return self.x[:, self.v :]

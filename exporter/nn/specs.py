@@ -287,11 +287,14 @@ class FastVitSpec:
 
 
 IN_LLM_SIGNALS = frozenset(
-    "hidden size previous embeds all_embeds text_hidden text_embeds text_mask instruction_mask attention_row plain_row next_row "
+    "hidden size previous embeds all_embeds places text_hidden text_embeds text_mask instruction_mask attention_row plain_row next_row "
     "next_plain_row last_scores last_log_attention text_attention head_attention visual_attention plain_text_attention "
     "plain_head_attention plain_visual_attention rope_response keys next_keys next_plain_queries next_plain_keys".split()
 )
 """What a reduction inside the language model can look at, see `graphs._contract`."""
+
+HANDED = ("patches", "cls_attention", "joint_cls_attention", "column_attention")
+"""Signals of a tower block that it can look at, too."""
 
 IN_CACHE_SIGNALS = frozenset(
     "keys received head_attention text_attention attention_row text_mask instruction_mask behind".split()

@@ -40,9 +40,10 @@ def llm_inputs(plan: Plan, module: LanguageModel, dtype: torch.dtype) -> Inputs:
         found["reach"] = ("batch", "seq"), torch.int64
     if plan.sized:
         found["size"] = ("batch", "seq"), torch.float32
-    site = g.tower
     for name in module.of_tower:
-        found[name] = ("batch", site.frames, site.tokens, site.patch_dim), dtype
+        site = plan.at("in_llm")[0].site
+        shape = "batch", site.frames, site.tokens
+        found[name] = ((*shape, site.patch_dim), dtype) if name.startswith("patches@") else (shape, torch.float32)
     if module.kept:
         return found
     kept = dtype if module.int8 is None else torch.int8

@@ -64,6 +64,7 @@ NO_CLS = frozenset({*PLAIN, *(f"{s}@{b}" for s in PLAIN for b in range(8)), "tex
 ALL = NO_CLS | {*WITH_CLS, *(f"{s}@{b}" for s in WITH_CLS for b in range(24)), *ALIGNED, *INSTRUCTION}
 PATCHES = frozenset(f"patches@{b}" for b in range(4))
 PATCHES_OF_TOWER = frozenset(f"patches@{b}" for b in range(24))
+LOOKS = frozenset({"cls_attention@2", "cls_attention@3"})
 IN_TOWER = frozenset({"hidden", "size", "keys", "attention", "column_attention", "value_norm"})
 
 SITES = {
@@ -83,8 +84,8 @@ SITES = {
         Site(64, 4, (8, 8), IN_TOWER | {"cls", "cls_attention"}, 6, dim=DIM),
     ),
     "in_llm": (
-        Site(576, 1, (24, 24), IN_LLM_SIGNALS | PATCHES, 8, dim=DIM, patch_dim=DIM, llm_dim=DIM, heads=4),
-        Site(20, 3, (4, 5), IN_LLM_SIGNALS, 5, dim=DIM, llm_dim=DIM, heads=4),
+        Site(576, 1, (24, 24), IN_LLM_SIGNALS | PATCHES | LOOKS, 8, dim=DIM, patch_dim=DIM, llm_dim=DIM, heads=4),
+        Site(20, 3, (4, 5), IN_LLM_SIGNALS | LOOKS, 5, dim=DIM, llm_dim=DIM, heads=4),
     ),
     "in_cache": (
         Site(576, 1, (24, 24), IN_CACHE_SIGNALS, 8, llm_dim=DIM, heads=4, kv_heads=2, head_dim=4, qkv_bias=True),
@@ -182,9 +183,11 @@ class Once(torch.nn.Module):
         known = dict(zip((*tower, *trained), more, strict=True))
         known |= {name: known[name].float() for name in trained}
         size, indices = torch.ones_like(hidden[..., 0], dtype=torch.float32), []
+        places = torch.arange(hidden.shape[1]).expand(hidden.shape[0], -1)
         for layer in self.method.layers:
             signals = {n: f(hidden, text, mask) for n, f in MADE_FOR_LLM.items() if n in self.method.needs}
-            out = self.method.forward(layer, signals | known | {"hidden": hidden, "size": size})
+            out = self.method.forward(layer, signals | known | {"hidden": hidden, "size": size, "places": places})
+            places = take(places, out.index)
             size = take(size, out.index) if out.size is None else out.size
             hidden = out.tokens
             indices.append(out.index)
@@ -246,7 +249,10 @@ def inputs(method: Reduction, site: Site, kind: str, batch: int) -> list[torch.T
         hidden, text = features(kind, (batch, site.total, DIM)), features("random", (batch, TEXT, DIM), 1)
         made = [torch.from_numpy(x) for x in (hidden, text, mask)]
         tower = method.of_tower if isinstance(method, InLLM) else ()
-        made += [torch.from_numpy(features(kind, (batch, site.total, DIM), seed)) for seed, _ in enumerate(tower, 2)]
+        lead = (batch, site.frames, site.tokens)
+        for seed, name in enumerate(tower, 2):
+            looks = "attention" in name
+            made.append(torch.from_numpy(attention(kind, lead, seed) if looks else features(kind, (*lead, DIM), seed)))
         return made + trained_tensors(method, site)
     made = []
     for seed, name in enumerate(method.needs):

@@ -45,7 +45,7 @@ def test_choice(scores: Any, kind: str, new: New, weights: dict[str, Tensor]) ->
         return torch.from_numpy(rng.normal(size=shape)).float() if kind == "random" else torch.ones(shape)
 
     states, attention, hidden = [drawn(2, 12, VISION) for _ in range(3)], drawn(2, HEADS, 12), drawn(2, 12, HIDDEN)
-    named = {f"patches@{block}": state for block, state in zip((4, 1, 3), states, strict=True)}
+    named = {f"patches@{block}": state[:, None] for block, state in zip((4, 1, 3), states, strict=True)}
     signals = {"hidden": hidden, SCORES[scores]: attention, **named, **weights}
     assert {*method.needs} == {SCORES[scores], *named} == {*method.of_tower, SCORES[scores]}
     expected = new.attn_fuser(attention.transpose(1, 2), GRID, states)

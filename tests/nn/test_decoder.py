@@ -107,7 +107,9 @@ def test_a_cut_keeps_what_the_last_token_looks_at(spec: DecoderSpec) -> None:
     x, order = embeds(batch, seq), torch.arange(seq).expand(batch, -1)
     bias = torch.zeros(batch, 1, SPEC.heads // SPEC.kv_heads * seq, seq)
     seen = (bias, query, key, query, key, None, None)
-    found, found_positions, found_order, found_size, index = cut(x, x, None, None, order + 7, order, order + 0.5, *seen)
+    found, found_positions, found_order, found_size, index = cut(
+        x, x, None, None, None, order + 7, order, order + 0.5, *seen
+    )
     for b in range(batch):
         row = torch.zeros(seq)
         for head in range(SPEC.heads):

@@ -168,7 +168,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
         "in_llm head_attention": by_head[:, :, words][..., image], "plain_head_attention": plain[:, :, words][..., image],
         "plain_text_attention": plain.mean(1)[:, words][..., image], "plain_visual_attention": plain.mean(1)[:, image, image],
         "next_plain_row": plain_ahead[:, -1, image], "rope_response": response[:, words][..., image],
-        "all_embeds": x[:, image],
+        "all_embeds": x[:, image], "places": torch.arange(VISUAL)[None],
         "keys": k[:, :, image], "next_keys": next_k[:, :, image], "next_plain_queries": next_plain_q[:, :, image],
         "next_plain_keys": next_plain_k[:, :, image],
         "received": by_kv_head[..., image].sum(2), "in_cache head_attention": by_kv_head[:, :, words][..., image],

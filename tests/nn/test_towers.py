@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from exporter.errors import UsageError
 from exporter.families._contract import Request
 from exporter.families._towers import llava_tower
 from exporter.nn.qwen_vit import Tap
@@ -170,3 +171,29 @@ def test_indices_compose_over_reductions() -> None:
     assert all(torch.equal(tokens[b], flat[b, index[b]]) for b in range(2))
     assert (index[:, :3] < 16).all()
     assert (index[:, 3:] >= 16).all()
+
+
+def test_attention_behind_a_reduction_in_the_tower(tmp_path: Path) -> None:
+    """What Hugging Face's own last block would attend to, given the merged tokens, in their order."""
+    theirs: Any = tiny.llava(tmp_path)
+    theirs.set_attn_implementation("eager")
+    plan = tiny.plan(tmp_path, ("mustdrop:keep=10,window=2", "mustdrop_l:keep=4"))
+    assert plan.taps == ("hidden", "anchor", "cls_attention@2")
+    vision: Any = load_reference(plan).vision
+    entered: list[torch.Tensor] = []
+    vision.encoder["layers"][2].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    with torch.no_grad():
+        hidden, _, attention = vision(torch.from_numpy(tiny.question(load_graphs(plan)).pixels))
+        block = theirs.model.vision_tower.encoder.layers[2]
+        _, weights = block.self_attn(block.layer_norm1(entered[0]))
+    assert torch.equal(hidden[:, 0], entered[0][:, 1:])
+    torch.testing.assert_close(attention[:, 0], weights.mean(1)[:, 0, 1:])
+    assert attention.shape == (1, 1, 10)
+
+
+def test_attention_that_counts_sizes_is_not_offered(tmp_path: Path) -> None:
+    tiny.llava(tmp_path)
+    for spec in ("tome:keep_ratio=0.5", "uniform:keep=8"):
+        with pytest.raises(UsageError, match="`key_ratio=0` does without key tokens"):
+            tiny.plan(tmp_path, (spec, "mustdrop_l:keep=4"))
+        assert not tiny.plan(tmp_path, (spec, "mustdrop_l:keep=4,key_ratio=0")).for_prefill

@@ -30,7 +30,8 @@ class Seen:
     them.
     ahead, plain_ahead: [heads, tokens], the last token's attention in the layer itself. response: [text, tokens], what the
     rotation makes of ones. queries, keys: [heads, tokens, head_dim] of the layer itself, before the rotation; rotated: the keys
-    behind it. size: [tokens]. grid: rows and columns of the tokens that entered.
+    behind it. size: [tokens]. grid: rows and columns of the tokens that entered. there: which of those the tokens are. salient:
+    [entered], the attention of the tower's class token in its last block; None without one.
     """
 
     hidden: Floats
@@ -48,6 +49,8 @@ class Seen:
     rotated: Floats
     size: Floats
     grid: tuple[int, int]
+    there: list[int]
+    salient: Floats | None
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,26 @@ def adatp(left: int, frames: int, segments: int, rope: bool = True) -> Rule:
             stays += [i for i in order if segment[i // each] == s][: quota[s]]
         stays += [i for i in order if i not in stays][: left - len(stays)]
         return chosen(sorted(stays), seen)
+
+    return rule
+
+
+def mustdrop(left: Mapping[int, int], ratio: float, keys: int) -> Rule:
+    """arXiv:2411.10803: dropped is what is below both thresholds, of which the first is `ratio` times the second, and no key token."""
+
+    def rule(layer: int, seen: Seen) -> Merged:
+        paid = seen.attention[:, len(seen.hidden) :].mean(0).astype(np.float64)
+        share, most = paid.sum(0) / paid.sum(), paid.max(0)
+        key = [] if seen.salient is None or not keys else best(seen.salient, keys)
+        assert len(key) == keys
+        held = np.isin(seen.there, key)
+        assert held.sum() == keys, "a key token is gone"
+        for threshold in sorted([*share / ratio, *most], reverse=True):
+            stays = np.flatnonzero((share >= ratio * threshold) | (most >= threshold) | held)
+            if len(stays) >= left[layer]:
+                break
+        assert len(stays) == left[layer]
+        return chosen(stays.tolist(), seen)
 
     return rule
 
@@ -321,22 +344,6 @@ def received(keep: int) -> Stays:
     return lambda attention, visual, heads: [best(row, keep) for row in by_kv_head(attention, heads).sum(1)]
 
 
-def mustdrop(keep: int, ratio: float) -> Stays:
-    """arXiv:2411.10803: dropped is what is below both thresholds, of which the first is `ratio` times the second."""
-
-    def rule(attention: Tensor, visual: list[int]) -> list[int]:
-        paid = attention.mean(0)[max(visual) + 1 :].numpy().astype(np.float64)
-        share, most = paid.sum(0) / paid.sum(), paid.max(0)
-        for threshold in sorted([*share / ratio, *most], reverse=True):
-            stays = np.flatnonzero((share >= ratio * threshold) | (most >= threshold))
-            if len(stays) >= keep:
-                break
-        assert len(stays) == keep
-        return stays.tolist()
-
-    return lambda attention, visual, heads: [rule(attention, visual)] * heads
-
-
 def sparsemm(capacities: list[int], kernel: int, window: int) -> Stays:
     """arXiv:2506.05344: by the last text tokens, averaged over neighbours; on the documented grid, as sums with a neighbour that
     gets nearly nothing are nearly equal."""
@@ -354,26 +361,24 @@ def sparsemm(capacities: list[int], kernel: int, window: int) -> Stays:
 @torch.no_grad()
 def answer(
     model: Any, asked: tiny.Question, ours: Generator, rules: Mapping[int, Rule], length: int, *, counted: bool = False,
-    compact: bool = False, everywhere: bool = False,
+    compact: bool = False, since: int | None = None,
 ) -> tuple[list[int], dict[int, Merged]]:  # fmt: skip
     """`length` greedy tokens, and what became of the visual tokens before each layer in `rules`.
 
     Args:
         counted: whether a merged token counts in later layers' attention as often as its size says. compact: from there on
-            positions are counted anew. everywhere: in earlier layers what is behind the prompt does not see tokens that went.
+            positions are counted anew. since: in this layer and all behind it what is behind the prompt sees no token that goes
+            before any of them.
     """
     stack, given = Layers(model), Given.of(model, asked, ours)
     embeds, positions, visual = given.embeds, given.positions, given.visual
+    salient, last = salience(model, asked), visual
     tokens: list[int] = []
     merged: dict[int, Merged] = {}
     while len(tokens) < length:
         seq = embeds.shape[1]
         order, places, present, size = torch.arange(seq), positions, visual, torch.ones(seq)
         x = first = stack.entering(embeds, places)
-        gone = torch.zeros(1, seq, seq, dtype=torch.bool)
-        if everywhere and tokens:
-            (made,) = merged.values()
-            gone[:, given.prompt :, [p for n, p in enumerate(visual) if n not in made.places]] = True
         before: tuple[Any, ...] = ()
         for i in range(len(stack)):
             if i in rules:
@@ -382,7 +387,8 @@ def answer(
                     bias = size.log() if counted else None
                     words = first[0, max(visual) + 1 :].numpy()
                     seen = look(stack, i, at, before, (x, places, order, bias), first[0, visual].numpy(), words, size)
-                    merged[i] = rules[i](i, seen(ours.graphs.visual.grid))
+                    there = [visual.index(p) for p in present]
+                    merged[i] = rules[i](i, seen(ours.graphs.visual.grid, there, salient))
                 made = merged[i]
                 x, size = x.clone(), size.clone()
                 heirs = [at[p] for p in made.places]
@@ -391,23 +397,34 @@ def answer(
                 stays = [n for n in range(len(order)) if n not in at or n in heirs]
                 x, size, order, places = x[:, stays], size[stays], order[stays], places[..., stays]
                 present = [present[p] for p in made.places]
-                gone = torch.zeros(1, len(stays), len(stays), dtype=torch.bool)
                 if compact:
                     places = torch.arange(len(stays))[None]
             entered, bias = x, size.log() if counted else None
-            x, attention = stack.run(i, x, places, order, bias, gone)
+            lost = [p for p in visual if tokens and since is not None and i >= since and p not in last]
+            unseen = (order >= given.prompt)[:, None] & torch.isin(order, torch.tensor(lost))
+            x, attention = stack.run(i, x, places, order, bias, unseen[None])
             before = entered, attention, places, order, bias
             x = given.later(x, i, present, [order.tolist().index(p) for p in present])
+        last = present
         tokens.append(stack.next(x))
         embeds, positions = given.longer(stack, embeds, positions, tokens[-1])
     return tokens, merged
 
 
+def salience(model: Any, asked: tiny.Question) -> Floats | None:
+    """[entered], what the class token pays every patch in the last block of Hugging Face's CLIP, mean over heads."""
+    tower = getattr(model.model, "vision_tower", None)
+    if tower is None or tower.config.model_type != "clip_vision_model":
+        return None
+    found = tower(torch.from_numpy(asked.pixels)[:, 0], output_attentions=True).attentions[-1]
+    return np.asarray(found[0, :, 0, 1:].mean(0))
+
+
 def look(
     stack: Layers, layer: int, at: list[int], before: tuple[Any, ...], now: tuple[Any, ...], embeds: Floats, words: Floats,
     size: Tensor,
-) -> Callable[[tuple[int, int]], Seen]:  # fmt: skip
-    """What there is to see before a layer, but for the grid.
+) -> Callable[[tuple[int, int], list[int], Floats | None], Seen]:  # fmt: skip
+    """What there is to see before a layer, but for what it is told: the grid, which tokens are there, what CLS looks at.
 
     Args:
         at: where the visual tokens are. before: what entered the layer before, its attention, positions, order and bias. now:
@@ -426,13 +443,14 @@ def look(
         ones = cos + np.repeat([-1, 1], width // 2) * sin
     response = ones @ ones.T / (ones[0] @ ones[0])
 
-    def shown(grid: tuple[int, int]) -> Seen:
+    def shown(grid: tuple[int, int], there: list[int], salient: Floats | None) -> Seen:
         return Seen(
             hidden=x[0, at].numpy(), previous=entered[0, at].numpy(), embeds=embeds, words=words,
             attention=attention[:, rows][..., at].numpy(), plain=plain.softmax(-1)[:, rows][..., at].numpy(),
             alone=everything[:, -1, at].softmax(-1).numpy(), ahead=stack.run(layer, x, places, order, bias)[1][:, -1, at].numpy(),
             plain_ahead=stack.plain(layer, x, places, order, bias).softmax(-1)[:, -1, at].numpy(),
             response=response[rows[len(at) :]][:, at], queries=q, keys=k, rotated=turned, size=size[at].numpy(), grid=grid,
+            there=there, salient=salient,
         )  # fmt: skip
 
     return shown

@@ -55,6 +55,7 @@ EXAMPLES = {name: adapted((_spec.examples(name) or (f"{name}:keep=2",))[0]) for 
 REFUSED = {
     ("qwen2_5_vl", "tome"): "tower cannot be shortened",
     ("qwen2_5_vl", "lftr"): "it needs `cls`",
+    ("qwen2_5_vl", "mustdrop_l"): "a tower with CLS.* `key_ratio=0` does without key tokens",
 }
 """(family, method) whose example cannot be: a part of the sentence that says why."""
 
@@ -64,6 +65,8 @@ MORE: list[tuple[str, tuple[str, ...], int]] = [
     ("llava", ("lftr:spatial=text,keep=6",), 1),
     ("llava", ("lftr:temporal=differential,keep_frames=2", "fastv:keep=12"), CLIP),
     ("llava", ("tome:keep_ratio=0.5", "fastv:keep=4"), 1),
+    ("llava", ("mustdrop:keep=10,window=2", "mustdrop_l:layer_list=2+3,keep_list=6+4,key_ratio=0.2"), 1),
+    ("llava", ("mustdrop_l:layer_list=3,keep=12",), CLIP),
     ("llava", ("restore:keep_ratio=0.5+uniform",), 1),
     ("llava", ("restore:keep_ratio=0.5+uniform", "fastv:keep=4"), 1),
     ("llava", ("testa:keep_ratio=0.5",), CLIP),
@@ -189,7 +192,7 @@ def test_prefill_is_decode_unless_the_language_model_prunes(case: Exported) -> N
     pruned = bool(case.plan.in_llm or case.plan.in_cache)
     assert (case.graphs.files["prefill"] != case.graphs.files["decode"]) == pruned
     assert (case.folder / "prefill.onnx").exists() == pruned
-    groups = 1 + sum(len(method.layers) for _, method in case.plan.in_llm if not method.everywhere)
+    groups = 1 + sum(bool(m.since) if m.everywhere else len(m.layers) for _, m in case.plan.in_llm)
     for _, method in case.plan.in_cache:
         groups += 1 if method.shared else case.graphs.text.layers - method.start
         groups -= method.start == 0
@@ -210,6 +213,7 @@ def test_what_does_not_fit_is_refused_in_words(family: str, name: str, checkpoin
         ("fastv:keep=4", "lookm:keep=2"),
         ("dycoke_kv:keep=4", "lookm:keep=4"),
         ("fastv:layer=1,keep=9", "prunevid_l:layer=2,keep=4"),
+        ("mustdrop_l:keep=9", "fastv:layer=3,keep=4"),
     ],
 )
 def test_only_one_reduction_decides_over_the_cache(pair: tuple[str, str], checkpoints: Any) -> None:

@@ -45,6 +45,17 @@ METHODS: dict[str, tuple[str, dict[int, inside.Rule]]] = {
     "adatp": ("adatp:layer=2,keep=7,frames=4,segments=2", {2: inside.adatp(7, 4, 2)}),
     "adatp, without RoPE": ("adatp:layer=1,keep=7,frames=4,segments=3,rope=off", {1: inside.adatp(7, 4, 3, False)}),
     "prunevid_l": ("prunevid_l:layer=2,keep=5", {2: inside.pruned(inside.asked_for(False), {2: 5})}),
+    "prunevid_l, renumbered": (
+        "prunevid_l:layer=2,keep=5,position=compact", {2: inside.pruned(inside.asked_for(False), {2: 5})}
+    ),
+    "mustdrop_l": (
+        "mustdrop_l:layer_list=1+3,keep_list=9+4,ratio=2,key_ratio=0,position=keep",
+        dict.fromkeys((1, 3), inside.mustdrop({1: 9, 3: 4}, 2.0, 0)),
+    ),
+    "mustdrop_l, key tokens, renumbered": (
+        "mustdrop_l:layer_list=2+3,keep_list=9+5,ratio=2,key_ratio=0.2",
+        dict.fromkeys((2, 3), inside.mustdrop({2: 9, 3: 5}, 2.0, 4)),
+    ),
     "prunevid_l, with RoPE": ("prunevid_l:layer=3,keep=5,rope=on", {3: inside.pruned(inside.asked_for(True), {3: 5})}),
     "sparsevlm": (
         "sparsevlm:layer_list=1+2+3,keep_list=12+8+5", dict.fromkeys((1, 2, 3), inside.sparsevlm({1: 12, 2: 8, 3: 5}))
@@ -83,7 +94,6 @@ def capacities(decoder: str) -> list[int]:
 CACHES: dict[str, tuple[Callable[[str], str], Callable[[str], Callable[[int], uncached.Stays]]]] = {
     "lookm": (lambda d: "lookm:keep=3,mode=none", lambda d: lambda layer: inside.received(3)),
     "dycoke_kv": (lambda d: "dycoke_kv:keep=4,layer=1", lambda d: lambda layer: inside.last_looks_at(4)),
-    "mustdrop_kv": (lambda d: "mustdrop_kv:keep=3,layer=1,ratio=2", lambda d: lambda layer: inside.mustdrop(3, 2.0)),
     "sparsemm": (
         lambda d: f"sparsemm:capacity_list={'+'.join(map(str, capacities(d)))},kernel=3,window=3",
         lambda d: lambda layer: inside.sparsemm(np.reshape(capacities(d), (4, -1))[layer].tolist(), 3, 3),
@@ -110,7 +120,7 @@ def test_inside_the_language_model(method: str, decoder: str, what: str, decoded
     result = ours.generate(question.pixels, [question.prompt], ANSWER)
     expected, merged = inside.answer(
         theirs(plan), question, ours, rules, ANSWER, counted=fitted.sized, compact=fitted.position == "compact",
-        everywhere=fitted.everywhere,
+        since=fitted.since if fitted.everywhere else None,
     )  # fmt: skip
     assert {name: kept[0].tolist() for name, kept in result.kept.items()} == {
         f"kept_{layer}": made.places for layer, made in merged.items()

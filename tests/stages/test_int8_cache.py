@@ -34,6 +34,7 @@ STEPS = 24
 CHAINS = [
     pytest.param("qwen2_5_vl", (), id="qwen2_5_vl"),
     pytest.param("llava", ("visionzip:keep=12", "fastv:layer=2,keep=6"), id="two-groups"),
+    pytest.param("llava", ("mustdrop:keep=13,window=2", "mustdrop_l:layer_list=2+3,keep=5"), id="in-stages"),
     pytest.param("llava", ("lookm:keep=6,mode=average",), id="merged-per-head"),
     pytest.param("llava", ("sparsemm:keep=6",), id="ragged-per-head", marks=pytest.mark.slow),
     pytest.param("llava", ("dyrate:layer=2,keep=12,step_list=3+20,keep_list=7+2",), id="while-decoding"),
