@@ -119,7 +119,7 @@ def split(input_ids: Prompts, graphs: GraphSet) -> Text:
     if not len(input_ids):
         raise UsageError("No prompt was given.")
     for row, prompt in enumerate(input_ids):
-        found = prompt.count(image)
+        found = sum(token == image for token in prompt)
         if found != wanted:
             expanded = found == graphs.visual.total
             hint = " Give the prompt as it is before a processor expands its image tokens." if expanded else ""

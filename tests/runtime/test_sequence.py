@@ -36,6 +36,7 @@ def test_split_pads_in_front() -> None:
     text = split([[1, I, 5, 6], [I, 7]], graphs())
     assert text.ids.tolist() == [[1, 5, 6], [0, 0, 7]]
     assert text.mask.tolist() == [[True] * 3, [False, False, True]]
+    assert split([np.array([1, I, 5, 6])], graphs()).ids.tolist() == [[1, 5, 6]]
 
 
 def test_nothing_reduced_is_the_prompt_with_its_visual_part_in_front() -> None:
