@@ -46,7 +46,7 @@ class Angles:
         else:
             highest = int(positions.max())
             if highest >= self._count:
-                self._count = 1 << max(highest.bit_length(), FIRST.bit_length())
+                self._count = max(FIRST, 1 << highest.bit_length())
                 self._known = self._run(np.arange(self._count)[None])
             found = [table[positions.reshape(-1)] for table in self._known]
         return dict(zip(self._names, found, strict=True))

@@ -459,6 +459,20 @@ def test_a_step_binds_nothing(exported: Any, opened: Open, monkeypatch: pytest.M
     )
 
 
+def test_angles_are_looked_up(exported: Any, opened: Open) -> None:
+    """As the model in the graph's metadata makes them, also where the table has to grow."""
+    case = exported("llava", ())
+    runner: Any = opened(case.folder, case.graphs)._decode
+    angles, positions = runner._appending._tables._angles, np.array([[0, 300, 7], [255, 256, 1025]])
+    expected = angles._run(positions)
+    for asked in (positions % 256, positions):
+        found = angles(asked)
+        assert [table.shape for table in found.values()] == [table.shape for table in expected]
+    for table, wanted in zip(found.values(), expected, strict=True):
+        np.testing.assert_allclose(table, wanted, rtol=0, atol=1e-6)
+    assert len({tuple(row) for row in expected[0].round(4)}) == positions.size, "rows that all differ"
+
+
 def test_it_is_fed_as_the_plain_graph(exported: Any) -> None:
     """And says what is wrong with its feeds, rather than casting or broadcasting them."""
     case = exported("llava", ())
