@@ -23,6 +23,12 @@ needs_rtx = pytest.mark.skipif(
 )
 """Where `make` installs TensorRT-RTX it must be there: without it these tests fail."""
 
+needs_genai = pytest.mark.skipif(
+    sys.platform != "linux" or sys.version_info < (3, 11),
+    reason="make installs onnxruntime-genai on Linux, for Python 3.11 on",
+)
+"""Likewise."""
+
 
 def for_one_gpu(profile: str, folder: Path) -> str:
     """That profile for SM 8.6 alone, as a file in `folder`: for each further GPU the builder compiles all kernels again.

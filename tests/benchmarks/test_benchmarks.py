@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import _common, _genai, decode, engines, in_llm, prefill
+from benchmarks import _common, decode, engines, in_llm, prefill
+from tests.conftest import needs_genai
 
 MODEL = _common.Model(
     hidden=64, layers=2, intermediate=128, heads=4, kv_heads=2, vocab=96, tower=32, tower_heads=4, image=56, patch=14
@@ -42,11 +43,9 @@ def test_decode(tmp_path: Path, precision: str) -> None:
     assert (decode.HF in entry["times"]) == (precision == "fp32")
 
 
-@pytest.mark.parametrize("other", ["transformers, SDPA", "onnxruntime-genai"])
+@pytest.mark.parametrize("other", ["transformers, SDPA", pytest.param("onnxruntime-genai", marks=needs_genai)])
 def test_engines(tmp_path: Path, other: str) -> None:
     """Built once, opened in both orders, and they say the same."""
-    if other == "onnxruntime-genai" and (why := _genai.missing()):
-        pytest.skip(why)
     llava, llama = _common.checkpoint(tmp_path / "checkpoint", MODEL)
     subject = engines.Subject("tiny", llava, llama, MODEL.vocab, (48,), new_tokens=6)
     entry = engines.measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -21,6 +22,7 @@ from exporter.families._contract import Request
 from exporter.graphset import GraphSet
 from exporter.layouts._write import made, write
 from exporter.stages.export import export
+from tests.conftest import needs_genai
 from tests.families import tiny
 from tests.stages.conftest import Engine, Exported, engine, plain  # noqa: F401
 
@@ -47,7 +49,7 @@ QUICK = {"gaps", "CLS shares a place", "M-RoPE", "prompt seen ahead", "images se
 
 @pytest.fixture(scope="module")
 def og() -> Any:
-    found = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed (docs/bundle.md)")
+    found = importlib.import_module("onnxruntime_genai")
     found.disable_telemetry_events()
     return found
 
@@ -81,6 +83,7 @@ def answer(og: Any, model: Any, prompt: Sequence[int], pixels: Any, visual: int)
 
 @pytest.mark.parametrize("flavour", ["plain", "ort"])
 @pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES])
+@needs_genai
 def test_genai_answers_as_we_do(case: str, flavour: str, og: Any, tmp_path: Path, engine: Engine) -> None:  # noqa: F811
     family, request, reductions = CASES[case]
     getattr(tiny, family)(tmp_path)
@@ -107,6 +110,7 @@ FURTHER = (("cpu_int4", ()), ("cpu_fp32", ("visionzip:keep=32",)), ("cpu_int8", 
 @pytest.mark.parametrize(
     ("profile", "reductions"), [*EXAMPLES, *(pytest.param(*f, marks=pytest.mark.slow) for f in FURTHER)]
 )
+@needs_genai
 def test_the_documented_example(
     profile: str,
     reductions: tuple[str, ...],
@@ -197,6 +201,7 @@ class ByHand:
 
 
 @pytest.mark.slow
+@needs_genai
 def test_further_turns_and_text_alone(og: Any, tmp_path: Path, engine: Engine) -> None:  # noqa: F811
     """genai's own generation on these graphs: what it feeds them beside a first prompt and single tokens."""
     tiny.llava(tmp_path)
